@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo: train the six optimizers on real text.   make test: lint, types, tests.   make docs: the documentation.
+
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed-test
+DOCS   := $(VENV)/.installed-docs
+
+.PHONY: venv demo sweep test lint docs clean
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, got " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+sweep: $(STAMP)
+	$(BIN)/python examples/sweep_learning_rates.py $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) build dist docs/_build *.egg-info

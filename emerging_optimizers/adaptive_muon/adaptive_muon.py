@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast, get_args, overload, override
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.adaptive_muon import checkpoint
+from emerging_optimizers.adaptive_muon.checks import require, require_one_of
+from emerging_optimizers.adaptive_muon.layout import Layout
+from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
+from emerging_optimizers.adaptive_muon.orthogonalizer import NewtonSchulz, syrk_is_usable
+from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices, store, work, work_dtype
+from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
+from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
+from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
+from emerging_optimizers.utils import FP32MatmulPrecT, fp32_matmul_precision
+
+
+__all__ = ["AdaptiveMuon", "WeightDecayMethodT"]
+
+WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive"]
+
+
+class AdaptiveMuon(upstream.AdaptiveMuon):
+    """Muon with an adaptive second moment: AdaMuon, NorMuon, NAMO or NAMO-D, by one switch.
+
+    All four methods are one formula,
+
+    .. math:: W \\leftarrow W - \\eta \\, s \\, (D \\odot O)
+
+    with O the orthogonalized momentum, s Muon's factor for the shape of W times ``extra_scale_factor``, and D the
+    adaptive scale that ``moment2_method`` names:
+
+    - "adamuon" (arXiv:2507.11005): elementwise, :math:`D = 1 / (\\sqrt{V} + \\varepsilon)` with V the moving average
+      of :math:`O \\odot O`.
+    - "normuon" (arXiv:2510.05491): for each row, or each column of a wide matrix, by the moving average of its mean
+      square; the norm of O is kept.
+    - "namo" (arXiv:2602.17080): one number, :math:`\\|M'\\|_F / (\\sqrt{V} + \\varepsilon)` with V the moving average of
+      the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
+    - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
+
+    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0. The paper's NAMO
+    and NAMO-D are ``bias_correction=True, weight_decay_method="adaptive", beta2=0.99, coefficient_type="simple",
+    extra_scale_factor=0.2``.
+
+    Parameters are matrices of shape (out, in) in float32, bfloat16, float16 or float64. State and arithmetic are in
+    float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded once
+    a step. Convolutions, embeddings, output heads, norms and biases belong to AdamW, see
+    :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
+
+    Args:
+        params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group may
+            set its own ``lr``, ``momentum``, ``weight_decay``, ``beta2`` and ``eps``.
+        lr: Learning rate, >= 0. Default 3e-4, as upstream's Muon.
+        momentum: Decay rate of the momentum, in [0, 1). Default 0.95, as upstream's Muon and all three papers.
+        weight_decay: Weight decay coefficient, >= 0. Default 0.01, as upstream's Muon.
+        nesterov: Whether to look ahead: :math:`M' = (1-\\mu) G + \\mu M`.
+        weight_decay_method: Upstream's "decoupled", "independent", "l2" and "palm", see
+            :class:`~emerging_optimizers.mixin.WeightDecayMixin`; or "adaptive", the paper's: decoupled and scaled by
+            the same D as the update, :math:`W \\leftarrow W (1 - \\eta \\lambda D)`; for "namo" and "namo_d" only.
+        fp32_matmul_prec: Precision of the orthogonalization's products: "highest" and "high" as in
+            ``torch.set_float32_matmul_precision``, "medium" iterates in bfloat16.
+        coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
+            "deepseekv4".
+        num_ns_steps: Number of Newton-Schulz iterations, >= 1.
+        scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
+            :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
+        extra_scale_factor: Further factor on the update; 0.2 with "spectral" gives Muon the update size of AdamW
+            (arXiv:2502.16982).
+        moment2_method: "adamuon", "normuon", "namo" or "namo_d".
+        beta2: Decay rate of V, in [0, 1). Default 0.95, as upstream; the NAMO paper uses 0.99.
+        eps: Small constant for numerical stability, > 0.
+        bias_correction: Whether D is corrected for V, and for namo and namo_d the momentum, having started at zero:
+            a factor :math:`\\sqrt{1 - \\beta_2^t}`, for namo and namo_d over :math:`1 - \\mu^t`. None means what the
+            method's source does: on for "namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).
+        namo_d_clamp: c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. Default 0.75, from the
+            paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.
+        use_syrk: Whether to use upstream's Triton kernel for symmetric products; on CUDA at "medium" precision.
+
+    Raises:
+        ValueError: If an argument, a group's option or a parameter breaks one of the rules above. Nothing is changed.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        nesterov: bool = False,
+        weight_decay_method: WeightDecayMethodT = "decoupled",
+        fp32_matmul_prec: FP32MatmulPrecT = "medium",
+        coefficient_type: NSCoeffT = "quintic",
+        num_ns_steps: int = 5,
+        scale_mode: MuonScaleT = "spectral",
+        extra_scale_factor: float = 1.0,
+        moment2_method: Moment2MethodT = "adamuon",
+        beta2: float = 0.95,
+        eps: float = 1e-8,
+        bias_correction: bool | None = None,
+        namo_d_clamp: float = 0.75,
+        use_syrk: bool = False,
+    ) -> None:
+        self._moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
+        orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk=use_syrk and syrk_is_usable())
+        require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
+        require_one_of("fp32_matmul_prec", fp32_matmul_prec, get_args(FP32MatmulPrecT))
+        require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
+        require(math.isfinite(extra_scale_factor), "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
+        require(
+            weight_decay_method != "l2" or not self._moment2.reads_gradient,
+            f'weight_decay_method must not be "l2" with moment2_method="{moment2_method}", whose gradient norms it '
+            "would falsify",
+            weight_decay_method,
+            'use "decoupled" or "adaptive"',
+        )
+        require(
+            weight_decay_method != "adaptive" or self._moment2.adaptive_decay,
+            f'weight_decay_method must not be "adaptive" with moment2_method="{moment2_method}", whose D is not a '
+            "ratio of signal to noise",
+            weight_decay_method,
+            'use "decoupled", or moment2_method="namo" or "namo_d"',
+        )
+        self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
+        self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
+        self._decays_gradient = weight_decay_method == "l2"
+        self._decays_adaptively = weight_decay_method == "adaptive"
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=nesterov,
+            weight_decay_method=cast(Any, weight_decay_method),
+            fp32_matmul_prec=fp32_matmul_prec,
+            coefficient_type=coefficient_type,
+            num_ns_steps=num_ns_steps,
+            scale_mode=scale_mode,
+            extra_scale_factor=extra_scale_factor,
+            moment2_method=cast(Any, moment2_method),
+            beta2=beta2,
+            eps=eps,
+        )
+        self.scaled_orthogonalize_fn = orthogonalize
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates all matrices that have a gradient.
+
+        Args:
+            closure: Optional; evaluates the model again, with gradients enabled, and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: If a gradient is sparse or complex, or a parameter is no longer a matrix. No weight and no state
+                has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            check_matrices(group)
+            check_gradients(group, "AdaptiveMuon")
+        with fp32_matmul_precision(self.fp32_matmul_prec):
+            for group in self.param_groups:
+                self._init_group(group)
+                for p in group["params"]:
+                    if p.grad is not None and p.numel() > 0:
+                        self._update(p, p.grad, group)
+        return loss
+
+    def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """Updates one matrix and its state in place: the algorithm, in the order and letters of the paper."""
+        state, lr, momentum, weight_decay = self.state[p], group["lr"], group["momentum"], group["weight_decay"]
+        W, G = work(p), work(grad)
+        if self._decays_gradient:
+            G = G.clone()  # upstream's mixin adds the decay to it in place; the user's gradient stays as it is
+        if not self._decays_adaptively:
+            self._apply_weight_decay_inplace(W, G, lr, weight_decay)
+
+        M = state["momentum_buffer"].lerp_(G, 1 - momentum)
+        if self.nesterov:
+            M = G.lerp(M, momentum)
+        L = Layout()
+        O = self.orthogonalize(p, M, **{key: value for key, value in group.items() if key != "params"})
+        D = self._moment2.scale(state["moment2_buffer"], Seen(G, M, O), L, beta2=group["beta2"], eps=group["eps"])
+        if self.bias_correction:
+            state["step"] += 1
+            D *= self._moment2.correction(float(state["step"]), momentum=momentum, beta2=group["beta2"])
+        if self._decays_adaptively and weight_decay:
+            W.addcmul_(W, D, value=-lr * weight_decay)
+        s = get_muon_scale_factor(*L.shape(W), mode=self.scale_mode) * self.extra_scale_factor
+        U = D.mul_(s) * O
+
+        store(p, W)  # the hook sees the decayed weight
+        self.pre_weight_update_fn_inplace(p, U)
+        W.add_(U, alpha=-lr)
+        store(p, W)
+        self.post_weight_update_fn_inplace(p)
+
+    @override
+    @torch.no_grad()
+    def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
+        """Makes the state of the parameters that have none yet.
+
+        Args:
+            group: Parameter group.
+            skip_non_grad_params: Whether to pass over parameters without a gradient.
+        """
+        for p in group["params"]:
+            state = self.state[p] if p.grad is not None or not skip_non_grad_params else None
+            if state is None or "momentum_buffer" in state:
+                continue
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=work_dtype(p))
+            state["moment2_buffer"] = p.new_zeros(self._moment2_shape(p), dtype=work_dtype(p))
+            if self.bias_correction:
+                state["step"] = torch.tensor(0.0)
+
+    def _moment2_shape(self, p: torch.Tensor) -> tuple[int, ...]:
+        """Returns the shape of ``moment2_buffer`` for a parameter."""
+        return self._moment2.shape(p, Layout())
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, or raises and leaves the optimizer as it was.
+
+        Args:
+            param_group: ``params`` and the options that differ from the constructor's.
+        """
+        super().add_param_group({**self._group_defaults, **param_group})
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Checks a group's options and parameters."""
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        require(0 <= lr < math.inf, "lr must be >= 0", lr, "Muon's rates are about 1e-3 to 1e-2")
+        require(0 <= momentum < 1, "momentum must be in [0, 1)", momentum, "the default is 0.95")
+        require(0 <= weight_decay < math.inf, "weight_decay must be >= 0", weight_decay, "pass 0 for none")
+        require(0 <= group["beta2"] < 1, "beta2 must be in [0, 1)", group["beta2"], "0.95 and 0.99 are usual")
+        tiny = torch.finfo(torch.float32).tiny  # a smaller one is zero, or has no inverse, in float32
+        require(tiny <= group["eps"] < math.inf, "eps must be > 0 in float32", group["eps"], "the default is 1e-8")
+        require(
+            group["moment2_method"] == self._group_defaults["moment2_method"],
+            f'moment2_method must be the same in all groups, "{self._group_defaults["moment2_method"]}"',
+            group["moment2_method"],
+            "make a second optimizer for these parameters",
+        )
+        check_matrices(group)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class or of upstream's ``AdaptiveMuon``.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the checkpoint is of another ``moment2_method``, of other shapes, or lacks the step count that
+                bias correction needs. Nothing is changed.
+        """
+        checkpoint.load(self, state_dict, super().load_state_dict, self)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in _SETTINGS}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # an upstream checkpoint's groups lack ours
+            for name, value in self._group_defaults.items():
+                group.setdefault(name, value)
+
+
+# What pickle and deepcopy must carry beside torch's own: torch keeps only defaults, state and groups.
+_SETTINGS = (
+    "nesterov",
+    "weight_decay_method",
+    "fp32_matmul_prec",
+    "scale_mode",
+    "extra_scale_factor",
+    "moment2_method",
+    "bias_correction",
+    "scaled_orthogonalize_fn",
+    "_moment2",
+    "_group_defaults",
+    "_decays_gradient",
+    "_decays_adaptively",
+)

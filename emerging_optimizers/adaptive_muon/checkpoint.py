@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint: refuse what does not fit before anything changes, and keep the state's full precision."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch.optim import Optimizer
+
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.layout import Layout
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
+from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
+
+
+if TYPE_CHECKING:
+    from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
+
+__all__ = ["load"]
+
+
+def load(
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    torch_load: Callable[[dict[str, Any]], None],
+    muon: "AdaptiveMuon",
+) -> None:
+    """Loads a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and not rounded.
+
+    Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
+    Two hooks around torch's own loading put it right: one after all hooks that may change the checkpoint, one before
+    all hooks that may change what was loaded.
+
+    Args:
+        optimizer: The optimizer to load into, ``muon`` itself or one that holds its groups.
+        state_dict: The checkpoint.
+        torch_load: The torch class's ``load_state_dict`` of ``optimizer``.
+        muon: The optimizer of the matrices.
+
+    Raises:
+        ValueError: If the checkpoint does not fit. Nothing has changed then.
+    """
+    saved: dict[torch.Tensor, dict[str, Any]] = {}
+
+    def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
+            return  # torch says so
+        for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
+            require(
+                saved_group.get("use_muon") == group.get("use_muon"),
+                f"a group of the checkpoint must have use_muon={group.get('use_muon')} as the optimizer's has",
+                saved_group.get("use_muon"),
+                "route the parameters as when it was saved, see HybridAdaptiveMuon.describe()",
+            )
+            if any(group is of_matrices for of_matrices in muon.param_groups):
+                saved.update(_checked_states(saved_group, group, state_dict["state"], muon))
+
+    def after(optimizer: Optimizer) -> None:
+        for p, state in saved.items():
+            for key in ("momentum_buffer", "moment2_buffer"):
+                optimizer.state[p][key] = state[key].to(device=p.device, dtype=work_dtype(p))
+            if not muon.bias_correction:
+                optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(before),
+        optimizer.register_load_state_dict_post_hook(after, prepend=True),
+    )
+    try:
+        torch_load(state_dict)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _checked_states(
+    saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], muon: "AdaptiveMuon"
+) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Yields each parameter of a group with its saved state, or raises."""
+    for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
+        state, name = saved_states.get(key), parameter_name(group, index)
+        if not state:
+            continue  # it had no gradient yet
+        require(
+            {"momentum_buffer", "moment2_buffer"} <= state.keys(),
+            f"the state of {name} must hold momentum_buffer and moment2_buffer; in the checkpoint it holds",
+            sorted(state),
+            "the checkpoint is of another optimizer",
+        )
+        method = saved_group.get("moment2_method") or _upstream_method(p, state, muon.moment2_method)
+        require(
+            method == muon.moment2_method,
+            f'the checkpoint must be of the optimizer\'s moment2_method, "{muon.moment2_method}"; for {name} it is of',
+            method,
+            f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
+        )
+        shapes = {"momentum_buffer": tuple(p.shape), "moment2_buffer": muon._moment2.shape(p, Layout())}
+        for buffer, shape in shapes.items():
+            require(
+                tuple(state[buffer].shape) == shape,
+                f"{buffer} of {name} must have the shape {shape}; in the checkpoint it has",
+                tuple(state[buffer].shape),
+                "the checkpoint is of another model, or its parameters are in another order",
+            )
+        require(
+            not muon.bias_correction or "step" in state,
+            f"bias correction needs the number of steps taken; the state of {name} holds only",
+            sorted(state),
+            "pass bias_correction=False to go on with this checkpoint",
+        )
+        yield p, state
+
+
+def _upstream_method(p: torch.Tensor, state: dict[str, Any], preferred: str) -> str:
+    """Returns the method of an upstream state, which does not name it: upstream's first whose V has that shape.
+
+    Shapes of different methods can coincide (a matrix of one column): the preferred method then wins, and also where
+    no shape fits, for the check of the shapes to complain.
+    """
+    shape, layout = tuple(state["moment2_buffer"].shape), Layout()
+    names = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != preferred)
+    return next((name for name in names if METHODS[name]().shape(p, layout) == shape), preferred)

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One form for every refusal: the rule, the value that broke it, and the remedy."""
+
+from collections.abc import Iterable
+
+
+__all__ = ["require", "require_one_of"]
+
+
+def require(ok: object, rule: str, value: object, remedy: str) -> None:
+    """Raises a ``ValueError`` unless ``ok`` holds.
+
+    Args:
+        ok: The condition, already evaluated. Write it so that NaN fails: ``lr >= 0``, not ``not lr < 0``.
+        rule: What must hold, as a sentence without its end.
+        value: The value that was given.
+        remedy: What to pass instead, or what to do about it.
+    """
+    if not ok:
+        raise ValueError(f"{rule}, got {value!r}: {remedy}")
+
+
+def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Raises a ``ValueError`` that lists the choices unless ``value`` is one of them.
+
+    Args:
+        name: The argument's name.
+        value: The value that was given.
+        allowed: The valid choices.
+    """
+    choices = tuple(allowed)
+    require(value in choices, f"{name} must be one of the known names", value, f"choose from {', '.join(choices)}")

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self, overload, override
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import ParamsT
+
+from emerging_optimizers.adaptive_muon import checkpoint
+from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.parameters import check_gradients
+from emerging_optimizers.adaptive_muon.routing import AlgorithmT, Route, route_model, route_parameter
+
+
+__all__ = ["HybridAdaptiveMuon"]
+
+
+class HybridAdaptiveMuon(Optimizer):
+    """AdaptiveMuon for the hidden matrices and ``torch.optim.AdamW`` for everything else, as one torch optimizer.
+
+    Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, matrices first; one
+    ``state_dict`` saves and resumes both. :meth:`from_model` knows the modules and routes best. The constructor routes
+    what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions or with a single
+    row or column go to AdamW, and where names come along (``model.named_parameters()``) so do biases, tables and output
+    heads by their names. It cannot know an embedding without name or tag: set ``use_muon`` in its group.
+
+    Args:
+        params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
+            group's parameters are routed one by one unless the group says ``use_muon``: True sends all of them to
+            AdaptiveMuon, False to AdamW. A group's own ``lr``, ``weight_decay`` and ``eps`` hold for all its parameters
+            unless it also has ``scalar_lr``, ``scalar_weight_decay`` or ``scalar_eps`` for those that go to AdamW.
+        lr: Learning rate of the matrices. Default 3e-4.
+        momentum: Decay rate of the matrices' momentum. Default 0.95.
+        weight_decay: Weight decay coefficient of the matrices. Default 0.01.
+        scalar_lr: Learning rate of the AdamW part; ``lr`` when left out.
+        betas: Decay rates of the AdamW part. Default (0.9, 0.999), as ``torch.optim.AdamW``.
+        scalar_eps: ``eps`` of the AdamW part. Default 1e-8, as ``torch.optim.AdamW``.
+        scalar_weight_decay: Weight decay coefficient of the AdamW part; ``weight_decay`` when left out.
+        **options: All other options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, by name.
+
+    Raises:
+        TypeError: If an option is unknown.
+        ValueError: If an option is out of its range, or ``use_muon`` sends AdaptiveMuon what is not a matrix.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        scalar_lr: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        scalar_eps: float = 1e-8,
+        scalar_weight_decay: float | None = None,
+        **options: Any,
+    ) -> None:
+        self._routes: list[tuple[str, tuple[int, ...], Route]] = []
+        scalar: dict[str, Any] = {
+            "lr": lr if scalar_lr is None else scalar_lr,
+            "betas": tuple(betas),
+            "eps": scalar_eps,
+            "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
+        }
+        _check_scalar(scalar)
+        nothing: list[dict[str, Any]] = [{"params": []}]
+        self.muon = AdaptiveMuon(nothing, lr, momentum, weight_decay, **options)
+        self.adamw = AdamW([{"params": []}], **scalar)
+        self.muon.param_groups.clear()
+        self.adamw.param_groups.clear()
+        parts = [part for group in _as_groups(params) for part in _split(group)]
+        # Schedulers and loggers take the first group for the learning rate.
+        super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self.muon.defaults))
+        self.muon.state = self.adamw.state = self.state
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        lr: float = 3e-4,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        *,
+        routes: Mapping[str, AlgorithmT] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Makes the optimizer of a model, routing its parameters by the modules that own them.
+
+        To AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
+        one linear layer with an output for each row of the largest embedding, and modules by names such as
+        ``lm_head``), norms, biases, recurrent weights, everything that has not two dimensions and everything tagged
+        ``is_embedding_or_output_parameter``. :meth:`describe` tells.
+
+        Args:
+            model: The model.
+            lr: Learning rate of the matrices. Default 3e-4.
+            momentum: Decay rate of the matrices' momentum. Default 0.95.
+            weight_decay: Weight decay coefficient of the matrices. Default 0.01.
+            routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
+                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``.
+            **options: All other arguments of the class.
+
+        Raises:
+            ValueError: As the class, and if a pattern matches no parameter.
+        """
+        routed = route_model(model, routes)
+        groups = [
+            {
+                "params": [(name, p) for name, p, route in routed if route.algorithm == algorithm],
+                "routes": [route for *_, route in routed if route.algorithm == algorithm],
+                "use_muon": algorithm == "adaptive_muon",
+            }
+            for algorithm in ("adaptive_muon", "adamw")
+        ]
+        return cls([group for group in groups if group["params"]], lr, momentum, weight_decay, **options)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, split in two where it holds both kinds, or raises and leaves all as it was.
+
+        Args:
+            param_group: As in the constructor's ``params``.
+        """
+        grown: tuple[list[Any], ...] = (
+            self._routes,
+            self.param_groups,
+            self.muon.param_groups,
+            self.adamw.param_groups,
+        )
+        lengths = [len(entries) for entries in grown]
+        try:
+            for part in _split(param_group):
+                self._add_part(part)
+        except (TypeError, ValueError):
+            for entries, length in zip(grown, lengths, strict=True):
+                del entries[length:]
+            raise
+
+    def _add_part(self, part: dict[str, Any]) -> None:
+        """Adds a group of one kind to the optimizer of its kind, and shares it."""
+        routes = part.pop("routes")
+        if part["use_muon"]:
+            inner: Optimizer = self.muon
+        else:
+            inner = self.adamw
+            _check_scalar({**inner.defaults, **part})
+        inner.add_param_group(part)
+        group = inner.param_groups[-1]
+        held = {p for group in self.param_groups for p in group["params"]}
+        repeated = [tuple(p.shape) for p in group["params"] if p in held]
+        require(not repeated, "a parameter must be in one group only", repeated, "remove it from the other group")
+        self.param_groups.append(group)
+        names = group.get("param_names", [""] * len(routes))
+        shapes = [tuple(p.shape) for p in group["params"]]
+        self._routes += zip(names, shapes, routes, strict=True)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates all parameters that have a gradient.
+
+        Args:
+            closure: Optional; evaluates the model again, with gradients enabled, and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: If a gradient is sparse, or a matrix's is complex. No weight and no state has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.adamw.param_groups:
+            check_gradients(group, "AdamW", complex_too=True)
+        self.muon.step()  # checks its own before it changes anything
+        self.adamw.step()
+        return loss
+
+    def describe(self) -> str:
+        """Returns a table of the parameters: where each went, its shape, its name where known, and why."""
+        lines = []
+        for algorithm, title in (("adaptive_muon", f"AdaptiveMuon ({self.muon.moment2_method})"), ("adamw", "AdamW")):
+            rows = [row for row in self._routes if row[2].algorithm == algorithm]
+            elements = sum(math.prod(shape) for _, shape, _ in rows)
+            lines.append(f"{title}: {len(rows)} parameters, {elements:,} elements")
+            lines += [f"  {' x '.join(map(str, shape)):>15}  {name}  ({route.reason})" for name, shape, route in rows]
+        return "\n".join(lines)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the checkpoint is of another routing, or its matrices' part is one that
+                :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
+        """
+        checkpoint.load(self, state_dict, super().load_state_dict, self.muon)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {name: getattr(self, name) for name in ("muon", "adamw", "_routes")}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for inner, use_muon in ((self.muon, True), (self.adamw, False)):  # share the new state and groups
+            groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
+            inner.__setstate__({"state": self.state, "param_groups": groups})
+
+
+def _as_groups(params: ParamsT) -> list[dict[str, Any]]:
+    """The constructor's ``params`` as parameter groups."""
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params must be an iterable of tensors, of (name, tensor) pairs or of dicts, got a tensor")
+    entries: list[Any] = list(params)
+    return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+
+
+def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group as one or two groups of one kind each, with ``use_muon`` and ``routes`` set and options resolved."""
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError("the order of a set changes between runs; pass the parameters as a list")
+    entries = [params] if isinstance(params, torch.Tensor) else list(params)
+    routes = group.get("routes") or [_route(entry, group.get("use_muon")) for entry in entries]
+    parts = []
+    for use_muon, algorithm in ((True, "adaptive_muon"), (False, "adamw")):
+        chosen = [index for index, route in enumerate(routes) if route.algorithm == algorithm]
+        if not chosen:
+            continue
+        part = {key: value for key, value in group.items() if not key.startswith("scalar_") and key != "betas"}
+        if not use_muon:
+            part |= {key: group[key] for key in ("betas",) if key in group}
+            part |= {key.removeprefix("scalar_"): value for key, value in group.items() if key.startswith("scalar_")}
+        part["params"] = [entries[index] for index in chosen]
+        part["routes"] = [routes[index] for index in chosen]
+        part["use_muon"] = use_muon
+        parts.append(part)
+    return parts
+
+
+def _route(entry: torch.Tensor | tuple[str, torch.Tensor], use_muon: bool | None) -> Route:
+    """The route of a group's entry, which the group may have decided."""
+    if use_muon is not None:
+        return Route("adaptive_muon" if use_muon else "adamw", f"use_muon={use_muon} in its group")
+    return route_parameter(entry[1], entry[0]) if isinstance(entry, tuple) else route_parameter(entry)
+
+
+def _check_scalar(options: Mapping[str, Any]) -> None:
+    """Checks the options of the AdamW part."""
+    lr, betas, eps, weight_decay = options["lr"], options["betas"], options["eps"], options["weight_decay"]
+    require(0 <= lr < math.inf, "scalar_lr must be >= 0", lr, "AdamW's rates are about 1e-4 to 3e-3")
+    require(
+        len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas must be two in [0, 1)", betas, "try (0.9, 0.95)"
+    )
+    require(0 <= eps < math.inf, "scalar_eps must be >= 0", eps, "the default is 1e-8")
+    require(0 <= weight_decay < math.inf, "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")

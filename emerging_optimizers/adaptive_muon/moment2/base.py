@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a second-moment method is, and what it may see."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+
+from emerging_optimizers.adaptive_muon.layout import Layout
+
+
+__all__ = ["Moment2", "Seen"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One step of one matrix, as every method sees it. All three tensors have the shape ``(rows, columns)``.
+
+    Args:
+        gradient: G, the raw gradient.
+        momentum: M', the momentum after Nesterov, before orthogonalization.
+        orthogonalized: O, the orthogonalized momentum, not scaled.
+    """
+
+    gradient: torch.Tensor
+    momentum: torch.Tensor
+    orthogonalized: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Moment2(ABC):
+    """A second-moment method: which statistic is averaged into V, and which adaptive scale D is made of it.
+
+    A method is one file of this package that defines one subclass under ``@register_moment2(name)``, and one word in
+    ``Moment2MethodT``. Its dataclass fields, if any, are arguments of
+    :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` by the same name. Formulas reduce through the layout only
+    and along the last two dimensions, which makes them right for a matrix in pieces and for a stack of matrices.
+
+    Attributes:
+        momentum_degree: p, where D is proportional to the p-th power of the size of M'.
+        moment2_degree: q, where D is proportional to the q-th power of V (eps and clamps aside).
+        bias_correction: Whether the method's source corrects the bias of its moving averages.
+        reads_gradient: Whether V averages the raw gradient, which "l2" weight decay would falsify.
+        adaptive_decay: Whether D is a ratio of signal to noise in the order of 1, fit to scale the weight decay.
+    """
+
+    momentum_degree: ClassVar[float]
+    moment2_degree: ClassVar[float]
+    bias_correction: ClassVar[bool] = False
+    reads_gradient: ClassVar[bool] = False
+    adaptive_decay: ClassVar[bool] = False
+
+    @abstractmethod
+    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
+        """Returns the shape of V for the matrix of which ``local`` is the piece at hand."""
+
+    @abstractmethod
+    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Returns what is averaged into V: as many elements as V, broadcastable to O."""
+
+    @abstractmethod
+    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        """Returns D, a new tensor broadcastable to O, from V after its update."""
+
+    @final
+    def scale(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, beta2: float, eps: float) -> torch.Tensor:
+        """Updates V in place and returns the adaptive scale D, without bias correction.
+
+        Args:
+            moment2: V, in the shape that :meth:`shape` gave.
+            seen: The matrix's G, M' and O.
+            layout: Who holds which piece of the matrix.
+            beta2: Decay rate of V.
+            eps: Small constant for numerical stability.
+        """
+        statistic = self.statistic(seen, layout)
+        moment2 = moment2.view_as(statistic).lerp_(statistic, 1 - beta2)
+        return self.adapt(moment2, seen, layout, eps=eps)
+
+    @final
+    def correction(self, step: float, *, momentum: float, beta2: float) -> float:
+        """Returns the factor on D that corrects the bias of the moving averages D is made of.
+
+        After ``step`` updates an average that began at zero is short by the factor ``1 - decay**step``; D inherits
+        that to the power of its degree in the average.
+
+        Args:
+            step: Number of updates of the averages, counted from 1.
+            momentum: Decay rate of the momentum.
+            beta2: Decay rate of V.
+        """
+        short_of_momentum, short_of_moment2 = 1 - momentum**step, 1 - beta2**step
+        return float(short_of_momentum**-self.momentum_degree * short_of_moment2**-self.moment2_degree)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass
+from typing import override
+
+import torch
+
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.layout import Layout
+from emerging_optimizers.adaptive_muon.moment2.base import Moment2, Seen
+from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
+
+
+@register_moment2("namo_d")
+@dataclass(frozen=True)
+class NamoD(Moment2):
+    """NAMO-D (arXiv:2602.17080): NAMO for each column, the columns' scales clamped around their mean.
+
+    .. math:: V_j \\leftarrow \\mathrm{EMA}(\\|G_j\\|^2), \\qquad d_j = \\|M'_j\\| / (\\sqrt{V_j} + \\varepsilon), \\qquad
+        D_j = \\mathrm{clamp}(d_j,\\; c \\, \\bar d,\\; \\bar d / c)
+
+    Args:
+        namo_d_clamp: c in (0, 1]; 1 gives every column the mean scale, small values free the columns.
+
+    Raises:
+        ValueError: If ``namo_d_clamp`` is outside (0, 1].
+    """
+
+    namo_d_clamp: float = 0.75
+
+    momentum_degree = 1
+    moment2_degree = -0.5
+    bias_correction = True
+    reads_gradient = True
+    adaptive_decay = True
+
+    def __post_init__(self) -> None:
+        """Checks the clamp."""
+        require(0 < self.namo_d_clamp <= 1, "namo_d_clamp must be in (0, 1]", self.namo_d_clamp, "the default is 0.75")
+
+    @override
+    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
+        return (1, local.size(-1))
+
+    @override
+    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        return layout.norm(seen.gradient, dim=-2).square()
+
+    @override
+    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        d = layout.norm(seen.momentum, dim=-2) / (moment2.sqrt() + eps)
+        mean = layout.mean(d, dim=-1)
+        return d.clamp(self.namo_d_clamp * mean, mean / self.namo_d_clamp)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters and gradients a step can take, and in which precision it works on them."""
+
+from typing import Any
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from emerging_optimizers.adaptive_muon.checks import require
+
+
+__all__ = ["check_gradients", "check_matrices", "parameter_name", "store", "work", "work_dtype"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def parameter_name(group: dict[str, Any], index: int) -> str:
+    """Returns what an error calls a group's parameter: its name where the group has names, else its index."""
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+
+
+def check_matrices(group: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` unless every parameter of a group is a whole real floating-point matrix."""
+    for index, p in enumerate(group["params"]):
+        if is_lazy(p):
+            continue  # it has no shape before the model's first forward; the step looks again
+        name = parameter_name(group, index)
+        require(
+            p.ndim == 2,
+            f"AdaptiveMuon takes matrices, parameters of two dimensions; {name} has the shape",
+            tuple(p.shape),
+            "give it to AdamW, as HybridAdaptiveMuon does by itself",
+        )
+        require(
+            p.dtype in _DTYPES,
+            f"AdaptiveMuon takes real floating-point matrices; {name} has the dtype",
+            p.dtype,
+            f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
+        )
+        require(
+            not hasattr(p, "placements"),
+            f"AdaptiveMuon takes whole matrices; {name} is a DTensor with the placements",
+            getattr(p, "placements", None),
+            "statistics of the local piece would be wrong; keep this parameter out of sharding",
+        )
+
+
+def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool = False) -> None:
+    """Raises a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex."""
+    for index, p in enumerate(group["params"]):
+        if p.grad is not None:
+            require(
+                p.grad.layout == torch.strided and (complex_too or not p.grad.is_complex()),
+                f"{algorithm} takes dense{'' if complex_too else ' real'} gradients; that of "
+                f"{parameter_name(group, index)} is",
+                f"{p.grad.layout}, {p.grad.dtype}",
+                "make it dense (sparse=False in an embedding), or give the parameter to another optimizer",
+            )
+
+
+def work_dtype(p: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's state and arithmetic: float32, or float64 for a float64 parameter."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def work(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor itself where it has the precision to work in, else a copy in that precision."""
+    return tensor.to(work_dtype(tensor))
+
+
+def store(p: torch.Tensor, worked: torch.Tensor) -> None:
+    """Rounds what :func:`work` returned, updated since, into ``p`` in place; does nothing where it is ``p`` itself."""
+    if worked is not p:
+        p.copy_(worked)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameter goes to AdaptiveMuon, which to AdamW, and why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from emerging_optimizers.adaptive_muon.checks import require, require_one_of
+
+
+__all__ = ["AlgorithmT", "Route", "route_model", "route_parameter"]
+
+AlgorithmT = Literal["adaptive_muon", "adamw"]
+
+# Components of a parameter's name that mean an output head in the models of PyTorch, Hugging Face, timm and NeMo.
+_HEADS = {
+    "lm_head",
+    "head",
+    "output_layer",
+    "output_projection",
+    "classifier",
+    "embed_out",
+    "unembed",
+    "logits",
+    "score",
+}
+# Parts of a parameter's own name that mean a two-dimensional bias (pos_bias_u) or a table (pos_embed).
+_TABLES = ("bias", "embed", "token")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a parameter goes and why.
+
+    Args:
+        algorithm: "adaptive_muon" or "adamw".
+        reason: The rule that decided, in words.
+    """
+
+    algorithm: AlgorithmT
+    reason: str
+
+
+def route_parameter(p: torch.Tensor, name: str = "") -> Route:
+    """Routes a parameter by itself: by its tag, its shape and, where there is one, its name.
+
+    Args:
+        p: The parameter. ``p.is_embedding_or_output_parameter``, Megatron's tag, sends it to AdamW.
+        name: Its dotted name in the model.
+    """
+    *path, leaf = name.split(".")
+    if getattr(p, "is_embedding_or_output_parameter", False):
+        return Route("adamw", "tagged as embedding or output")
+    if is_lazy(p) or p.ndim != 2:
+        return Route("adamw", "no shape yet" if is_lazy(p) else f"{p.ndim}-D, not a matrix")
+    if 1 in p.shape:
+        return Route("adamw", "a single row or column")
+    if head := next((part for part in path if part in _HEADS), None):
+        return Route("adamw", f"output head by its name, {head!r}")
+    if any(word in leaf for word in _TABLES):
+        return Route("adamw", f"bias or table by its name, {leaf!r}")
+    return Route("adaptive_muon", "hidden matrix")
+
+
+def route_model(
+    model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None
+) -> list[tuple[str, nn.Parameter, Route]]:
+    """Routes all parameters of a model by the modules that own them, then each by itself.
+
+    Args:
+        model: The model.
+        routes: Name pattern (as in ``fnmatch``, matched against the parameter's dotted name) to algorithm, before all
+            other rules; the first pattern that matches wins.
+
+    Returns:
+        Name, parameter and route of each parameter, once each, in the model's order.
+
+    Raises:
+        ValueError: If a pattern matches no parameter or names no algorithm.
+    """
+    routes = dict(routes or {})
+    owners = _owners(model)
+    heads = _heads(model)
+    names = {name for of_parameter in owners.values() for name, _ in of_parameter}
+    for pattern, algorithm in routes.items():
+        require_one_of(f"routes[{pattern!r}]", algorithm, ("adaptive_muon", "adamw"))
+        require(
+            any(fnmatchcase(name, pattern) for name in names),
+            "a pattern of routes must match a parameter",
+            pattern,
+            "print the names with [name for name, _ in model.named_parameters()]",
+        )
+    routed = []
+    for p, of_parameter in owners.items():
+        chosen = next((key for key in routes if any(fnmatchcase(name, key) for name, _ in of_parameter)), None)
+        if chosen is not None:
+            route = Route(routes[chosen], f"pattern {chosen!r}")
+        else:
+            route = _route_by_modules([module for _, module in of_parameter], heads) or route_parameter(
+                p, of_parameter[0][0]
+            )
+        routed.append((of_parameter[0][0], p, route))
+    return routed
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
+    """Every parameter with all its names and the modules that hold it; tied parameters have several."""
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(p, []).append((f"{prefix}.{leaf}" if prefix else leaf, module))
+    return owners
+
+
+def _route_by_modules(modules: list[nn.Module], heads: dict[nn.Module, str]) -> Route | None:
+    """The route that the modules holding a parameter decide, if they do."""
+    for module in modules:
+        kind = type(module).__name__
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "Embedding" in kind:
+            return Route("adamw", "embedding" if len(modules) == 1 else "embedding, tied")
+        if "Norm" in kind:
+            return Route("adamw", f"norm, {kind}")
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return Route("adamw", f"recurrent, {kind}")
+        if module in heads:
+            return Route("adamw", heads[module])
+    return None
+
+
+def _heads(model: nn.Module) -> dict[nn.Module, str]:
+    """Output heads that the model itself shows, with the reason."""
+    heads: dict[nn.Module, str] = {}
+    get_head = getattr(model, "get_output_embeddings", None)  # Hugging Face's
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module):
+        heads[head] = "output head by get_output_embeddings()"
+    # An untied head has an output for each row of the vocabulary, and nothing else in the model has as many.
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and tables and m.out_features == max(tables)]
+    if len(linears) == 1:
+        heads.setdefault(linears[0], f"output head by its size, {max(tables)} as the embedding")
+    return heads

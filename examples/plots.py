@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two figures: validation loss while training, and tuning loss against the learning rate."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from rates import Rates
+from training import Record
+
+
+# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes tell them apart in print too.
+STYLES = {
+    "adamw": {"color": "#000000", "marker": "o", "linestyle": "--"},
+    "muon": {"color": "#E69F00", "marker": "s", "linestyle": "--"},
+    "adamuon": {"color": "#56B4E9", "marker": "^", "linestyle": "-"},
+    "normuon": {"color": "#009E73", "marker": "v", "linestyle": "-"},
+    "namo": {"color": "#0072B2", "marker": "D", "linestyle": "-"},
+    "namo_d": {"color": "#D55E00", "marker": "*", "linestyle": "-"},
+}
+
+
+def curves(records: Sequence[Record], path: Path) -> None:
+    """Draws the validation loss of the records against steps and against seconds of training.
+
+    Args:
+        records: Best first; the legend keeps this order.
+        path: Where to write the PNG.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for record in records:
+        for axes, progress in zip(panels, (record.steps, record.seconds), strict=True):
+            label = f"{record.method}  {record.final_loss:.3f}"
+            axes.plot(progress, record.losses, label=label, linewidth=1.6, markersize=4, **STYLES[record.method])
+    _frame(panels[0], "training step", "validation loss, nats a byte")
+    _frame(panels[1], "seconds of training, evaluation left out", "")
+    panels[0].set_ylim(*_range([loss for record in records for loss in record.losses]))
+    panels[1].legend(title="loss after the last step", frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def sweep(rates: Rates, path: Path) -> None:
+    """Draws the tuning loss of each method against its learning rate, on logarithmic rates."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    methods = [method for method in STYLES if rates.losses(method)]
+    for method in methods:
+        losses = rates.losses(method)
+        label = f"{method}  {rates.chosen(method):g}"
+        axes.plot(losses.keys(), losses.values(), label=label, linewidth=1.6, markersize=5, **STYLES[method])
+    _frame(axes, "peak learning rate of the hidden matrices", "tuning loss, nats a byte")
+    axes.set_xscale("log")
+    axes.legend(title="best rate", frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _frame(axes: Axes, horizontal: str, vertical: str) -> None:
+    axes.set(xlabel=horizontal, ylabel=vertical)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _range(losses: list[float]) -> tuple[float, float]:
+    """The lowest tenth of the way is where the methods differ; the first fall from a random model is cut off."""
+    finite = sorted(loss for loss in losses if math.isfinite(loss))
+    low, high = finite[0], finite[-1]
+    return low - 0.03 * (high - low), high + 0.03 * (high - low)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging of the overlay: installs ``emerging_optimizers/adaptive_muon/`` beside upstream's own files."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+
+ROOT = Path(__file__).parent
+
+MEGATRON = ["megatron-core>=0.18.2,<0.20", "psutil"]
+NEMO = ["nemo-toolkit[core,asr]>=2.7,<4", "lightning<=2.4"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "numpy", "ruff>=0.9.9", "mypy>=1.13", "build", "setuptools", "wheel"]
+DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "sphinx-copybutton>=0.5.2", "sphinxcontrib-katex>=0.9.11", "furo"]
+DEMO = ["tqdm", "matplotlib"]
+
+setup(
+    name="emerging-optimizers-adaptive-muon",
+    version="0.1.0",
+    description="Adaptive Muon with AdaMuon, NorMuon, NAMO and NAMO-D second moments, for NVIDIA's emerging_optimizers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["muon", "namo", "adamuon", "normuon", "optimizer", "pytorch", "megatron", "nemo"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.12",
+    # Upstream owns emerging_optimizers/__init__.py. A namespace search finds our sub-package only, so no wheel or
+    # editable install of ours can ever replace that file.
+    packages=find_namespace_packages(include=["emerging_optimizers.adaptive_muon*"]),
+    package_data={"emerging_optimizers.adaptive_muon": ["py.typed"]},
+    install_requires=["torch>=2.6", "absl-py", "emerging-optimizers>=0.3,<1"],
+    extras_require={"megatron": MEGATRON, "nemo": NEMO, "test": TEST + DEMO, "docs": DOCS, "demo": DEMO},
+)

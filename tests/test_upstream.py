@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Side by side with upstream's own AdaptiveMuon: the same arguments, path, extension points and checkpoints."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from inspect import signature
+from typing import Any, get_args
+
+import pytest
+import torch
+
+import oracle
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.mixin import WeightDecayT
+from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
+
+
+METHODS = get_args(upstream.Moment2MethodT)
+PAIRS = [
+    (method, decay) for method in METHODS for decay in get_args(WeightDecayT) if (method, decay) != ("namo", "l2")
+]
+SCALES = ("shape_scaling", "spectral", "unit_rms_norm")
+SHAPES = [(48, 16), (16, 48), (32, 32)]
+HYPER = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "beta2": 0.8, "fp32_matmul_prec": "highest"}
+
+
+def tolerance(scale_mode: str = "spectral") -> float:
+    """The spectral scale is the largest of the three: W moves further, and its rounding counts for less."""
+    return 2e-5 if scale_mode == "spectral" else 1e-4
+
+
+def problem(shape: tuple[int, int], steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    initial, *gradients = torch.randn(1 + steps, *shape, generator=torch.Generator().manual_seed(0))
+    return initial, gradients
+
+
+def new(kind: type, initial: torch.Tensor, **hyper: Any) -> torch.optim.Optimizer:
+    return kind([torch.nn.Parameter(initial.clone())], **HYPER | hyper)
+
+
+# ---------------------------------------------------------------------------------------------------- the same path
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["", "nesterov"])
+@pytest.mark.parametrize("scale_mode", SCALES)
+@pytest.mark.parametrize("shape", SHAPES, ids=["tall", "wide", "square"])
+@pytest.mark.parametrize(("method", "decay"), PAIRS)
+def test_same_path(method: str, decay: str, shape: tuple[int, int], scale_mode: str, nesterov: bool) -> None:
+    initial, gradients = problem(shape, steps=5)
+    hyper = {"moment2_method": method, "weight_decay_method": decay, "scale_mode": scale_mode, "nesterov": nesterov}
+    theirs, ours = (
+        oracle.walk(new(kind, initial, **hyper), gradients) for kind in (upstream.AdaptiveMuon, AdaptiveMuon)
+    )
+    assert oracle.disagreement(ours, theirs, initial) <= tolerance(scale_mode)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_upstream_checkpoint_goes_on(method: str) -> None:
+    initial, gradients = problem((24, 40), steps=6)
+    theirs = new(upstream.AdaptiveMuon, initial, moment2_method=method)
+    half = oracle.walk(theirs, gradients[:3])[-1]
+    ours = new(AdaptiveMuon, half, moment2_method=method, lr=1.0, momentum=0.1, beta2=0.1)  # the checkpoint's win
+    ours.load_state_dict(deepcopy(theirs.state_dict()))  # a copy, as by way of a file
+    rest = oracle.walk(theirs, gradients[3:])
+    assert oracle.disagreement(oracle.walk(ours, gradients[3:]), rest, half) <= tolerance()
+
+
+# ----------------------------------------------------------------------------------------------- the same signature
+
+
+def test_every_upstream_argument_is_here() -> None:
+    theirs, ours = (signature(kind).parameters for kind in (upstream.AdaptiveMuon, AdaptiveMuon))
+    given_defaults = {"lr": 3e-4, "momentum": 0.95, "weight_decay": 0.01}
+    for name, parameter in theirs.items():
+        assert ours[name].kind == parameter.kind, name
+        assert ours[name].default == given_defaults.get(name, parameter.default), name
+    positional = [name for name, parameter in theirs.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(positional)] == positional
+
+
+def test_is_an_upstream_adaptive_muon() -> None:
+    assert isinstance(AdaptiveMuon([torch.zeros(2, 3)]), upstream.AdaptiveMuon)
+
+
+# ---------------------------------------------------------------------------------------- the same extension points
+
+
+def matrices() -> Iterator[torch.nn.Parameter]:
+    """Two of one shape, which may be worked on together, and one of another."""
+    generator = torch.Generator().manual_seed(1)
+    for shape in [(6, 4), (6, 4), (3, 8)]:
+        p = torch.nn.Parameter(torch.randn(shape, generator=generator))
+        p.grad = torch.randn(shape, generator=generator)
+        yield p
+
+
+class Hooked(AdaptiveMuon):
+    """Notes what the hooks see, and multiplies the update by `factor`."""
+
+    factor = 1.0
+
+    def pre_weight_update_fn_inplace(self, p: torch.Tensor, update: torch.Tensor) -> None:
+        self.pre = getattr(self, "pre", [])
+        self.pre.append((p, p.detach().clone(), update.clone()))
+        update.mul_(self.factor)
+
+    def post_weight_update_fn_inplace(self, p: torch.Tensor) -> None:
+        self.post = getattr(self, "post", [])
+        self.post.append((p, p.detach().clone()))
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.5, 0.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_around_the_weight_update(method: str, factor: float) -> None:
+    parameters = list(matrices())
+    before = [p.detach().clone() for p in parameters]
+    optimizer = Hooked(
+        [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:]}], moment2_method=method, lr=0.3
+    )
+    optimizer.factor = factor
+    for count in (1, 2):
+        optimizer.step()
+        assert sorted(id(p) for p, *_ in optimizer.pre) == sorted(count * [id(p) for p in parameters])
+        assert sorted(id(p) for p, *_ in optimizer.post) == sorted(count * [id(p) for p in parameters])
+        if count == 1:
+            seen = {p: (at_pre, update) for p, at_pre, update in optimizer.pre}
+            after = dict(optimizer.post)
+    for p, W, lr in zip(parameters, before, (0.1, 0.3, 0.3), strict=True):
+        at_pre, update = seen[p]
+        torch.testing.assert_close(at_pre, W * (1 - lr * 0.01), atol=1e-6, rtol=1e-6)  # decayed, and not yet moved
+        torch.testing.assert_close(after[p], at_pre - lr * factor * update, atol=1e-6, rtol=1e-6)
+        assert update.norm() > 0.1
+
+
+class WithOwnOrthogonalize:
+    """The use that upstream documents: a fused matrix, each half orthogonalized by itself."""
+
+    def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.seen = getattr(self, "seen", [])
+        self.seen.append((p, kwargs["lr"]))
+        return torch.cat(
+            [super(WithOwnOrthogonalize, self).orthogonalize(p, half, **kwargs) for half in grad.chunk(2)]
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_orthogonalize_can_be_overridden(method: str) -> None:
+    results = []
+    for kind in (upstream.AdaptiveMuon, AdaptiveMuon):
+        parameters = list(matrices())
+        derived = type("Derived", (WithOwnOrthogonalize, kind), {})
+        groups = [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:]}]
+        optimizer = derived(groups, moment2_method=method, **HYPER)
+        for _ in range(3):
+            optimizer.step()
+        assert sorted((id(p), lr) for p, lr in optimizer.seen) == sorted(
+            3 * [(id(p), lr) for p, lr in zip(parameters, (0.1, 0.02, 0.02), strict=True)]
+        )
+        results.append([p.detach() for p in parameters])
+    for theirs, ours, initial in zip(*results, matrices(), strict=True):
+        assert oracle.disagreement([ours], [theirs], initial) <= 1e-4
