@@ -41,7 +41,9 @@ def curves(records: Sequence[Record], path: Path) -> None:
             axes.plot(progress, record.losses, label=label, linewidth=1.6, markersize=4, **STYLES[record.method])
     _frame(panels[0], "training step", "validation loss, nats a byte")
     _frame(panels[1], "seconds of training, evaluation left out", "")
-    panels[0].set_ylim(*_range([loss for record in records for loss in record.losses]))
+    panels[0].set_ylim(*_range(records))
+    for axes in panels:
+        axes.set_xlim(left=0)
     panels[1].legend(title="loss after the last step", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -68,8 +70,9 @@ def _frame(axes: Axes, horizontal: str, vertical: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def _range(losses: list[float]) -> tuple[float, float]:
-    """The lowest tenth of the way is where the methods differ; the first fall from a random model is cut off."""
-    finite = sorted(loss for loss in losses if math.isfinite(loss))
-    low, high = finite[0], finite[-1]
-    return low - 0.03 * (high - low), high + 0.03 * (high - low)
+def _range(records: Sequence[Record]) -> tuple[float, float]:
+    """From the lowest loss to the highest at a sixth of the way: the first fall from a random model is cut off."""
+    lows = [min(filter(math.isfinite, record.losses), default=0.0) for record in records]
+    highs = [record.losses[len(record.losses) // 6] for record in records]
+    low, high = min(lows), max(filter(math.isfinite, highs), default=math.log(256))
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)

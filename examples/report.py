@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the demo says at the end: a table for the reader, and the same with all its circumstances for a program."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -33,7 +34,12 @@ def table(records: Sequence[Record]) -> str:
     rows = [[heading[0] for heading in COLUMNS], [heading[1] for heading in COLUMNS]]
     rows += [_row(record, goal) for record in records]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
     lines.insert(2, "-" * len(lines[0]))
     return "\n".join(lines)
 
@@ -54,23 +60,26 @@ def _row(record: Record, goal: float | None) -> list[str]:
     ]
 
 
-def footnote(records: Sequence[Record], protocol: Protocol, source: str, seed: int) -> str:
-    """Returns what one must know to read the table."""
-    return (
-        f"Sorted by validation loss: the first line learned most in {protocol.steps} steps. Seed {seed}, "
-        f"{records[0].parameters:,} parameters.\n"
-        f"Text: {source}. Learning rates were chosen on its tuning part (learning_rates.json), with another seed;\n"
-        "the validation part was used for nothing but this table. Losses in nats a byte (bits: divide by 0.693); the train\n"
-        f"loss is the mean over the last {max(1, protocol.steps // 20)} batches. To AdamW's: the first evaluation at which the validation "
-        "loss is\nas low as AdamW's last one, and the seconds of training until then; - if never."
-    )
+def footnote(protocol: Protocol, seed: int, sweep: dict[str, Any]) -> str:
+    """Returns what one must know to read the table.
+
+    Args:
+        protocol: What all methods had in common.
+        seed: Of this run.
+        sweep: The setting under which the learning rates were chosen.
+    """
+    tail = protocol.tail(protocol.steps)
+    return f"""\
+Sorted: the method that learned most in {protocol.steps} steps comes first. One seed, {seed}: differences of a hundredth may be chance.
+Losses are in nats a byte (bits: divide by 0.693). The validation text served for nothing but this table; the learning
+rates were chosen on other text, the tuning part of {sweep["text"]["source"]},
+in {sweep["steps"]} steps with seed {sweep["seed"]} (examples/learning_rates.json). Train loss: mean of the last {tail} batches.
+To AdamW's: the first evaluation, every {max(1, protocol.steps // protocol.evaluations)} steps, with a validation loss as low as AdamW's last one; - if never."""
 
 
-def document(
-    records: Sequence[Record], protocol: Protocol, text: dict[str, Any], seed: int, device: str
-) -> dict[str, Any]:
-    """Returns everything that was set and measured, ready for JSON; no name or path of this machine is in it."""
-    return {
+def document(records: Sequence[Record], protocol: Protocol, text: dict[str, Any], seed: int, device: str) -> str:
+    """Returns everything that was set and measured, as JSON; no name or path of this machine is in it."""
+    facts = {
         "protocol": asdict(protocol),
         "seed": seed,
         "text": text,
@@ -82,6 +91,8 @@ def document(
         "machine": machine(device),
         "records": [{"final_loss": record.final_loss, **asdict(record)} for record in records],
     }
+    # JSON has no word for the losses of a run that diverged: null.
+    return json.dumps(json.loads(json.dumps(facts), parse_constant=lambda _: None), indent=2) + "\n"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ All start from the same weights and see the same batches. The table is printed; 
 (PNG) are written to runs/.
 """
 
-import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,10 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
+    print(
+        f"Text: {text.source}, of which {len(text.train) / 1e6:.1f} MB to train on and {len(text.validation) / 1e6:.1f} MB to "
+        f"validate.\nEach method: {protocol.steps} steps of {protocol.batch} windows of {protocol.shape.context} bytes."
+    )
     records = [
         train(
             method,
@@ -45,13 +49,13 @@ def main() -> None:
         )
         for method, lr in chosen.items()
     ]
-    records.sort(key=lambda record: record.final_loss)
+    records.sort(key=lambda record: (math.isnan(record.final_loss), record.final_loss))
 
-    print(f"\n{report.table(records)}\n\n{report.footnote(records, protocol, text.source, arguments.seed)}")
-    facts = report.document(records, protocol, text.describe(), arguments.seed, arguments.device)
-    (arguments.out / "train_gpt.json").write_text(json.dumps(facts, indent=2) + "\n")
-    plots.curves(records, arguments.out / "train_gpt.png")
-    print(f"\nMeasurements: {arguments.out / 'train_gpt.json'}   Curves: {arguments.out / 'train_gpt.png'}")
+    print(f"\n{report.table(records)}\n\n{report.footnote(protocol, arguments.seed, rates.content['setting'])}")
+    numbers, picture = arguments.out / "train_gpt.json", arguments.out / "train_gpt.png"
+    numbers.write_text(report.document(records, protocol, text.describe(), arguments.seed, arguments.device))
+    plots.curves(records, picture)
+    print(f"\nMeasurements: {numbers}   Curves: {picture}")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ class Protocol:
         rising = max(1, round(self.warmup * self.steps))
         return min((step + 1) / rising, (self.steps - step) / max(1, self.steps - rising))
 
+    @staticmethod
+    def tail(steps: int) -> int:
+        """Returns over how many of the last steps the train loss is averaged: one batch alone is noisy."""
+        return max(1, steps // 20)
+
     def evaluated_steps(self) -> set[int]:
         """Returns after which numbers of steps the held-out text is evaluated."""
         return {max(1, round(self.steps * k / self.evaluations)) for k in range(1, self.evaluations + 1)}
@@ -80,8 +85,8 @@ class Record:
 
     @property
     def final_train_loss(self) -> float:
-        """The mean over the last twentieth of the steps: one batch alone is noisy."""
-        return statistics.fmean(self.train_losses[-max(1, len(self.train_losses) // 20) :])
+        """The mean over the last twentieth of the steps."""
+        return statistics.fmean(self.train_losses[-Protocol.tail(len(self.train_losses)) :])
 
     @property
     def final_loss(self) -> float:

@@ -70,7 +70,7 @@ def test_a_permutation_goes_through(method: str, dim: int, shape: tuple) -> None
     path = walk(initial, gradients, **hyper)
     permuted = walk(initial.index_select(dim, order), gradients.index_select(1 + dim, order), **hyper)
     expected = [W.index_select(dim, order) for W in path]
-    tolerance = 1e-3 if method == "adamuon" else 2e-5  # adamuon: see TOLERANCE in test_oracle.py
+    tolerance = 1e-3 if method == "adamuon" else 2e-5  # adamuon: see ADAMUON_TOLERANCE in test_oracle.py
     assert oracle.disagreement(permuted, expected, initial.index_select(dim, order)) <= tolerance
 
 
@@ -201,6 +201,34 @@ def test_a_parameter_without_gradient_is_left_alone(method: str) -> None:
         optimizer.step()
     assert torch.equal(without, normal(5, 4)) and without not in optimizer.state
     assert not torch.equal(beside, normal(5, 4))
+
+
+@pytest.mark.parametrize(("method", "decay"), PAIRS)
+def test_a_gradient_is_only_read(method: str, decay: str) -> None:
+    p = torch.nn.Parameter(normal(5, 4))
+    optimizer = AdaptiveMuon([p], moment2_method=method, weight_decay_method=decay, weight_decay=0.3, nesterov=True)
+    p.grad = normal(5, 4, seed=1)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(p.grad, normal(5, 4, seed=1))
+
+
+@pytest.mark.parametrize("bias_correction", [None, False, True])
+@each_shape
+@each_method
+def test_state(method: str, shape: tuple, bias_correction: bool | None) -> None:
+    optimizer = AdaptiveMuon([torch.zeros(shape)], moment2_method=method, bias_correction=bias_correction)
+    oracle.walk(optimizer, normal(3, *shape))
+    [state] = optimizer.state.values()
+    m, n = shape
+    V = {"adamuon": (m, n), "normuon": (m, 1) if m >= n else (1, n), "namo": (1,), "namo_d": (1, n)}[method]
+    corrected = method == "namo_d" if bias_correction is None else bias_correction
+    assert {name: tuple(value.shape) for name, value in state.items()} == {
+        "momentum_buffer": (m, n),
+        "moment2_buffer": V,
+    } | ({"step": ()} if corrected else {})
+    assert all(value.dtype == torch.float32 for value in state.values())
+    assert state.get("step", 3) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: each is refused with the rule, the value and the remedy, and changes nothing."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Moment2MethodT
+
+
+METHODS = get_args(Moment2MethodT)
+
+
+def matrix(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(sum(shape))
+    p = nn.Parameter(torch.randn(*(shape or (4, 3)), generator=generator).to(dtype))
+    p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+    return p
+
+
+BAD = [
+    ({"moment2_method": "adam"}, "moment2_method", "'adam'", "namo_d"),
+    ({"scale_mode": "rms"}, "scale_mode", "'rms'", "spectral"),
+    ({"coefficient_type": "quartic"}, "coefficient_type", "'quartic'", "polar_express"),
+    ({"coefficient_type": "custom"}, "coefficient_type", "'custom'", "quintic"),
+    ({"weight_decay_method": "cautious"}, "weight_decay_method", "'cautious'", "decoupled"),
+    ({"fp32_matmul_prec": "low"}, "fp32_matmul_prec", "'low'", "highest"),
+    ({"lr": -1e-3}, "lr must be >= 0", "-0.001", "rates"),
+    ({"lr": math.nan}, "lr must be >= 0", "nan", "rates"),
+    ({"lr": math.inf}, "lr must be >= 0", "inf", "rates"),
+    ({"momentum": 1.0}, "momentum must be in [0, 1)", "1.0", "0.95"),
+    ({"momentum": -0.1}, "momentum must be in [0, 1)", "-0.1", "0.95"),
+    ({"weight_decay": -0.1}, "weight_decay must be >= 0", "-0.1", "0 for none"),
+    ({"beta2": 1.0}, "beta2 must be in [0, 1)", "1.0", "0.99"),
+    ({"beta2": -0.5}, "beta2 must be in [0, 1)", "-0.5", "0.99"),
+    ({"eps": 0.0}, "eps must be > 0", "0.0", "1e-8"),
+    ({"eps": -1e-8}, "eps must be > 0", "-1e-08", "1e-8"),
+    ({"eps": 1e-50}, "eps must be > 0", "1e-50", "1e-8"),
+    ({"namo_d_clamp": 0.0}, "namo_d_clamp must be in (0, 1]", "0.0", "0.75"),
+    ({"namo_d_clamp": 1.5}, "namo_d_clamp must be in (0, 1]", "1.5", "0.75"),
+    ({"namo_d_clamp": 1.5, "moment2_method": "namo_d"}, "namo_d_clamp must be in (0, 1]", "1.5", "0.75"),
+    ({"num_ns_steps": 0}, "num_ns_steps must be", "0", "5"),
+    ({"num_ns_steps": 2.5}, "num_ns_steps must be", "2.5", "5"),
+    ({"extra_scale_factor": math.nan}, "extra_scale_factor must be finite", "nan", "1.0"),
+    ({"weight_decay_method": "l2", "moment2_method": "namo"}, "falsify", "'l2'", "decoupled"),
+    ({"weight_decay_method": "l2", "moment2_method": "namo_d"}, "falsify", "'l2'", "decoupled"),
+    ({"weight_decay_method": "adaptive", "moment2_method": "adamuon"}, "adaptive", "'adaptive'", "decoupled"),
+    ({"weight_decay_method": "adaptive", "moment2_method": "normuon"}, "adaptive", "'adaptive'", "decoupled"),
+]
+
+
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+@pytest.mark.parametrize(("options", "rule", "value", "remedy"), BAD, ids=[str(bad[0]) for bad in BAD])
+def test_bad_option_is_refused_at_construction(make, options, rule, value, remedy):
+    with pytest.raises(ValueError) as error:
+        make([matrix()], **options)
+    for part in (rule, f"got {value}", remedy):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"scalar_lr": -1}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"scalar_eps": -1}])
+def test_bad_adamw_option_is_refused_at_construction(options):
+    with pytest.raises(ValueError, match=next(iter(options)) + ".*, got .*: "):
+        HybridAdaptiveMuon([matrix(), matrix(3)], **options)
+
+
+def test_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="beta3"):
+        HybridAdaptiveMuon([matrix()], beta3=0.9)
+
+
+GROUPS = [
+    {"lr": -1.0},
+    {"momentum": 2.0},
+    {"beta2": 1.0},
+    {"eps": 0.0},
+    {"weight_decay": -1},
+    {"moment2_method": "namo"},
+]
+
+
+@pytest.mark.parametrize("options", GROUPS, ids=str)
+def test_bad_group_is_refused_and_leaves_the_optimizer_as_it_was(options):
+    optimizer = AdaptiveMuon([matrix()])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=next(iter(options))):
+        optimizer.add_param_group({"params": [matrix(5, 2)], **options})
+    assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"), [((3,), "(3,)"), ((8, 3, 3, 3), "(8, 3, 3, 3)"), ((2, 3, 4), "(2, 3, 4)"), ((), "()")]
+)
+def test_what_is_not_a_matrix_is_refused_by_name_and_shape(shape, text):
+    p = nn.Parameter(torch.zeros(shape))
+    for params, name in (([matrix(), p], "parameter 1 "), ([("a", matrix()), ("conv.weight", p)], "'conv.weight'")):
+        with pytest.raises(ValueError) as error:
+            AdaptiveMuon(params)
+        for part in (name, text, "AdamW"):
+            assert part in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.float8_e4m3fn], ids=str)
+def test_what_is_not_a_real_float_is_refused(dtype):
+    p = nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"dtype, got {dtype}.*bfloat16"):
+        AdaptiveMuon([p])
+
+
+def test_lazy_matrix_is_taken_and_looked_at_again():
+    linear, conv = nn.LazyLinear(3, bias=False), nn.LazyConv1d(3, 2, bias=False)
+    optimizer = AdaptiveMuon([linear.weight])
+    linear(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[linear.weight]["momentum_buffer"].shape == (3, 5)
+    optimizer = AdaptiveMuon([conv.weight])
+    conv(torch.ones(1, 5, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"\(3, 5, 2\).*AdamW"):
+        optimizer.step()
+
+
+def sparse(p):
+    p.grad = p.grad.to_sparse()
+
+
+def complexified(p):
+    p.grad, p.data = None, p.data.to(torch.complex64)
+    p.grad = torch.zeros_like(p)
+
+
+def flattened(p):
+    p.grad, p.data = None, p.data.flatten()
+    p.grad = torch.zeros_like(p)
+
+
+@pytest.mark.parametrize("spoil", [sparse, complexified, flattened])
+@pytest.mark.parametrize("hybrid", [False, True], ids=["AdaptiveMuon", "HybridAdaptiveMuon"])
+@pytest.mark.parametrize("method", METHODS)
+def test_refused_step_changes_nothing(method, hybrid, spoil):
+    """The spoiled matrix comes last, in a second group: everything before it must be as it was."""
+    params = [matrix(), matrix(3, 4), matrix(6)]
+    last = matrix(4, 4)
+    groups = [{"params": params if hybrid else params[:2]}, {"params": [last]}]
+    optimizer = (HybridAdaptiveMuon if hybrid else AdaptiveMuon)(groups, moment2_method=method)
+    optimizer.step()
+    spoil(last)
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    weights = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="got .*: "):
+        optimizer.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, atol=0, rtol=0)
+
+
+def test_refused_scalar_gradient_changes_no_matrix():
+    embedding, linear = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3)
+    optimizer = HybridAdaptiveMuon.from_model(nn.Sequential(embedding, linear))
+    linear(embedding(torch.tensor([1, 2]))).sum().backward()
+    weight = linear.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'0.weight' is, got .*sparse_coo.*sparse=False"):
+        optimizer.step()
+    assert torch.equal(linear.weight, weight) and not optimizer.state
+
+
+DTENSOR = """
+import torch, torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
+try:
+    AdaptiveMuon([p])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_sharded_parameter_is_refused():
+    """A sharded result equals the whole result, or we raise."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", DTENSOR]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "DTensor" in done.stdout and "Shard(dim=0)" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HybridAdaptiveMuon: the routing, and a composition that equals its two parts run apart."""
+
+import copy
+import io
+import pickle
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Moment2MethodT
+from emerging_optimizers.adaptive_muon.routing import route_model
+
+
+METHODS = get_args(Moment2MethodT)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.query, self.out_proj = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.pos_bias_u = nn.Parameter(torch.zeros(2, 4))
+
+    def forward(self, x):
+        return x + self.out_proj(self.query(self.norm(x)) + self.pos_bias_u.sum())
+
+
+class Model(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(13, 8), nn.Embedding(8, 8)
+        self.table = nn.Parameter(torch.zeros(1, 5, 8))
+        self.conv, self.lstm = nn.Conv1d(8, 8, 1), nn.LSTM(8, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.scores = nn.Linear(8, 13, bias=False)
+        if tied:
+            self.scores.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.positions(tokens % 8) + self.table[:, :1]
+        x = self.conv(x.mT).mT
+        x = x + self.lstm(x)[0]
+        for block in self.blocks:
+            x = block(x)
+        return self.scores(x)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        tokens = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1).flatten()).backward()
+        optimizer.step()
+
+
+def model_and_optimizer(method="namo_d", tied=False, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = Model(tied).to(dtype)
+    return model, HybridAdaptiveMuon.from_model(model, lr=1e-2, moment2_method=method, scalar_lr=1e-3, **options)
+
+
+def names_of(optimizer, use_muon):
+    return {n for g in optimizer.param_groups if g["use_muon"] is use_muon for n in g["param_names"]}
+
+
+MATRICES = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("query", "out_proj")}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_routing_by_module(tied):
+    model, optimizer = model_and_optimizer(tied=tied)
+    everything = {name for name, _ in model.named_parameters()}
+    assert names_of(optimizer, True) == MATRICES
+    assert names_of(optimizer, False) == everything - MATRICES
+    assert [g["use_muon"] for g in optimizer.param_groups] == [True, False]
+
+
+REASONS = {
+    "embed.weight": "embedding",
+    "positions.weight": "embedding",
+    "table": "3-D, not a matrix",
+    "conv.weight": "3-D, not a matrix",
+    "lstm.weight_ih_l0": "recurrent, LSTM",
+    "blocks.0.norm.weight": "norm, LayerNorm",
+    "blocks.0.pos_bias_u": "bias or table by its name, 'pos_bias_u'",
+    "blocks.0.query.bias": "1-D, not a matrix",
+    "blocks.0.query.weight": "hidden matrix",
+    "scores.weight": "output head by its size, 13 as the embedding",
+}
+
+
+def test_every_route_has_its_reason():
+    model, optimizer = model_and_optimizer()
+    reasons = {name: route.reason for name, _, route in route_model(model)}
+    assert {name: reasons[name] for name in REASONS} == REASONS
+    text = optimizer.describe()
+    assert text.startswith("AdaptiveMuon (namo_d): 4 parameters, 256 elements\n")
+    assert all(name in text and reason in text for name, reason in REASONS.items())
+    (tied,) = (route.reason for name, _, route in route_model(Model(tied=True)) if name == "embed.weight")
+    assert tied == "embedding, tied"
+
+
+def test_a_table_as_long_as_the_width_does_not_make_every_layer_a_head():
+    """Eight positions in a model of width eight: four linear layers have eight outputs, and none is a head."""
+    model = Model()
+    model.embed, model.scores = nn.Identity(), nn.Identity()
+    assert sum(route.algorithm == "adaptive_muon" for *_, route in route_model(model)) == 4
+
+
+def test_heads_by_name_tag_and_hugging_face():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.lm_head, self.b, self.c = (nn.Linear(4, 4, bias=False) for _ in range(4))
+            self.b.weight.is_embedding_or_output_parameter = True
+
+        def get_output_embeddings(self):
+            return self.c
+
+    routed = {name: route.algorithm for name, _, route in route_model(Wrapped())}
+    assert routed == {"a.weight": "adaptive_muon"} | {f"{n}.weight": "adamw" for n in ("lm_head", "b", "c")}
+
+
+def test_patterns_come_first():
+    routes = {"blocks.0.query.weight": "adamw", "blocks.*.query.weight": "adaptive_muon", "scores.*": "adaptive_muon"}
+    _, optimizer = model_and_optimizer(routes=routes)
+    assert names_of(optimizer, True) == MATRICES - {"blocks.0.query.weight"} | {"scores.weight"}
+
+
+@pytest.mark.parametrize(
+    ("routes", "text"),
+    [
+        ({"blocks.9.*": "adamw"}, "'blocks.9.*'"),
+        ({"blocks.*": "sgd"}, "'sgd'"),
+        ({"*.norm.weight": "adaptive_muon"}, "'blocks.0.norm.weight'.*AdamW"),
+    ],
+)
+def test_bad_patterns_are_refused(routes, text):
+    with pytest.raises(ValueError, match=text):
+        model_and_optimizer(routes=routes)
+
+
+def test_constructor_routes_what_it_can():
+    model = Model()
+    model.embed.weight.is_embedding_or_output_parameter = True
+    model.scores.weight.is_embedding_or_output_parameter = True
+    anonymous = HybridAdaptiveMuon(model.parameters())
+    assert not {id(model.embed.weight), id(model.scores.weight), id(model.conv.weight), id(model.table)} & {
+        id(p) for p in anonymous.muon.param_groups[0]["params"]
+    }
+    named = HybridAdaptiveMuon(model.named_parameters())
+    assert MATRICES <= names_of(named, True) and "blocks.0.pos_bias_u" in names_of(named, False)
+    forced = HybridAdaptiveMuon(
+        [{"params": model.lstm.weight_ih_l0, "use_muon": False}, {"params": [*model.blocks.parameters()]}]
+    )
+    assert forced.adamw.param_groups[0]["params"][0] is model.lstm.weight_ih_l0 and len(forced.param_groups) == 3
+    with pytest.raises(ValueError, match=r"\(1, 5, 8\)"):
+        HybridAdaptiveMuon([{"params": [model.table], "use_muon": True}])
+
+
+def test_group_options_and_their_scalar_twins():
+    p, q, r, s = (nn.Parameter(torch.ones(shape)) for shape in ((3, 2), (3,), (4, 2), (4,)))
+    groups = [
+        {"params": [p, q], "lr": 0.5, "weight_decay": 0.25, "eps": 1e-3, "beta2": 0.5},
+        {
+            "params": [r, s],
+            "lr": 0.5,
+            "scalar_lr": 0.125,
+            "scalar_weight_decay": 0.0,
+            "scalar_eps": 1e-4,
+            "betas": (0.1, 0.2),
+        },
+    ]
+    made = HybridAdaptiveMuon(groups, weight_decay=0.75)
+    of = {id(g["params"][0]): g for g in made.param_groups}
+    assert [(of[id(x)]["lr"], of[id(x)]["weight_decay"], of[id(x)]["eps"]) for x in (p, q, r, s)] == [
+        (0.5, 0.25, 1e-3),
+        (0.5, 0.25, 1e-3),
+        (0.5, 0.75, 1e-8),
+        (0.125, 0.0, 1e-4),
+    ]
+    assert of[id(p)]["beta2"] == 0.5 and of[id(s)]["betas"] == (0.1, 0.2) and of[id(q)]["betas"] == (0.9, 0.999)
+    assert [g["use_muon"] for g in made.param_groups] == [True, True, False, False]
+
+
+def test_defaults_of_the_adamw_part():
+    p, q = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    _, scalar = HybridAdaptiveMuon([p, q], lr=0.5, weight_decay=0.25).param_groups
+    assert (scalar["lr"], scalar["weight_decay"]) == (0.5, 0.25)
+    _, scalar = HybridAdaptiveMuon([p, q], lr=0.5, scalar_lr=0.0, scalar_weight_decay=0.0).param_groups
+    assert (scalar["lr"], scalar["weight_decay"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_its_two_parts_run_apart(method):
+    """Bit for bit AdaptiveMuon on the matrices and torch's own AdamW on the rest, schedulers included."""
+    model, optimizer = model_and_optimizer(method, betas=(0.8, 0.9), scalar_eps=1e-6, scalar_weight_decay=0.5)
+    other = copy.deepcopy(model)
+    named = dict(other.named_parameters())
+    apart = [
+        AdaptiveMuon([named[n] for n in named if n in MATRICES], lr=1e-2, moment2_method=method),
+        torch.optim.AdamW([named[n] for n in named if n not in MATRICES], 1e-3, (0.8, 0.9), 1e-6, 0.5),
+    ]
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 6) for o in (optimizer, *apart)]
+    for step in range(5):
+        train(model, optimizer, [step])
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.grad = p.grad
+        for each in apart:
+            each.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_checkpoint_resumes_both(method, dtype):
+    model, optimizer = model_and_optimizer(method, dtype=dtype)
+    train(model, optimizer, range(3))
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
+    buffer.seek(0)
+    weights, state = torch.load(buffer, weights_only=True)
+    resumed_model, resumed = model_and_optimizer(method, dtype=dtype)
+    train(resumed_model, resumed, [7])
+    resumed_model.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    train(model, optimizer, range(3, 6))
+    train(resumed_model, resumed, range(3, 6))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True))
+    torch.testing.assert_close(optimizer.state_dict()["state"], resumed.state_dict()["state"], atol=0, rtol=0)
+
+
+def test_checkpoint_of_another_method_or_routing_is_refused():
+    model, optimizer = model_and_optimizer("namo")
+    train(model, optimizer, range(2))
+    with pytest.raises(ValueError, match="\"normuon\".*'namo'"):
+        model_and_optimizer("normuon")[1].load_state_dict(optimizer.state_dict())
+    p, q = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2, 3))
+    one = HybridAdaptiveMuon([{"params": [p], "use_muon": True}, {"params": [q], "use_muon": True}])
+    other = HybridAdaptiveMuon([{"params": [p], "use_muon": True}, {"params": [q], "use_muon": False}])
+    with pytest.raises(ValueError, match=r"use_muon=False.*describe\(\)"):
+        other.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_copy_goes_on_alike(copied):
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    other_model, other = copied((model, optimizer))
+    train(model, optimizer, range(2, 4))
+    train(other_model, other, range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other_model.parameters(), strict=True))
+    assert other.describe() == optimizer.describe()
+
+
+def test_rates_set_from_outside_reach_both_parts_after_every_change_of_hands():
+    """The groups and the state stay shared through loading and copying."""
+    _, optimizer = model_and_optimizer()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        for inner, group in zip((each.muon, each.adamw), each.param_groups, strict=True):
+            assert inner.param_groups[0] is group and inner.state is each.state
+
+
+def test_added_group_is_split_and_a_bad_one_changes_nothing():
+    model, optimizer = model_and_optimizer()
+    before = [copy.copy(g) for g in optimizer.param_groups], optimizer.describe()
+    p, q = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    for bad in (
+        {"params": [("new", p), ("new_bias", q)], "scalar_lr": -1.0},
+        {"params": [("new", p), ("new_bias", q)], "lr": -1.0},
+        {"params": [("again", model.blocks[0].query.weight)]},
+        {"params": [("again", model.blocks[0].query.weight)], "use_muon": False},
+        {"params": {p}},
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.add_param_group(bad)
+        assert [len(o.param_groups) for o in (optimizer, optimizer.muon, optimizer.adamw)] == [2, 1, 1]
+        assert (optimizer.param_groups, optimizer.describe()) == before
+    optimizer.add_param_group({"params": [("new", p), ("new_bias", q)], "lr": 0.5})
+    assert [(g["use_muon"], g["lr"]) for g in optimizer.param_groups[2:]] == [(True, 0.5), (False, 0.5)]
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    assert (p != 1).all() and (q != 1).all() and "new_bias" in optimizer.describe()
+
+
+def test_closure_and_one_kind_only():
+    for model in (nn.Linear(3, 2, bias=False), nn.LayerNorm(3)):
+        optimizer = HybridAdaptiveMuon.from_model(model, lr=1e-2)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = (model(torch.arange(3.0)) - 1).square().sum()
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(10)]
+        assert losses[-1] < losses[0] and len(optimizer.param_groups) == 1
+
+
+def test_one_cycle_schedule_and_gradient_scaler():
+    model, optimizer = model_and_optimizer()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1e-2, 1e-3], total_steps=8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for _ in range(6):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.arange(6)[None]).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert optimizer.param_groups[0]["lr"] != optimizer.param_groups[1]["lr"]

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaptiveMuon behaves as any torch optimizer: closures, schedulers, groups, copies, checkpoints."""
+
+import copy
+import io
+import pickle
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT
+from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon as Upstream
+
+
+METHODS = get_args(Moment2MethodT)
+SHAPES = [(6, 4), (4, 6), (5, 5)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def matrices(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+
+
+def set_gradients(params, step):
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def run(optimizer, params, steps):
+    for step in steps:
+        set_gradients(params, step)
+        optimizer.step()
+
+
+def assert_same(left, right):
+    """The same weights and state, bit for bit."""
+    (one, ones), (other, others) = left, right
+    assert all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
+    torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], atol=0, rtol=0)
+
+
+def saved(optimizer):
+    """The optimizer's state_dict after a round trip through torch.save with safe loading."""
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def clones(params):
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closure_is_evaluated_under_grad_and_its_loss_returned(method):
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = AdaptiveMuon(model.parameters(), lr=1e-2, moment2_method=method)
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 4)).square().sum()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    assert [optimizer.step(closure).item() for _ in range(5)] == losses
+    assert losses[-1] < losses[0]
+    assert optimizer.step() is None
+
+
+def test_scheduler_reaches_the_update():
+    """Halving the rate halves the step; D does not depend on the rate."""
+    changes = []
+    for factor in (1.0, 0.5):
+        params = matrices()
+        optimizer = AdaptiveMuon(params, lr=1e-2, weight_decay=0, moment2_method="namo")
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _, factor=factor: factor)
+        before = clones(params)
+        run(optimizer, params, [0])
+        changes.append([b - p for p, b in zip(params, before, strict=True)])
+    for whole, half in zip(*changes, strict=True):
+        torch.testing.assert_close(whole, 2 * half, atol=1e-6, rtol=1e-5)
+
+
+SCHEDULERS = {
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5, eta_min=1e-5),
+    "one cycle, cycling momentum": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=1e-2, total_steps=10),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-4, 1e-2, cycle_momentum=True),
+    "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "warm-up": lambda o: torch.optim.lr_scheduler.LinearLR(o),
+}
+
+
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_schedulers_work(make):
+    params = matrices()
+    optimizer = AdaptiveMuon(params, lr=1e-2)
+    scheduler, rates = make(optimizer), set()
+    for step in range(4):
+        run(optimizer, params, [step])
+        scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+        rates.add(optimizer.param_groups[0]["lr"])
+    assert len(rates) > 1 and all(p.isfinite().all() for p in params)
+
+
+def test_rate_may_be_a_tensor():
+    params, others = matrices(), matrices()
+    run(AdaptiveMuon(params, lr=0.25), params, range(2))
+    run(AdaptiveMuon(others, lr=torch.tensor(0.25)), others, range(2))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_added_group_is_as_one_given_at_construction(method):
+    """Upstream's forgets beta2 and eps here."""
+    early, late = matrices(), matrices()
+    options = {"lr": 0.1, "beta2": 0.5, "momentum": 0.3, "eps": 1e-3}
+    one = AdaptiveMuon([{"params": early[:1]}, {"params": early[1:], **options}], moment2_method=method)
+    other = AdaptiveMuon(late[:1], moment2_method=method)
+    other.add_param_group({"params": iter(late[1:]), **options})
+    run(one, early, range(3))
+    run(other, late, range(3))
+    assert_same((one, early), (other, late))
+    default = AdaptiveMuon(clones(early), moment2_method=method)
+    run(default, default.param_groups[0]["params"], range(3))
+    assert not torch.equal(default.param_groups[0]["params"][1], early[1])
+
+
+def test_group_options_reach_the_update_each():
+    """Each option of a group changes that group's result and no other group's."""
+    for option in ({"lr": 0.2}, {"momentum": 0.1}, {"weight_decay": 0.9}, {"beta2": 0.1}, {"eps": 1.0}):
+        params, others = matrices(), matrices()
+        run(AdaptiveMuon([{"params": params[:1]}, {"params": params[1:]}]), params, range(3))
+        run(AdaptiveMuon([{"params": others[:1]}, {"params": others[1:], **option}]), others, range(3))
+        assert torch.equal(params[0], others[0])
+        assert not torch.equal(params[1], others[1]), option
+
+
+def test_zero_grad():
+    params = matrices()
+    optimizer = AdaptiveMuon(params)
+    set_gradients(params, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all((p.grad == 0).all() for p in params)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "l2"])
+def test_gradients_are_left_as_they_were(decay):
+    params = matrices()
+    optimizer = AdaptiveMuon(params, weight_decay=0.5, weight_decay_method=decay)
+    set_gradients(params, 0)
+    before = [p.grad.clone() for p in params]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("bias_correction", [None, True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_is_the_uninterrupted_run(method, dtype, bias_correction):
+    options = {"lr": 1e-2, "moment2_method": method, "bias_correction": bias_correction}
+    params = matrices(dtype)
+    optimizer = AdaptiveMuon(params, **options)
+    run(optimizer, params, range(3))
+    resumed_params = clones(params)
+    resumed = AdaptiveMuon(resumed_params, **options)
+    resumed.load_state_dict(saved(optimizer))
+    run(optimizer, params, range(3, 6))
+    run(resumed, resumed_params, range(3, 6))
+    assert_same((optimizer, params), (resumed, resumed_params))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_copy_goes_on_alike(method, copied):
+    options = {
+        "nesterov": True,
+        "extra_scale_factor": 0.2,
+        "scale_mode": "shape_scaling",
+        "coefficient_type": "simple",
+    }
+    params = matrices()
+    optimizer = AdaptiveMuon(params, lr=1e-2, moment2_method=method, **options)
+    torch.optim.lr_scheduler.LinearLR(optimizer)  # leaves its wrapper of step on the optimizer
+    run(optimizer, params, range(2))
+    other, other_params = copied((optimizer, params))
+    run(optimizer, params, range(2, 4))
+    run(other, other_params, range(2, 4))
+    assert_same((optimizer, params), (other, other_params))
+    other.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    assert other.moment2_method == method and other.param_groups[1]["eps"] == 1e-8
+
+
+def test_state_is_lazy_and_frozen_parameters_get_none():
+    params = matrices()
+    optimizer = AdaptiveMuon(params)
+    set_gradients(params[:1], 0)
+    optimizer.step()
+    assert set(optimizer.state) == set(params[:1])
+    run(optimizer, params, [1])
+    assert set(optimizer.state) == set(params)
+
+
+def test_state_can_be_made_without_gradients():
+    """Megatron does so before it loads a checkpoint."""
+    params = matrices()
+    optimizer = AdaptiveMuon(params, moment2_method="namo_d")
+    optimizer._init_group(optimizer.param_groups[0], skip_non_grad_params=False)
+    assert all({*optimizer.state[p]} == {"momentum_buffer", "moment2_buffer", "step"} for p in params)
+
+
+def test_names_are_kept():
+    optimizer = AdaptiveMuon(nn.Linear(3, 2, bias=False).named_parameters())
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("other", METHODS)
+def test_checkpoint_of_another_method_is_refused(method, other):
+    params, others = matrices(), matrices()
+    optimizer, target = AdaptiveMuon(params, moment2_method=method), AdaptiveMuon(others, moment2_method=other)
+    run(optimizer, params, range(2))
+    run(target, others, range(2))
+    before = copy.deepcopy(target.state_dict())
+    if method == other:
+        target.load_state_dict(saved(optimizer))
+        return
+    with pytest.raises(ValueError) as error:
+        target.load_state_dict(saved(optimizer))
+    assert f'"{other}"' in str(error.value) and f"'{method}'" in str(error.value)
+    assert target.state_dict()["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(target.state_dict()["state"], before["state"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("theirs", ["adamuon", "normuon", "namo"])
+def test_upstream_checkpoint_loads_into_its_method_only(method, theirs):
+    params, others = matrices(), matrices()
+    upstream = Upstream(params, 0.1, 0.9, 0.0, moment2_method=theirs)
+    run(upstream, params, range(2))
+    ours = AdaptiveMuon(others, moment2_method=method)
+    if method == theirs:
+        ours.load_state_dict(saved(upstream))
+        assert ours.param_groups[0]["lr"] == 0.1 and ours.param_groups[0]["moment2_method"] == method
+        return
+    with pytest.raises(ValueError) as error:
+        ours.load_state_dict(saved(upstream))
+    assert f'"{method}"' in str(error.value) and f"'{theirs}'" in str(error.value)
+
+
+def test_upstream_checkpoint_cannot_go_on_with_bias_correction():
+    params = matrices()
+    upstream = Upstream(params, 0.1, 0.9, 0.0, moment2_method="namo")
+    run(upstream, params, range(2))
+    with pytest.raises(ValueError, match="number of steps.*bias_correction=False"):
+        AdaptiveMuon(matrices(), moment2_method="namo", bias_correction=True).load_state_dict(saved(upstream))
+
+
+def test_checkpoint_of_other_shapes_or_another_optimizer_is_refused():
+    params = matrices()
+    optimizer = AdaptiveMuon(params, moment2_method="namo")
+    run(optimizer, params, range(2))
+    with pytest.raises(ValueError, match=r"momentum_buffer.*\(5, 5\).*got \(6, 4\)"):
+        AdaptiveMuon(matrices()[::-1], moment2_method="namo").load_state_dict(saved(optimizer))
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        AdaptiveMuon([{"params": [p]} for p in params], moment2_method="namo").load_state_dict(saved(optimizer))
+    adamw = torch.optim.AdamW(params)
+    adamw.step()
+    with pytest.raises(ValueError, match="another optimizer"):
+        optimizer.load_state_dict(saved(adamw))
+
+
+def test_load_hooks_see_and_change_what_is_loaded():
+    """Our checks come after the user's pre-hooks, our precision before the user's post-hooks."""
+    params = matrices(torch.bfloat16)
+    optimizer = AdaptiveMuon(params, moment2_method="namo")
+    run(optimizer, params, range(2))
+    checkpoint, seen = saved(optimizer), []
+
+    def renamed(_, state_dict):
+        return {"state": state_dict["old_state"], "param_groups": state_dict["param_groups"]}
+
+    target = AdaptiveMuon(clones(params), moment2_method="namo")
+    target.register_load_state_dict_pre_hook(renamed)
+    target.register_load_state_dict_post_hook(
+        lambda o: seen.extend(s["momentum_buffer"].dtype for s in o.state.values())
+    )
+    target.load_state_dict({"old_state": checkpoint["state"], "param_groups": checkpoint["param_groups"]})
+    assert seen == [torch.float32] * 3
+    assert not (
+        len(target._optimizer_load_state_dict_pre_hooks) - 1 or len(target._optimizer_load_state_dict_post_hooks) - 1
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_takes_what_the_documentation_says(method):
+    """4 bytes a parameter plus vectors; 8 for adamuon; also for bfloat16 parameters."""
+    p = nn.Parameter(torch.ones(64, 48, dtype=torch.bfloat16))
+    optimizer = AdaptiveMuon([p], moment2_method=method)
+    run(optimizer, [p], [0])
+    size = sum(t.numel() * t.element_size() for t in optimizer.state[p].values())
+    assert (
+        (8 if method == "adamuon" else 4) * p.numel() <= size <= (8 if method == "adamuon" else 4) * p.numel() + 4 * 65
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_scaler_skips_an_overflow(method):
+    params = matrices()
+    optimizer = AdaptiveMuon(params, moment2_method=method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = clones(params)
+    scaler.scale(sum(p.sum() for p in params)).backward()
+    params[0].grad[0, 0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True)) and not optimizer.state
+    optimizer.zero_grad()
+    scaler.scale(sum(p.sum() for p in params)).backward()
+    scaler.step(optimizer)
+    assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_syrk_without_a_fit_gpu_goes_on_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    params, others = matrices(), matrices()
+    run(AdaptiveMuon(params, use_syrk=True), params, range(2))
+    run(AdaptiveMuon(others), others, range(2))
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The overlay package: what the wheel holds, what an import does, what a method file may say."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import emerging_optimizers.adaptive_muon as package
+from emerging_optimizers.adaptive_muon import Moment2MethodT
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = Path(package.__file__).parent
+
+
+def run_python(code: str) -> str:
+    """Runs code in a fresh interpreter, away from the checkout, and returns what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy keeps the build's leftovers out of the checkout
+    shutil.copytree(
+        ROOT / "emerging_optimizers", source / "emerging_optimizers", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_wheel_never_holds_upstreams_file(wheel):
+    assert "emerging_optimizers/__init__.py" not in wheel
+    assert all(
+        re.match(r"emerging_optimizers(/adaptive_muon/|_adaptive_muon-[^/]+\.dist-info/)", name) for name in wheel
+    )
+
+
+def test_wheel_holds_every_source_and_the_type_marker(wheel):
+    sources = {str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*") if path.suffix in (".py", ".typed")}
+    sources |= {"py.typed"}
+    assert {f"emerging_optimizers/adaptive_muon/{name}" for name in sources} <= wheel.keys()
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_wheel_metadata(wheel):
+    (metadata,) = (text.decode() for name, text in wheel.items() if name.endswith("METADATA"))
+    assert "Name: emerging-optimizers-adaptive-muon\n" in metadata
+    required = set(re.findall(r"Requires-Dist: ([^;\n]+)\n", metadata))
+    assert required == {"torch>=2.6", "absl-py", "emerging-optimizers<1,>=0.3"}
+    assert {"megatron", "nemo", "test", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", metadata))
+
+
+def test_checkout_has_no_init_at_the_top():
+    assert not (ROOT / "emerging_optimizers" / "__init__.py").exists()
+
+
+def test_every_file_names_its_licence():
+    kept = ["emerging_optimizers", "tests", "examples", "docs", ".ci", "setup.py", "pyproject.toml", "Makefile"]
+    files = [
+        path for name in kept for path in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))
+    ]
+    files = [f for f in files if f.suffix in (".py", ".toml", ".md") or f.name in ("Makefile", "run")]
+    without = [
+        str(f.relative_to(ROOT))
+        for f in files
+        if "_build" not in f.parts and "SPDX-License-Identifier: Apache-2.0" not in f.read_text(encoding="utf-8")
+    ]
+    assert len(files) > 20 and not without
+
+
+def test_import_pulls_in_no_framework():
+    names = ("megatron", "nemo", "lightning", "pytorch_lightning", "transformers", "matplotlib")
+    code = f"import sys, emerging_optimizers.adaptive_muon; print([n for n in {names} if n in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+OURS = "import emerging_optimizers.adaptive_muon as ours"
+THEIRS = "import emerging_optimizers.orthogonalized_optimizers as theirs"
+ASK = "from emerging_optimizers import registry; print(registry.get_optimizer_cls('adaptive_muon').__module__)"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        [OURS],
+        [OURS, THEIRS],
+        [THEIRS, OURS],
+        [OURS, "import importlib; importlib.reload(ours)"],
+        [OURS, "import sys; [sys.modules.pop(n) for n in list(sys.modules) if 'adaptive_muon.' in n]", OURS],
+    ],
+    ids=["ours", "ours first", "upstream first", "reloaded", "imported anew"],
+)
+def test_registry_gives_our_class(imports):
+    assert run_python("\n".join([*imports, ASK])) == "emerging_optimizers.adaptive_muon.adaptive_muon"
+
+
+def test_registry_configures_our_class():
+    code = f"""{OURS}
+from emerging_optimizers import registry
+import torch
+make = registry.get_configured_optimizer_cls("adaptive_muon", moment2_method="namo_d", lr=0.5)
+print(make([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]["lr"])"""
+    assert run_python(code) == "0.5"
+
+
+def test_every_name_is_a_registered_method_in_its_own_file():
+    assert set(METHODS) == set(get_args(Moment2MethodT))
+    for name, method in METHODS.items():
+        assert method.__module__.endswith(f".moment2.{name}")
+
+
+@pytest.mark.parametrize("path", [*(SOURCES / "moment2").glob("*.py")], ids=lambda path: path.name)
+def test_method_files_know_nothing_of_sharding(path):
+    assert not re.search(r"\b(rank|group|world|all_reduce|distributed)\b", path.read_text(encoding="utf-8"))
