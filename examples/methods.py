@@ -82,10 +82,10 @@ def _doubling(first: float) -> tuple[float, ...]:
 METHODS: dict[str, Method] = {
     "adamw": Method(_adamw, {"weight_decay": 0.1}, _doubling(1e-3)),
     "muon": Method(_upstream_muon, MUON, _doubling(2e-3)),
-    "adamuon": Method(_adaptive_muon, MUON | {"moment2_method": "adamuon", "beta2": 0.95}, _doubling(2e-4)),
-    "normuon": Method(_adaptive_muon, MUON | {"moment2_method": "normuon", "beta2": 0.95}, _doubling(2e-3)),
-    "namo": Method(_adaptive_muon, MUON | PAPER | {"moment2_method": "namo"}, _doubling(1e-2)),
+    "adamuon": Method(_adaptive_muon, MUON | {"moment2_method": "adamuon", "beta2": 0.95}, _doubling(4e-4)),
+    "normuon": Method(_adaptive_muon, MUON | {"moment2_method": "normuon", "beta2": 0.95}, _doubling(4e-3)),
+    "namo": Method(_adaptive_muon, MUON | PAPER | {"moment2_method": "namo"}, _doubling(2e-2)),
     "namo_d": Method(
-        _adaptive_muon, MUON | PAPER | {"moment2_method": "namo_d", "namo_d_clamp": 0.75}, _doubling(1e-2)
+        _adaptive_muon, MUON | PAPER | {"moment2_method": "namo_d", "namo_d_clamp": 0.75}, _doubling(2e-2)
     ),
 }

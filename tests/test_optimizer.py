@@ -257,12 +257,32 @@ def test_upstream_checkpoint_loads_into_its_method_only(method, theirs):
     assert f'"{method}"' in str(error.value) and f"'{theirs}'" in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["adamuon", "normuon", "namo"])
+def test_upstream_checkpoint_of_a_shape_that_fits_several_methods_loads(method):
+    """In a matrix of one column V of adamuon and of normuon look alike."""
+    for shape in ((5, 1), (1, 1)):
+        p = nn.Parameter(torch.ones(shape))
+        upstream = Upstream([p], 0.1, 0.9, 0.0, moment2_method=method)
+        run(upstream, [p], range(2))
+        AdaptiveMuon([p], moment2_method=method).load_state_dict(saved(upstream))
+
+
 def test_upstream_checkpoint_cannot_go_on_with_bias_correction():
     params = matrices()
     upstream = Upstream(params, 0.1, 0.9, 0.0, moment2_method="namo")
     run(upstream, params, range(2))
     with pytest.raises(ValueError, match="number of steps.*bias_correction=False"):
         AdaptiveMuon(matrices(), moment2_method="namo", bias_correction=True).load_state_dict(saved(upstream))
+
+
+def test_step_count_is_dropped_where_nobody_counts_on():
+    params = matrices()
+    counting = AdaptiveMuon(params, moment2_method="namo", bias_correction=True)
+    run(counting, params, range(2))
+    silent = AdaptiveMuon(matrices(), moment2_method="namo", bias_correction=False)
+    silent.load_state_dict(saved(counting))
+    with pytest.raises(ValueError, match="number of steps"):
+        counting.load_state_dict(saved(silent))
 
 
 def test_checkpoint_of_other_shapes_or_another_optimizer_is_refused():

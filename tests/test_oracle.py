@@ -18,8 +18,8 @@ SCALES = ("shape_scaling", "spectral", "unit_rms_norm")
 COEFFICIENTS = ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4")
 SHAPES = [(24, 8), (8, 24), (12, 12), (1, 16), (16, 1)]
 
-# Newton-Schulz multiplies a small singular value, and its rounding with it, by up to a^5, about 500. AdaMuon goes on to
-# divide each entry of O by its own size, so that an entry near 0 brings its rounding into W at full size.
+# Newton-Schulz multiplies a small singular value, and its rounding with it, by up to the product of the a, about 500. AdaMuon
+# then divides each entry of O by its own size, so that an entry near 0 brings its rounding into W at full size.
 ADAMUON_TOLERANCE = 1e-3
 
 
@@ -85,6 +85,12 @@ def test_coefficients(coefficient_type: str, num_ns_steps: int, shape: tuple) ->
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults(method: str) -> None:
     check(*problem(16, 12, steps=5), method)
+
+
+@pytest.mark.parametrize("nesterov", [False, True], ids=["", "nesterov"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_eps_that_matters(method: str, nesterov: bool) -> None:
+    check(*problem(16, 12, steps=5), method, lr=0.02, eps=0.1, nesterov=nesterov)
 
 
 @pytest.mark.parametrize("clamp", [0.05, 0.4, 0.9, 1.0])

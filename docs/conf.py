@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sphinx settings, after upstream's: MyST pages with autodoc. Built by `make docs`.
+
+from importlib import metadata
+
+
+project = "emerging-optimizers-adaptive-muon"
+author = "The project's contributors"
+version = release = metadata.version(project)
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinxcontrib.katex",
+]
+exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+html_theme = "furo"
+html_title = "Adaptive Muon"
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist"]
+myst_heading_anchors = 4
+
+# Browsers draw MathML themselves; KaTeX's HTML would need its style sheet from the network.
+katex_options = "output: 'mathml'"
