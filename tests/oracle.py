@@ -167,9 +167,6 @@ def trajectory(method: str, initial: Tensor, gradients: list[Tensor], **hyper: o
 # -------------------------------------------------------------- to lay an optimizer's path beside another one's
 
 
-torch.set_num_threads(1)  # on matrices this small a second thread only costs, and on a busy machine it costs much
-
-
 def walk(optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> list[Tensor]:
     """The weights of the optimizer's one parameter after each of the steps that `gradients` holds."""
     [p] = optimizer.param_groups[0]["params"]

@@ -66,7 +66,7 @@ def test_a_permutation_goes_through(method: str, dim: int, shape: tuple) -> None
     initial, gradients = normal(*shape), normal(4, *shape, seed=1)
     gradients[:, :, ::2] += 2.0  # columns that differ, so that namo_d's scales do
     order = torch.randperm(shape[dim], generator=torch.Generator().manual_seed(2))
-    hyper = {"moment2_method": method, "namo_d_clamp": 0.3}
+    hyper = {"moment2_method": method, "namo_d_clamp": 0.9}  # it binds
     path = walk(initial, gradients, **hyper)
     permuted = walk(initial.index_select(dim, order), gradients.index_select(1 + dim, order), **hyper)
     expected = [W.index_select(dim, order) for W in path]

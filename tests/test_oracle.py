@@ -18,8 +18,8 @@ SCALES = ("shape_scaling", "spectral", "unit_rms_norm")
 COEFFICIENTS = ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4")
 SHAPES = [(24, 8), (8, 24), (12, 12), (1, 16), (16, 1)]
 
-# Newton-Schulz multiplies a small singular value, and its rounding with it, by up to the product of the a, about 500. AdaMuon
-# then divides each entry of O by its own size, so that an entry near 0 brings its rounding into W at full size.
+# Newton-Schulz multiplies a small singular value, and its rounding with it, by the product of the a, about 500.
+# AdaMuon then divides each entry of O by its own size, so an entry near 0 brings its rounding into W at full size.
 ADAMUON_TOLERANCE = 1e-3
 
 

@@ -208,7 +208,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         U = D.mul_(s) * O
 
         store(p, W)  # the hook sees the decayed weight
+        version = p._version
         self.pre_weight_update_fn_inplace(p, U)
+        W = W if p._version == version else work(p)  # and may change it
         W.add_(U, alpha=-lr)
         store(p, W)
         self.post_weight_update_fn_inplace(p)
