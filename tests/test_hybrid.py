@@ -129,6 +129,18 @@ def test_patterns_come_first():
     assert names_of(optimizer, True) == MATRICES - {"blocks.0.query.weight"} | {"scores.weight"}
 
 
+def test_patterns_match_every_name_of_a_shared_parameter():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = self.second = nn.Linear(4, 4, bias=False)
+            self.first.alias = self.first.weight
+
+    for name in ("first.weight", "first.alias", "second.weight", "second.alias"):
+        (entry,) = route_model(Shared(), {name: "adamw"})
+        assert entry[0] == "first.weight" and entry[2].algorithm == "adamw"
+
+
 @pytest.mark.parametrize(
     ("routes", "text"),
     [
@@ -152,6 +164,8 @@ def test_constructor_routes_what_it_can():
     }
     named = HybridAdaptiveMuon(model.named_parameters())
     assert MATRICES <= names_of(named, True) and "blocks.0.pos_bias_u" in names_of(named, False)
+    single = [nn.Parameter(torch.ones(1, 8)), nn.Parameter(torch.ones(8, 1)), nn.Parameter(torch.ones(2, 8))]
+    assert [g["params"] for g in HybridAdaptiveMuon(single).param_groups] == [single[2:], single[:2]]
     forced = HybridAdaptiveMuon(
         [{"params": model.lstm.weight_ih_l0, "use_muon": False}, {"params": [*model.blocks.parameters()]}]
     )

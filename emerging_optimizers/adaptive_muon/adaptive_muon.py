@@ -229,13 +229,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             if state is None or "momentum_buffer" in state:
                 continue
             state["momentum_buffer"] = torch.zeros_like(p, dtype=work_dtype(p))
-            state["moment2_buffer"] = p.new_zeros(self._moment2_shape(p), dtype=work_dtype(p))
+            state["moment2_buffer"] = p.new_zeros(self._moment2.shape(p, Layout()), dtype=work_dtype(p))
             if self.bias_correction:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
-
-    def _moment2_shape(self, p: torch.Tensor) -> tuple[int, ...]:
-        """Returns the shape of ``moment2_buffer`` for a parameter."""
-        return self._moment2.shape(p, Layout())
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -109,9 +109,9 @@ def route_model(
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-    """Every parameter with all its names and the modules that hold it; tied parameters have several."""
+    """Every parameter with all its names and the modules that hold it, several where it is tied or its module shared."""
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(p, []).append((f"{prefix}.{leaf}" if prefix else leaf, module))
     return owners
