@@ -9,6 +9,7 @@ from gpt import GPT
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.orthogonalized_optimizers import Muon
 
 
@@ -69,8 +70,6 @@ def _upstream_muon(model: GPT, lr: float, scalar_lr: float, settings: dict[str, 
 
 
 def _adaptive_muon(model: GPT, lr: float, scalar_lr: float, settings: dict[str, Any]) -> list[Optimizer]:
-    from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
-
     scalars = {"scalar_lr": scalar_lr, "scalar_eps": ADAM["eps"], "scalar_weight_decay": 0.0, "betas": ADAM["betas"]}
     return [HybridAdaptiveMuon.from_model(model, lr=lr, **settings, **scalars)]
 

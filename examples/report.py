@@ -60,20 +60,23 @@ def _row(record: Record, goal: float | None) -> list[str]:
     ]
 
 
-def footnote(protocol: Protocol, seed: int, sweep: dict[str, Any]) -> str:
+def footnote(protocol: Protocol, seed: int, sweep: dict[str, Any] | None) -> str:
     """Returns what one must know to read the table.
 
     Args:
         protocol: What all methods had in common.
         seed: Of this run.
-        sweep: The setting under which the learning rates were chosen.
+        sweep: The setting under which the learning rates were chosen, or None if the user gave the rate.
     """
+    chosen = "learning rate was given with --lr."
+    if sweep is not None:
+        chosen = f"""learning
+rates were chosen on other text, the tuning part of {sweep["text"]["source"]},
+in {sweep["steps"]} steps with seed {sweep["seed"]} (examples/learning_rates.json)."""
     tail = protocol.tail(protocol.steps)
     return f"""\
 Sorted: the method that learned most in {protocol.steps} steps comes first. One seed, {seed}: differences of a hundredth may be chance.
-Losses are in nats a byte (bits: divide by 0.693). The validation text served for nothing but this table; the learning
-rates were chosen on other text, the tuning part of {sweep["text"]["source"]},
-in {sweep["steps"]} steps with seed {sweep["seed"]} (examples/learning_rates.json). Train loss: mean of the last {tail} batches.
+Losses are in nats a byte (bits: divide by 0.693). The validation text served for nothing but this table; the {chosen} Train loss: mean of the last {tail} batches.
 To AdamW's: the first evaluation, every {max(1, protocol.steps // protocol.evaluations)} steps, with a validation loss as low as AdamW's last one; - if never."""
 
 

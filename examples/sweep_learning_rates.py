@@ -20,7 +20,8 @@ from training import Protocol, train
 
 def untried(rates: Rates, method: str) -> Iterator[float]:
     """Yields the rates still to be tried: the first ones, then one beyond the end where the best is."""
-    yield from (lr for lr in METHODS[method].rates if f"{lr:g}" not in {f"{r:g}" for r in rates.losses(method)})
+    tried = {f"{lr:g}" for lr in rates.losses(method)}
+    yield from (lr for lr in METHODS[method].rates if f"{lr:g}" not in tried)
     while True:
         losses = rates.losses(method)
         best = min(losses, key=losses.__getitem__)

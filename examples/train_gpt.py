@@ -51,7 +51,8 @@ def main() -> None:
     ]
     records.sort(key=lambda record: (math.isnan(record.final_loss), record.final_loss))
 
-    print(f"\n{report.table(records)}\n\n{report.footnote(protocol, arguments.seed, rates.content['setting'])}")
+    sweep = None if arguments.lr else rates.content["setting"]
+    print(f"\n{report.table(records)}\n\n{report.footnote(protocol, arguments.seed, sweep)}")
     numbers, picture = arguments.out / "train_gpt.json", arguments.out / "train_gpt.png"
     numbers.write_text(report.document(records, protocol, text.describe(), arguments.seed, arguments.device))
     plots.curves(records, picture)
