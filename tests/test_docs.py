@@ -45,7 +45,7 @@ def test_calls_run(page, block):
 
 
 def test_there_is_code_to_run():
-    assert len(SCRIPTS) >= 3 and len(CALLS) >= 2
+    assert len(SCRIPTS) >= 3 and len(CALLS) >= 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

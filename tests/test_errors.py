@@ -33,6 +33,8 @@ BAD = [
     ({"weight_decay_method": "cautious"}, "weight_decay_method", "'cautious'", "decoupled"),
     ({"fp32_matmul_prec": "low"}, "fp32_matmul_prec", "'low'", "highest"),
     ({"lr": -1e-3}, "lr must be >= 0", "-0.001", "rates"),
+    ({"lr": "1e-3"}, "lr must be >= 0", "'1e-3'", "rates"),
+    ({"eps": None}, "eps must be > 0", "None", "1e-8"),
     ({"lr": math.nan}, "lr must be >= 0", "nan", "rates"),
     ({"lr": math.inf}, "lr must be >= 0", "inf", "rates"),
     ({"momentum": 1.0}, "momentum must be in [0, 1)", "1.0", "0.95"),
@@ -65,7 +67,11 @@ def test_bad_option_is_refused_at_construction(make, options, rule, value, remed
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("options", [{"scalar_lr": -1}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"scalar_eps": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"scalar_lr": -1}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"betas": 0.9}, {"scalar_eps": None}],
+    ids=str,
+)
 def test_bad_adamw_option_is_refused_at_construction(options):
     with pytest.raises(ValueError, match=next(iter(options)) + ".*, got .*: "):
         HybridAdaptiveMuon([matrix(), matrix(3)], **options)
@@ -157,6 +163,14 @@ def test_refused_step_changes_nothing(method, hybrid, spoil):
         optimizer.step()
     assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
     torch.testing.assert_close(optimizer.state_dict()["state"], state, atol=0, rtol=0)
+
+
+def test_complex_and_empty_gradients_of_the_adamw_part_are_taken():
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    optimizer = HybridAdaptiveMuon([matrix(), p, nn.Parameter(torch.ones(2))])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (p != 1).all()
 
 
 def test_refused_scalar_gradient_changes_no_matrix():

@@ -4,6 +4,7 @@
 import copy
 import io
 import pickle
+from collections import defaultdict
 from typing import get_args
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Moment2MethodT
-from emerging_optimizers.adaptive_muon.routing import route_model
+from emerging_optimizers.adaptive_muon.routing import route_model, route_parameter
 
 
 METHODS = get_args(Moment2MethodT)
@@ -87,7 +88,7 @@ REASONS = {
     "blocks.0.pos_bias_u": "bias or table by its name, 'pos_bias_u'",
     "blocks.0.query.bias": "1-D, not a matrix",
     "blocks.0.query.weight": "hidden matrix",
-    "scores.weight": "output head by its size, 13 as the embedding",
+    "scores.weight": "output head by its size, 13 as an embedding",
 }
 
 
@@ -109,6 +110,88 @@ def test_a_table_as_long_as_the_width_does_not_make_every_layer_a_head():
     assert sum(route.algorithm == "adaptive_muon" for *_, route in route_model(model)) == 4
 
 
+def test_head_by_size():
+    """The last layers, and not one before them, are the head; a longer table of positions does not mislead."""
+
+    def routed(*modules):
+        return [route.algorithm for *_, route in route_model(nn.Sequential(*modules)) if route.reason != "embedding"]
+
+    def linear(inputs, outputs):
+        return nn.Linear(inputs, outputs, bias=False)
+
+    tables = nn.Embedding(256, 64), nn.Embedding(512, 64)
+    assert routed(*tables, linear(64, 512), linear(64, 256)) == ["adaptive_muon", "adamw"]
+    assert routed(*tables, linear(64, 64), linear(64, 256), linear(64, 256)) == ["adaptive_muon", "adamw", "adamw"]
+    assert routed(nn.EmbeddingBag(256, 64), linear(64, 64), linear(64, 256)) == ["adaptive_muon", "adamw"]
+    assert routed(*tables, linear(64, 256), linear(64, 8)) == ["adaptive_muon"] * 2
+
+
+class LayerNormLinear(nn.Linear):
+    """Megatron and Transformer Engine have such names."""
+
+
+class EmbeddingProjection(nn.Linear):
+    pass
+
+
+class RMSNorm2d(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+class VocabParallelEmbedding(RMSNorm2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "algorithm"),
+    [
+        (lambda: LayerNormLinear(4, 4, bias=False), "adaptive_muon"),
+        (lambda: EmbeddingProjection(4, 4, bias=False), "adaptive_muon"),
+        (lambda: nn.Bilinear(4, 4, 4, bias=False), "adamw"),
+        (RMSNorm2d, "adamw"),
+        (VocabParallelEmbedding, "adamw"),
+        (lambda: nn.LayerNorm((4, 4)), "adamw"),
+        (lambda: nn.EmbeddingBag(5, 4), "adamw"),
+        (lambda: nn.LSTMCell(4, 4, bias=False), "adamw"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Embedding(5, 4)), "adamw"),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4, bias=False)), "adaptive_muon"),
+    ],
+    ids=["LayerNormLinear", "EmbeddingProjection", "Bilinear", "RMSNorm2d", "VocabParallelEmbedding", "LayerNorm 2-D"]
+    + ["EmbeddingBag", "LSTMCell", "weight_norm of an embedding", "orthogonal linear"],
+)
+def test_routing_by_class(make, algorithm):
+    for model in (make(), nn.Sequential(make())):
+        assert {route.algorithm for *_, route in route_model(model)} == {algorithm}
+
+
+@pytest.mark.parametrize("name", ["lm_head", "classifier", "score", "unembed", "qa_outputs", "logits", "embed_out"])
+def test_heads_by_name(name):
+    model = nn.ModuleDict({"hidden": nn.Linear(4, 4, bias=False), name: nn.Linear(4, 4, bias=False)})
+    assert [route.algorithm for *_, route in route_model(model)] == ["adaptive_muon", "adamw"]
+
+
+def test_a_tag_that_says_no_is_no_tag():
+    p = nn.Parameter(torch.ones(4, 4))
+    p.is_embedding_or_output_parameter = False
+    assert route_parameter(p).algorithm == "adaptive_muon"
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "DataParallel"])
+def test_wrapping_changes_no_route_and_no_name(wrap):
+    model = Model()
+    routes = {"blocks.0.query.weight": "adamw"}
+    plain, wrapped = route_model(model, routes), route_model(wrap(model), routes)
+    assert [(name, route) for name, _, route in plain] == [(name, route) for name, _, route in wrapped]
+
+
+def test_lazy_parameters_are_refused_by_name():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="'0.weight': run the model once"):
+        HybridAdaptiveMuon.from_model(model)
+
+
 def test_heads_by_name_tag_and_hugging_face():
     class Wrapped(nn.Module):
         def __init__(self):
@@ -121,6 +204,8 @@ def test_heads_by_name_tag_and_hugging_face():
 
     routed = {name: route.algorithm for name, _, route in route_model(Wrapped())}
     assert routed == {"a.weight": "adaptive_muon"} | {f"{n}.weight": "adamw" for n in ("lm_head", "b", "c")}
+    inner = {name: route.algorithm for name, _, route in route_model(nn.Sequential(Wrapped()))}
+    assert inner == {f"0.{name}": algorithm for name, algorithm in routed.items()}
 
 
 def test_patterns_come_first():
@@ -160,7 +245,7 @@ def test_constructor_routes_what_it_can():
     model.scores.weight.is_embedding_or_output_parameter = True
     anonymous = HybridAdaptiveMuon(model.parameters())
     assert not {id(model.embed.weight), id(model.scores.weight), id(model.conv.weight), id(model.table)} & {
-        id(p) for p in anonymous.muon.param_groups[0]["params"]
+        id(p) for p in anonymous._muon.param_groups[0]["params"]
     }
     named = HybridAdaptiveMuon(model.named_parameters())
     assert MATRICES <= names_of(named, True) and "blocks.0.pos_bias_u" in names_of(named, False)
@@ -169,7 +254,7 @@ def test_constructor_routes_what_it_can():
     forced = HybridAdaptiveMuon(
         [{"params": model.lstm.weight_ih_l0, "use_muon": False}, {"params": [*model.blocks.parameters()]}]
     )
-    assert forced.adamw.param_groups[0]["params"][0] is model.lstm.weight_ih_l0 and len(forced.param_groups) == 3
+    assert forced._adamw.param_groups[0]["params"][0] is model.lstm.weight_ih_l0 and len(forced.param_groups) == 3
     with pytest.raises(ValueError, match=r"\(1, 5, 8\)"):
         HybridAdaptiveMuon([{"params": [model.table], "use_muon": True}])
 
@@ -273,12 +358,43 @@ def test_copy_goes_on_alike(copied):
     assert other.describe() == optimizer.describe()
 
 
+def test_checkpoint_of_other_routes_is_refused():
+    """Shapes and kinds of the groups fit: only the names tell."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    one, other = (HybridAdaptiveMuon.from_model(model, routes={f"{i}.weight": "adamw"}) for i in (0, 1))
+    model(torch.ones(1, 3)).sum().backward()
+    one.step()
+    with pytest.raises(ValueError, match=r"\('1.weight', '0.weight'\).*routes"):
+        other.load_state_dict(one.state_dict())
+    assert not other.state
+
+
+def test_groups_and_state_set_anew_are_the_ones_that_count():
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, [0])
+    weights = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    optimizer.state = defaultdict(dict)
+    train(model, optimizer, [1])
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    assert len(optimizer.state) == len(weights)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["use_muon"] = int(group["use_muon"])  # a round trip through a format that has no booleans
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["lr"] = 0.1
+    query = model.blocks[0].query.weight
+    before = query.detach().clone()
+    train(model, optimizer, [2])
+    assert not torch.equal(query, before)
+
+
 def test_rates_set_from_outside_reach_both_parts_after_every_change_of_hands():
     """The groups and the state stay shared through loading and copying."""
     _, optimizer = model_and_optimizer()
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        for inner, group in zip((each.muon, each.adamw), each.param_groups, strict=True):
+        for inner, group in zip((each._muon, each._adamw), each.param_groups, strict=True):
             assert inner.param_groups[0] is group and inner.state is each.state
 
 
@@ -295,7 +411,7 @@ def test_added_group_is_split_and_a_bad_one_changes_nothing():
     ):
         with pytest.raises((ValueError, TypeError)):
             optimizer.add_param_group(bad)
-        assert [len(o.param_groups) for o in (optimizer, optimizer.muon, optimizer.adamw)] == [2, 1, 1]
+        assert [len(o.param_groups) for o in (optimizer, optimizer._muon, optimizer._adamw)] == [2, 1, 1]
         assert (optimizer.param_groups, optimizer.describe()) == before
     optimizer.add_param_group({"params": [("new", p), ("new_bias", q)], "lr": 0.5})
     assert [(g["use_muon"], g["lr"]) for g in optimizer.param_groups[2:]] == [(True, 0.5), (False, 0.5)]

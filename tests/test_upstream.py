@@ -56,6 +56,21 @@ def test_same_path(method: str, decay: str, shape: tuple[int, int], scale_mode: 
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_same_path_at_the_default_precision(method: str) -> None:
+    """bfloat16 products: the same, and far from those in float32."""
+    initial, gradients = problem((48, 32), steps=5)
+    kinds = ((upstream.AdaptiveMuon, "medium"), (AdaptiveMuon, "medium"), (AdaptiveMuon, "highest"))
+    theirs, ours, exact = (
+        oracle.walk(new(kind, initial, moment2_method=method, fp32_matmul_prec=precision), gradients)[-1]
+        for kind, precision in kinds
+    )
+    gone = torch.linalg.norm(theirs - initial)
+    assert torch.linalg.norm(ours - theirs) <= 2e-5 * gone
+    assert torch.linalg.norm(exact - theirs) > 1e-3 * gone
+    assert torch.get_float32_matmul_precision() == "highest"  # as it was
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_an_upstream_checkpoint_goes_on(method: str) -> None:
     initial, gradients = problem((24, 40), steps=6)
     theirs = new(upstream.AdaptiveMuon, initial, moment2_method=method)
@@ -162,14 +177,16 @@ def test_orthogonalize_can_be_overridden(method: str) -> None:
         assert oracle.disagreement([ours], [theirs], initial) <= 1e-4
 
 
+@pytest.mark.parametrize("by", ["p", "p.data"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_change_of_the_weight_before_the_update_stays(dtype: torch.dtype) -> None:
+def test_the_hook_sees_the_decayed_weight_and_its_change_stays(dtype: torch.dtype, by: str) -> None:
     class Zeroing(AdaptiveMuon):
         def pre_weight_update_fn_inplace(self, p: torch.Tensor, update: torch.Tensor) -> None:
-            p.zero_()
-            self.update = update
+            self.seen, self.update = p.detach().clone(), update
+            (p if by == "p" else p.data).zero_()
 
     initial, gradients = problem((8, 6), steps=1)
-    optimizer = new(Zeroing, initial.to(dtype))
+    optimizer = new(Zeroing, initial.to(dtype), lr=0.5, weight_decay=0.5)
     [weight] = oracle.walk(optimizer, gradients)
-    torch.testing.assert_close(weight, (-HYPER["lr"] * optimizer.update).to(dtype), atol=0, rtol=0)
+    torch.testing.assert_close(optimizer.seen, (0.75 * initial.to(dtype).float()).to(dtype), atol=0, rtol=0)
+    torch.testing.assert_close(weight, (-0.5 * optimizer.update).to(dtype), atol=0, rtol=0)

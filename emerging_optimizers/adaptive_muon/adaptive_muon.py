@@ -3,20 +3,28 @@
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import checkpoint
-from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.layout import Layout
+from emerging_optimizers.adaptive_muon.checks import require, require_one_of, within
+from emerging_optimizers.adaptive_muon.layout import layout_of
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
 from emerging_optimizers.adaptive_muon.orthogonalizer import NewtonSchulz, syrk_is_usable
-from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices, store, work, work_dtype
+from emerging_optimizers.adaptive_muon.parameters import (
+    check_gradients,
+    check_matrices,
+    in_work_dtype,
+    round_into,
+    work_dtype,
+)
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
+from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 from emerging_optimizers.utils import FP32MatmulPrecT, fp32_matmul_precision
 
 
@@ -44,8 +52,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
     With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0. The paper's NAMO
-    and NAMO-D are ``bias_correction=True, weight_decay_method="adaptive", beta2=0.99, coefficient_type="simple",
-    extra_scale_factor=0.2``.
+    and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
+    coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in) in float32, bfloat16, float16 or float64. State and arithmetic are in
     float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded once
@@ -128,8 +136,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         )
         self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
-        self._decays_gradient = weight_decay_method == "l2"
-        self._decays_adaptively = weight_decay_method == "adaptive"
         super().__init__(
             params,
             lr,
@@ -187,33 +193,42 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
         """Updates one matrix and its state in place: the algorithm, in the order and letters of the paper."""
         state, lr, momentum, weight_decay = self.state[p], group["lr"], group["momentum"], group["weight_decay"]
-        W, G = work(p), work(grad)
-        if self._decays_gradient:
+        if lr == 0 and not grad.any():
+            return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
+        decay_method: str = self.weight_decay_method
+        W, G = in_work_dtype(p), in_work_dtype(grad)
+        if decay_method == "l2":
             G = G.clone()  # upstream's mixin adds the decay to it in place; the user's gradient stays as it is
-        if not self._decays_adaptively:
+        if decay_method != "adaptive":
             self._apply_weight_decay_inplace(W, G, lr, weight_decay)
 
         M = state["momentum_buffer"].lerp_(G, 1 - momentum)
         if self.nesterov:
             M = G.lerp(M, momentum)
-        L = Layout()
+        L = layout_of(p)
         O = self.orthogonalize(p, M, **{key: value for key, value in group.items() if key != "params"})
         D = self._moment2.scale(state["moment2_buffer"], Seen(G, M, O), L, beta2=group["beta2"], eps=group["eps"])
         if self.bias_correction:
             state["step"] += 1
             D *= self._moment2.correction(float(state["step"]), momentum=momentum, beta2=group["beta2"])
-        if self._decays_adaptively and weight_decay:
+        if decay_method == "adaptive" and weight_decay:
             W.addcmul_(W, D, value=-lr * weight_decay)
         s = get_muon_scale_factor(*L.shape(W), mode=self.scale_mode) * self.extra_scale_factor
         U = D.mul_(s) * O
 
-        store(p, W)  # the hook sees the decayed weight
-        version = p._version
-        self.pre_weight_update_fn_inplace(p, U)
-        W = W if p._version == version else work(p)  # and may change it
+        if self._has_pre_hook():
+            round_into(p, W)  # the hook sees the decayed weight,
+            self.pre_weight_update_fn_inplace(p, U)
+            if W is not p and not torch.equal(W.to(p.dtype), p):
+                W = in_work_dtype(p)  # and may change it
         W.add_(U, alpha=-lr)
-        store(p, W)
+        round_into(p, W)
         self.post_weight_update_fn_inplace(p)
+
+    def _has_pre_hook(self) -> bool:
+        """Whether a subclass or the user has put something in the place of upstream's empty function."""
+        function = getattr(self.pre_weight_update_fn_inplace, "__func__", self.pre_weight_update_fn_inplace)
+        return function is not OrthogonalizedOptimizer.pre_weight_update_fn_inplace
 
     @override
     @torch.no_grad()
@@ -229,7 +244,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             if state is None or "momentum_buffer" in state:
                 continue
             state["momentum_buffer"] = torch.zeros_like(p, dtype=work_dtype(p))
-            state["moment2_buffer"] = p.new_zeros(self._moment2.shape(p, Layout()), dtype=work_dtype(p))
+            state["moment2_buffer"] = p.new_zeros(self._moment2.shape(p, layout_of(p)), dtype=work_dtype(p))
             if self.bias_correction:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
 
@@ -243,19 +258,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         super().add_param_group({**self._group_defaults, **param_group})
         try:
             self._check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Checks a group's options and parameters."""
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        require(0 <= lr < math.inf, "lr must be >= 0", lr, "Muon's rates are about 1e-3 to 1e-2")
-        require(0 <= momentum < 1, "momentum must be in [0, 1)", momentum, "the default is 0.95")
-        require(0 <= weight_decay < math.inf, "weight_decay must be >= 0", weight_decay, "pass 0 for none")
-        require(0 <= group["beta2"] < 1, "beta2 must be in [0, 1)", group["beta2"], "0.95 and 0.99 are usual")
-        tiny = torch.finfo(torch.float32).tiny  # a smaller one is zero, or has no inverse, in float32
-        require(tiny <= group["eps"] < math.inf, "eps must be > 0 in float32", group["eps"], "the default is 1e-8")
+        values = {name: group[name] for name in ("lr", "momentum", "weight_decay", "beta2", "eps")}
+        tiny = torch.finfo(torch.float32).tiny  # a smaller eps is zero, or has no inverse, in float32
+        for name, rule, low, high, remedy in (
+            ("lr", ">= 0", 0, math.inf, "Muon's rates are about 1e-3 to 1e-2"),
+            ("momentum", "in [0, 1)", 0, 1, "the default is 0.95"),
+            ("weight_decay", ">= 0", 0, math.inf, "pass 0 for none"),
+            ("beta2", "in [0, 1)", 0, 1, "0.95 and 0.99 are usual"),
+            ("eps", "> 0 in float32", tiny, math.inf, "the default is 1e-8"),
+        ):
+            require(within(values[name], low, high), f"{name} must be {rule}", values[name], remedy)
+        common = sorted(_COMMON_OPTIONS & group.keys())
+        require(not common, "a group may set only lr, momentum, weight_decay, beta2 and eps", common, "set it for all")
         require(
             group["moment2_method"] == self._group_defaults["moment2_method"],
             f'moment2_method must be the same in all groups, "{self._group_defaults["moment2_method"]}"',
@@ -279,7 +299,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: getattr(self, name) for name in _SETTINGS}
+        return checkpoint.attributes(self)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -289,18 +309,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                 group.setdefault(name, value)
 
 
-# What pickle and deepcopy must carry beside torch's own: torch keeps only defaults, state and groups.
-_SETTINGS = (
-    "nesterov",
-    "weight_decay_method",
-    "fp32_matmul_prec",
-    "scale_mode",
-    "extra_scale_factor",
-    "moment2_method",
-    "bias_correction",
-    "scaled_orthogonalize_fn",
-    "_moment2",
-    "_group_defaults",
-    "_decays_gradient",
-    "_decays_adaptively",
-)
+# Options that hold for all groups; in a group they would be passed over in silence.
+_OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}
+_COMMON_OPTIONS = signature(AdaptiveMuon).parameters.keys() - _OF_A_GROUP

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.layout import Layout
+from emerging_optimizers.adaptive_muon.layout import layout_of
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -17,7 +17,9 @@ from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstr
 if TYPE_CHECKING:
     from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
 
-__all__ = ["load"]
+__all__ = ["attributes", "load"]
+
+_BUFFERS = {"momentum_buffer", "moment2_buffer"}
 
 
 def load(
@@ -47,6 +49,7 @@ def load(
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch says so
+        _check_names(groups, optimizer.param_groups)
         for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
             require(
                 saved_group.get("use_muon") == group.get("use_muon"),
@@ -59,8 +62,10 @@ def load(
 
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
-            for key in ("momentum_buffer", "moment2_buffer"):
-                optimizer.state[p][key] = state[key].to(device=p.device, dtype=work_dtype(p))
+            for key, value in state.items():
+                if key != "step" and isinstance(value, torch.Tensor):
+                    dtype = work_dtype(p) if key in _BUFFERS else value.dtype
+                    optimizer.state[p][key] = value.to(device=p.device, dtype=dtype)
             if not muon.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
 
@@ -75,6 +80,30 @@ def load(
             hook.remove()
 
 
+def attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """Returns what pickle and deepcopy must carry: all attributes, a subclass's too, but torch's hooks.
+
+    Torch itself carries defaults, state and groups only. A scheduler leaves its wrapper of ``step`` on the optimizer,
+    which belongs to that scheduler.
+    """
+    return {
+        name: value for name, value in vars(optimizer).items() if name != "step" and not name.startswith("_optimizer_")
+    }
+
+
+def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """Raises if a parameter stands elsewhere in the checkpoint; one that was renamed is taken by its place."""
+    saved, names = ([n for group in each for n in group.get("param_names", [])] for each in (saved_groups, groups))
+    both = set(saved) & set(names)
+    moved = [pair for pair in zip(saved, names, strict=False) if pair[0] != pair[1] and both.intersection(pair)]
+    require(
+        not moved,
+        "parameters must be in the checkpoint's order; the first (name there, name here) that differ",
+        moved[:3],
+        "make the optimizer from the same model, with the same routes, as when it was saved",
+    )
+
+
 def _checked_states(
     saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], muon: "AdaptiveMuon"
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
@@ -84,7 +113,7 @@ def _checked_states(
         if not state:
             continue  # it had no gradient yet
         require(
-            {"momentum_buffer", "moment2_buffer"} <= state.keys(),
+            state.keys() >= _BUFFERS,
             f"the state of {name} must hold momentum_buffer and moment2_buffer; in the checkpoint it holds",
             sorted(state),
             "the checkpoint is of another optimizer",
@@ -96,7 +125,7 @@ def _checked_states(
             method,
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
-        shapes = {"momentum_buffer": tuple(p.shape), "moment2_buffer": muon._moment2.shape(p, Layout())}
+        shapes = {"momentum_buffer": tuple(p.shape), "moment2_buffer": muon._moment2.shape(p, layout_of(p))}
         for buffer, shape in shapes.items():
             require(
                 tuple(state[buffer].shape) == shape,
@@ -119,6 +148,6 @@ def _upstream_method(p: torch.Tensor, state: dict[str, Any], preferred: str) -> 
     Shapes of different methods can coincide (a matrix of one column): the preferred method then wins, and also where
     no shape fits, for the check of the shapes to complain.
     """
-    shape, layout = tuple(state["moment2_buffer"].shape), Layout()
+    shape, layout = tuple(state["moment2_buffer"].shape), layout_of(p)
     names = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != preferred)
     return next((name for name in names if METHODS[name]().shape(p, layout) == shape), preferred)

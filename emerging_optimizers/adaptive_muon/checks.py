@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One form for every refusal: the rule, the value that broke it, and the remedy."""
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
-__all__ = ["require", "require_one_of"]
+__all__ = ["require", "require_one_of", "within"]
 
 
 def require(ok: object, rule: str, value: object, remedy: str) -> None:
@@ -30,3 +32,11 @@ def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     """
     choices = tuple(allowed)
     require(value in choices, f"{name} must be one of the known names", value, f"choose from {', '.join(choices)}")
+
+
+def within(value: Any, low: float, high: float = math.inf) -> bool:
+    """Returns whether ``low <= value < high``; NaN and what is no number, such as the string "1e-3", are not."""
+    try:
+        return bool(low <= value < high)
+    except TypeError:
+        return False

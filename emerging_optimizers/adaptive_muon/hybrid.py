@@ -2,7 +2,7 @@
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, overload, override
 
 import torch
@@ -12,19 +12,22 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import checkpoint
 from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.parameters import check_gradients
 from emerging_optimizers.adaptive_muon.routing import AlgorithmT, Route, route_model, route_parameter
 
 
 __all__ = ["HybridAdaptiveMuon"]
 
+_SCALAR_KEYS = ("scalar_lr", "scalar_eps", "scalar_weight_decay")
+
 
 class HybridAdaptiveMuon(Optimizer):
     """AdaptiveMuon for the hidden matrices and ``torch.optim.AdamW`` for everything else, as one torch optimizer.
 
-    Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, matrices first; one
-    ``state_dict`` saves and resumes both. :meth:`from_model` knows the modules and routes best. The constructor routes
+    Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first (groups
+    added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every optimizer's step
+    run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor routes
     what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions or with a single
     row or column go to AdamW, and where names come along (``model.named_parameters()``) so do biases, tables and output
     heads by their names. It cannot know an embedding without name or tag: set ``use_muon`` in its group.
@@ -64,20 +67,21 @@ class HybridAdaptiveMuon(Optimizer):
         self._routes: list[tuple[str, tuple[int, ...], Route]] = []
         scalar: dict[str, Any] = {
             "lr": lr if scalar_lr is None else scalar_lr,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": scalar_eps,
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
         }
         _check_scalar(scalar)
-        nothing: list[dict[str, Any]] = [{"params": []}]
-        self.muon = AdaptiveMuon(nothing, lr, momentum, weight_decay, **options)
-        self.adamw = AdamW([{"params": []}], **scalar)
-        self.muon.param_groups.clear()
-        self.adamw.param_groups.clear()
+        scalar["betas"] = tuple(betas)  # a list, as YAML has it, would not load back equal
+        # Made empty: add_param_group fills both.
+        self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
+        self._adamw = AdamW([{"params": []}], **scalar)
+        self._muon.param_groups.clear()
+        self._adamw.param_groups.clear()
         parts = [part for group in _as_groups(params) for part in _split(group)]
         # Schedulers and loggers take the first group for the learning rate.
-        super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self.muon.defaults))
-        self.muon.state = self.adamw.state = self.state
+        super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
+        self._share()
 
     @classmethod
     def from_model(
@@ -93,7 +97,7 @@ class HybridAdaptiveMuon(Optimizer):
         """Makes the optimizer of a model, routing its parameters by the modules that own them.
 
         To AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
-        one linear layer with an output for each row of the largest embedding, and modules by names such as
+        last linear layers if they have an output for each row of an embedding, and modules by names such as
         ``lm_head``), norms, biases, recurrent weights, everything that has not two dimensions and everything tagged
         ``is_embedding_or_output_parameter``. :meth:`describe` tells.
 
@@ -130,14 +134,14 @@ class HybridAdaptiveMuon(Optimizer):
         grown: tuple[list[Any], ...] = (
             self._routes,
             self.param_groups,
-            self.muon.param_groups,
-            self.adamw.param_groups,
+            self._muon.param_groups,
+            self._adamw.param_groups,
         )
         lengths = [len(entries) for entries in grown]
         try:
             for part in _split(param_group):
                 self._add_part(part)
-        except (TypeError, ValueError):
+        except Exception:
             for entries, length in zip(grown, lengths, strict=True):
                 del entries[length:]
             raise
@@ -146,9 +150,9 @@ class HybridAdaptiveMuon(Optimizer):
         """Adds a group of one kind to the optimizer of its kind, and shares it."""
         routes = part.pop("routes")
         if part["use_muon"]:
-            inner: Optimizer = self.muon
+            inner: Optimizer = self._muon
         else:
-            inner = self.adamw
+            inner = self._adamw
             _check_scalar({**inner.defaults, **part})
         inner.add_param_group(part)
         group = inner.param_groups[-1]
@@ -184,16 +188,17 @@ class HybridAdaptiveMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.adamw.param_groups:
+        self._share()
+        for group in self._adamw.param_groups:
             check_gradients(group, "AdamW", complex_too=True)
-        self.muon.step()  # checks its own before it changes anything
-        self.adamw.step()
+        self._muon.step()  # checks its own before it changes anything
+        self._adamw.step()
         return loss
 
     def describe(self) -> str:
         """Returns a table of the parameters: where each went, its shape, its name where known, and why."""
         lines = []
-        for algorithm, title in (("adaptive_muon", f"AdaptiveMuon ({self.muon.moment2_method})"), ("adamw", "AdamW")):
+        for algorithm, title in (("adaptive_muon", f"AdaptiveMuon ({self._muon.moment2_method})"), ("adamw", "AdamW")):
             rows = [row for row in self._routes if row[2].algorithm == algorithm]
             elements = sum(math.prod(shape) for _, shape, _ in rows)
             lines.append(f"{title}: {len(rows)} parameters, {elements:,} elements")
@@ -211,33 +216,46 @@ class HybridAdaptiveMuon(Optimizer):
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
-        checkpoint.load(self, state_dict, super().load_state_dict, self.muon)
+        checkpoint.load(self, state_dict, super().load_state_dict, self._muon)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {name: getattr(self, name) for name in ("muon", "adamw", "_routes")}
+        return checkpoint.attributes(self)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for inner, use_muon in ((self.muon, True), (self.adamw, False)):  # share the new state and groups
-            groups = [group for group in self.param_groups if group["use_muon"] is use_muon]
-            inner.__setstate__({"state": self.state, "param_groups": groups})
+        self._share()
+        for inner in (self._muon, self._adamw):
+            inner.__setstate__({})  # fills in what an older checkpoint's groups lack
+
+    def _share(self) -> None:
+        """Gives both optimizers the state and the groups that stand here now, whoever has set them."""
+        for inner, use_muon in ((self._muon, True), (self._adamw, False)):
+            inner.state = self.state
+            inner.param_groups = [group for group in self.param_groups if bool(group["use_muon"]) is use_muon]
 
 
 def _as_groups(params: ParamsT) -> list[dict[str, Any]]:
     """The constructor's ``params`` as parameter groups."""
-    if isinstance(params, torch.Tensor):
-        raise TypeError("params must be an iterable of tensors, of (name, tensor) pairs or of dicts, got a tensor")
+    if isinstance(params, torch.Tensor | nn.Module | Mapping):
+        raise TypeError(
+            "params must be an iterable of tensors, of (name, tensor) pairs or of dicts, "
+            f"got a {type(params).__name__}: pass model.named_parameters(), or use HybridAdaptiveMuon.from_model(model)"
+        )
     entries: list[Any] = list(params)
     return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
 
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
     """A group as one or two groups of one kind each, with ``use_muon`` and ``routes`` set and options resolved."""
+    if "params" not in group:
+        raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
     params = group["params"]
     if isinstance(params, set):
         raise TypeError("the order of a set changes between runs; pass the parameters as a list")
+    unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
+    require(not unknown, "scalar_ options of a group must be known", unknown, f"choose from {', '.join(_SCALAR_KEYS)}")
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
     routes = group.get("routes") or [_route(entry, group.get("use_muon")) for entry in entries]
     parts = []
@@ -256,19 +274,22 @@ def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _route(entry: torch.Tensor | tuple[str, torch.Tensor], use_muon: bool | None) -> Route:
+def _route(entry: Any, use_muon: bool | None) -> Route:
     """The route of a group's entry, which the group may have decided."""
-    if use_muon is not None:
-        return Route("adaptive_muon" if use_muon else "adamw", f"use_muon={use_muon} in its group")
-    return route_parameter(entry[1], entry[0]) if isinstance(entry, tuple) else route_parameter(entry)
+    name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else ("", entry)
+    if not isinstance(name, str) or not isinstance(p, torch.Tensor):
+        raise TypeError(f"a parameter must be a tensor or a (name, tensor) pair, got {type(entry).__name__}")
+    route = route_parameter(p, name)
+    if use_muon is None:
+        return route
+    return Route("adaptive_muon" if use_muon else "adamw", f"use_muon={use_muon} in its group")
 
 
 def _check_scalar(options: Mapping[str, Any]) -> None:
     """Checks the options of the AdamW part."""
     lr, betas, eps, weight_decay = options["lr"], options["betas"], options["eps"], options["weight_decay"]
-    require(0 <= lr < math.inf, "scalar_lr must be >= 0", lr, "AdamW's rates are about 1e-4 to 3e-3")
-    require(
-        len(betas) == 2 and all(0 <= b < 1 for b in betas), "betas must be two in [0, 1)", betas, "try (0.9, 0.95)"
-    )
-    require(0 <= eps < math.inf, "scalar_eps must be >= 0", eps, "the default is 1e-8")
-    require(0 <= weight_decay < math.inf, "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")
+    two = isinstance(betas, Sequence) and len(betas) == 2 and all(within(beta, 0, 1) for beta in betas)
+    require(within(lr, 0), "scalar_lr must be >= 0", lr, "AdamW's rates are about 1e-4 to 3e-3")
+    require(two, "betas must be two numbers in [0, 1)", betas, "try (0.9, 0.95)")
+    require(within(eps, 0), "scalar_eps must be >= 0", eps, "the default is 1e-8")
+    require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "layout_of"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,8 @@ class Layout:
             dim: -2 for the mean of each column, -1 for the mean of each row.
         """
         return local.mean(dim=dim, keepdim=True)
+
+
+def layout_of(p: torch.Tensor) -> Layout:
+    """Returns who holds which piece of a parameter: every parameter that is accepted is held whole."""
+    return Layout()

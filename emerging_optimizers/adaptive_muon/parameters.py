@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["check_gradients", "check_matrices", "parameter_name", "store", "work", "work_dtype"]
+__all__ = ["check_gradients", "check_matrices", "in_work_dtype", "parameter_name", "round_into", "work_dtype"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,12 +64,12 @@ def work_dtype(p: torch.Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def work(tensor: torch.Tensor) -> torch.Tensor:
+def in_work_dtype(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the tensor itself where it has the precision to work in, else a copy in that precision."""
     return tensor.to(work_dtype(tensor))
 
 
-def store(p: torch.Tensor, worked: torch.Tensor) -> None:
-    """Rounds what :func:`work` returned, updated since, into ``p`` in place; does nothing where it is ``p`` itself."""
+def round_into(p: torch.Tensor, worked: torch.Tensor) -> None:
+    """Rounds what :func:`in_work_dtype` returned, updated since, into ``p`` in place; does nothing where it is ``p`` itself."""
     if worked is not p:
         p.copy_(worked)

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameter goes to AdaptiveMuon, which to AdamW, and why."""
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import dropwhile
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
 
@@ -17,8 +21,9 @@ __all__ = ["AlgorithmT", "Route", "route_model", "route_parameter"]
 
 AlgorithmT = Literal["adaptive_muon", "adamw"]
 
-# Components of a parameter's name that mean an output head in the models of PyTorch, Hugging Face, timm and NeMo.
+# Components of a parameter's name that usually mean an output head.
 _HEADS = {
+    "qa_outputs",
     "lm_head",
     "head",
     "output_layer",
@@ -29,6 +34,8 @@ _HEADS = {
     "logits",
     "score",
 }
+# What wrappers put into names: torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Parts of a parameter's own name that mean a two-dimensional bias (pos_bias_u) or a table (pos_embed).
 _TABLES = ("bias", "embed", "token")
 
@@ -52,12 +59,21 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
     Args:
         p: The parameter. ``p.is_embedding_or_output_parameter``, Megatron's tag, sends it to AdamW.
         name: Its dotted name in the model.
+
+    Raises:
+        ValueError: If the parameter has no shape yet (a lazy module before its first forward).
     """
+    require(
+        not is_lazy(p),
+        "a parameter must have a shape to be routed",
+        name or "an uninitialized parameter",
+        "run the model once before making the optimizer",
+    )
     *path, leaf = name.split(".")
     if getattr(p, "is_embedding_or_output_parameter", False):
         return Route("adamw", "tagged as embedding or output")
-    if is_lazy(p) or p.ndim != 2:
-        return Route("adamw", "no shape yet" if is_lazy(p) else f"{p.ndim}-D, not a matrix")
+    if p.ndim != 2:
+        return Route("adamw", f"{p.ndim}-D, not a matrix")
     if 1 in p.shape:
         return Route("adamw", "a single row or column")
     if head := next((part for part in path if part in _HEADS), None):
@@ -110,10 +126,15 @@ def route_model(
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
     """Every parameter with all its names and the modules that hold it, several where it is tied or its module shared."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(p, []).append((f"{prefix}.{leaf}" if prefix else leaf, module))
+        if isinstance(module, ParametrizationList):  # holds what its module computes the weight from
+            module = model.get_submodule(prefix.rpartition("parametrizations.")[0].removesuffix("."))
+        path = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+        for leaf, p in model.get_submodule(prefix).named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(p, []).append((".".join([*path, leaf]), module))
     return owners
 
 
@@ -121,27 +142,35 @@ def _route_by_modules(modules: list[nn.Module], heads: dict[nn.Module, str]) -> 
     """The route that the modules holding a parameter decide, if they do."""
     for module in modules:
         kind = type(module).__name__
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "Embedding" in kind:
+        if module in heads:
+            return Route("adamw", heads[module])
+        if isinstance(module, nn.Linear):  # also a LayerNormLinear or an EmbeddingProjection
+            continue
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or kind.endswith("Embedding"):
             return Route("adamw", "embedding" if len(modules) == 1 else "embedding, tied")
-        if "Norm" in kind:
+        if re.search(r"Norm(\dd)?$", kind):
             return Route("adamw", f"norm, {kind}")
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return Route("adamw", f"recurrent, {kind}")
-        if module in heads:
-            return Route("adamw", heads[module])
     return None
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, str]:
     """Output heads that the model itself shows, with the reason."""
     heads: dict[nn.Module, str] = {}
-    get_head = getattr(model, "get_output_embeddings", None)  # Hugging Face's
-    head = get_head() if callable(get_head) else None
-    if isinstance(head, nn.Module):
-        heads[head] = "output head by get_output_embeddings()"
-    # An untied head has an output for each row of the vocabulary, and nothing else in the model has as many.
-    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and tables and m.out_features == max(tables)]
-    if len(linears) == 1:
-        heads.setdefault(linears[0], f"output head by its size, {max(tables)} as the embedding")
+    for module in model.modules():
+        ask = getattr(module, "get_output_embeddings", None)  # Hugging Face's
+        with suppress(NotImplementedError):
+            head = ask() if callable(ask) else None
+            if isinstance(head, nn.Module):
+                heads[head] = "output head by get_output_embeddings()"
+    # An untied head stands last, is not square, has an output for each row of a table, and none before has as many.
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    outputs = linears[-1].out_features if linears else 0
+    before = list(dropwhile(lambda module: module.out_features == outputs, reversed(linears)))
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    if outputs in tables and all(module.out_features != outputs for module in before):
+        for module in linears[len(before) :]:
+            if module.in_features != outputs:
+                heads.setdefault(module, f"output head by its size, {outputs} as an embedding")
     return heads

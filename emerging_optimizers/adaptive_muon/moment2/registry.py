@@ -21,6 +21,10 @@ def register_moment2(name: Moment2MethodT) -> Callable[[type[Moment2]], type[Mom
     """Returns a decorator that enters a :class:`Moment2` subclass under ``name``."""
 
     def enter(cls: type[Moment2]) -> type[Moment2]:
+        if not hasattr(cls, "momentum_degree") or not hasattr(cls, "moment2_degree"):
+            raise TypeError(
+                f"{cls.__name__} must set momentum_degree and moment2_degree, which the bias correction needs"
+            )
         METHODS[name] = cls
         return cls
 
@@ -39,5 +43,8 @@ def make_moment2(name: str, **options: Any) -> Moment2:
         ValueError: If the name is unknown or an option is out of its range.
     """
     require_one_of("moment2_method", name, METHODS)
-    made = {key: cls(**{field.name: options[field.name] for field in fields(cls)}) for key, cls in METHODS.items()}
+    made = {
+        key: cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
+        for key, cls in METHODS.items()
+    }
     return made[name]
