@@ -3,14 +3,8 @@
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-
-
-# Before torch is imported, which reads it then: threads that wait for each other give their core away. Otherwise
-# training beside another program is not two but ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from methods import METHODS
