@@ -82,7 +82,28 @@ def test_unknown_option_is_refused():
         HybridAdaptiveMuon([matrix()], beta3=0.9)
 
 
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        (nn.Linear(2, 2), "from_model"),
+        ({"params": []}, "got a dict"),
+        (torch.ones(2, 2), "got a Tensor"),
+        ([{"lr": 1.0}], "must have params"),
+        ([{"params": ("a", matrix())}], "got str"),
+        ([{"params": {matrix()}}], "order of a set"),
+        ([{"params": [matrix()], "scalar_learning_rate": 1.0}], "scalar_lr, scalar_eps"),
+        ([], "empty parameter list"),
+    ],
+    ids=["model", "dict", "tensor", "no params", "a name alone", "set", "unknown scalar_", "nothing"],
+)
+def test_params_of_another_form_are_refused(params, text):
+    with pytest.raises((TypeError, ValueError), match=text):
+        HybridAdaptiveMuon(params)
+
+
 GROUPS = [
+    {"lr": "1e-3"},
+    {"nesterov": True},
     {"lr": -1.0},
     {"momentum": 2.0},
     {"beta2": 1.0},
@@ -165,9 +186,9 @@ def test_refused_step_changes_nothing(method, hybrid, spoil):
     torch.testing.assert_close(optimizer.state_dict()["state"], state, atol=0, rtol=0)
 
 
-def test_complex_and_empty_gradients_of_the_adamw_part_are_taken():
+def test_complex_gradients_of_the_adamw_part_are_taken():
     p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-    optimizer = HybridAdaptiveMuon([matrix(), p, nn.Parameter(torch.ones(2))])
+    optimizer = HybridAdaptiveMuon([matrix(), p])
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert (p != 1).all()
