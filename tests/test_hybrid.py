@@ -378,6 +378,13 @@ def test_groups_and_state_set_anew_are_the_ones_that_count():
     train(model, optimizer, [1])
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     assert len(optimizer.state) == len(weights)
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="one group only"):
+        optimizer.add_param_group({"params": [("again", model.embed.weight)], "use_muon": True})
+    assert len(optimizer.param_groups) == 2
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="'namo_d'"):
+        model_and_optimizer("namo")[1].load_state_dict(optimizer.state_dict())
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["use_muon"] = int(group["use_muon"])  # a round trip through a format that has no booleans

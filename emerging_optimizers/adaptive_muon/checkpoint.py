@@ -57,7 +57,7 @@ def load(
                 saved_group.get("use_muon"),
                 "route the parameters as when it was saved, see HybridAdaptiveMuon.describe()",
             )
-            if any(group is of_matrices for of_matrices in muon.param_groups):
+            if group.get("use_muon", True):
                 saved.update(_checked_states(saved_group, group, state_dict["state"], muon))
 
     def after(optimizer: Optimizer) -> None:

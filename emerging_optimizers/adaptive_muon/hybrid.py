@@ -131,6 +131,7 @@ class HybridAdaptiveMuon(Optimizer):
         Args:
             param_group: As in the constructor's ``params``.
         """
+        self._share()
         grown: tuple[list[Any], ...] = (
             self._routes,
             self.param_groups,
