@@ -88,7 +88,7 @@ REASONS = {
     "blocks.0.pos_bias_u": "bias or table by its name, 'pos_bias_u'",
     "blocks.0.query.bias": "1-D, not a matrix",
     "blocks.0.query.weight": "hidden matrix",
-    "scores.weight": "output head by its size, 13 as an embedding",
+    "scores.weight": "output head by its shape, 13 x 8 as an embedding",
 }
 
 
@@ -110,8 +110,8 @@ def test_a_table_as_long_as_the_width_does_not_make_every_layer_a_head():
     assert sum(route.algorithm == "adaptive_muon" for *_, route in route_model(model)) == 4
 
 
-def test_head_by_size():
-    """The last layers, and not one before them, are the head; a longer table of positions does not mislead."""
+def test_head_by_shape():
+    """The last layers are the head if they are shaped as an embedding; no width or table length misleads."""
 
     def routed(*modules):
         return [route.algorithm for *_, route in route_model(nn.Sequential(*modules)) if route.reason != "embedding"]
@@ -124,13 +124,16 @@ def test_head_by_size():
     assert routed(*tables, linear(64, 64), linear(64, 256), linear(64, 256)) == ["adaptive_muon", "adamw", "adamw"]
     assert routed(nn.EmbeddingBag(256, 64), linear(64, 64), linear(64, 256)) == ["adaptive_muon", "adamw"]
     assert routed(*tables, linear(64, 256), linear(64, 8)) == ["adaptive_muon"] * 2
+    up, down = linear(64, 256), linear(256, 64)  # as wide as the vocabulary, or the context as long as the width
+    assert routed(*tables, up, down, linear(64, 256)) == ["adaptive_muon"] * 2 + ["adamw"]
+    assert routed(nn.Embedding(64, 64), up, down) == ["adaptive_muon"] * 2
 
 
 class LayerNormLinear(nn.Linear):
     """Megatron and Transformer Engine have such names."""
 
 
-class EmbeddingProjection(nn.Linear):
+class PatchEmbedding(nn.Linear):
     pass
 
 
@@ -144,11 +147,16 @@ class VocabParallelEmbedding(RMSNorm2d):
     pass
 
 
+class LayerNormColumnParallel(RMSNorm2d):
+    pass
+
+
 @pytest.mark.parametrize(
     ("make", "algorithm"),
     [
         (lambda: LayerNormLinear(4, 4, bias=False), "adaptive_muon"),
-        (lambda: EmbeddingProjection(4, 4, bias=False), "adaptive_muon"),
+        (lambda: PatchEmbedding(4, 4, bias=False), "adaptive_muon"),
+        (LayerNormColumnParallel, "adaptive_muon"),
         (lambda: nn.Bilinear(4, 4, 4, bias=False), "adamw"),
         (RMSNorm2d, "adamw"),
         (VocabParallelEmbedding, "adamw"),
@@ -158,7 +166,15 @@ class VocabParallelEmbedding(RMSNorm2d):
         (lambda: nn.utils.parametrizations.weight_norm(nn.Embedding(5, 4)), "adamw"),
         (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4, bias=False)), "adaptive_muon"),
     ],
-    ids=["LayerNormLinear", "EmbeddingProjection", "Bilinear", "RMSNorm2d", "VocabParallelEmbedding", "LayerNorm 2-D"]
+    ids=[
+        "LayerNormLinear",
+        "PatchEmbedding",
+        "LayerNormColumnParallel",
+        "Bilinear",
+        "RMSNorm2d",
+        "VocabParallelEmbedding",
+        "LayerNorm 2-D",
+    ]
     + ["EmbeddingBag", "LSTMCell", "weight_norm of an embedding", "orthogonal linear"],
 )
 def test_routing_by_class(make, algorithm):
@@ -290,6 +306,7 @@ def test_defaults_of_the_adamw_part():
     assert (scalar["lr"], scalar["weight_decay"]) == (0.5, 0.25)
     _, scalar = HybridAdaptiveMuon([p, q], lr=0.5, scalar_lr=0.0, scalar_weight_decay=0.0).param_groups
     assert (scalar["lr"], scalar["weight_decay"]) == (0.0, 0.0)
+    assert HybridAdaptiveMuon([p, q], betas=[0.5, 0.6]).param_groups[1]["betas"] == (0.5, 0.6)
 
 
 @pytest.mark.parametrize("method", METHODS)

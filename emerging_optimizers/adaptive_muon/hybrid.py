@@ -72,7 +72,6 @@ class HybridAdaptiveMuon(Optimizer):
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
         }
         _check_scalar(scalar)
-        scalar["betas"] = tuple(betas)  # a list, as YAML has it, would not load back equal
         # Made empty: add_param_group fills both.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
         self._adamw = AdamW([{"params": []}], **scalar)
@@ -97,7 +96,7 @@ class HybridAdaptiveMuon(Optimizer):
         """Makes the optimizer of a model, routing its parameters by the modules that own them.
 
         To AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
-        last linear layers if they have an output for each row of an embedding, and modules by names such as
+        last linear layers if they have the shape of an embedding, and modules by names such as
         ``lm_head``), norms, biases, recurrent weights, everything that has not two dimensions and everything tagged
         ``is_embedding_or_output_parameter``. :meth:`describe` tells.
 

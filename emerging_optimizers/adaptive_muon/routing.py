@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import dropwhile
+from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -164,13 +164,11 @@ def _heads(model: nn.Module) -> dict[nn.Module, str]:
             head = ask() if callable(ask) else None
             if isinstance(head, nn.Module):
                 heads[head] = "output head by get_output_embeddings()"
-    # An untied head stands last, is not square, has an output for each row of a table, and none before has as many.
+    # An untied head stands last and has the shape of an embedding; where that is square, any layer may have it.
+    tables = {m.weight.shape for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    outputs = linears[-1].out_features if linears else 0
-    before = list(dropwhile(lambda module: module.out_features == outputs, reversed(linears)))
-    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    if outputs in tables and all(module.out_features != outputs for module in before):
-        for module in linears[len(before) :]:
-            if module.in_features != outputs:
-                heads.setdefault(module, f"output head by its size, {outputs} as an embedding")
+    shape = linears[-1].weight.shape if linears else torch.Size()
+    if shape in tables and len(set(shape)) == 2:
+        for module in takewhile(lambda module: module.weight.shape == shape, reversed(linears)):
+            heads.setdefault(module, f"output head by its shape, {shape[0]} x {shape[1]} as an embedding")
     return heads
