@@ -264,7 +264,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Checks a group's options and parameters."""
-        values = {name: group[name] for name in ("lr", "momentum", "weight_decay", "beta2", "eps")}
         tiny = torch.finfo(torch.float32).tiny  # a smaller eps is zero, or has no inverse, in float32
         for name, rule, low, high, remedy in (
             ("lr", ">= 0", 0, math.inf, "Muon's rates are about 1e-3 to 1e-2"),
@@ -273,7 +272,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             ("beta2", "in [0, 1)", 0, 1, "0.95 and 0.99 are usual"),
             ("eps", "> 0 in float32", tiny, math.inf, "the default is 1e-8"),
         ):
-            require(within(values[name], low, high), f"{name} must be {rule}", values[name], remedy)
+            require(within(group[name], low, high), f"{name} must be {rule}", group[name], remedy)
         common = sorted(_COMMON_OPTIONS & group.keys())
         require(not common, "a group may set only lr, momentum, weight_decay, beta2 and eps", common, "set it for all")
         require(
@@ -309,6 +308,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                 group.setdefault(name, value)
 
 
-# Options that hold for all groups; in a group they would be passed over in silence.
 _OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}
+# Options that hold for all groups; in a group they would be passed over in silence.
 _COMMON_OPTIONS = signature(AdaptiveMuon).parameters.keys() - _OF_A_GROUP

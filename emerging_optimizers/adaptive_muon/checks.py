@@ -6,7 +6,18 @@ from collections.abc import Iterable
 from typing import Any
 
 
-__all__ = ["require", "require_one_of", "within"]
+__all__ = ["refusal", "require", "require_one_of", "within"]
+
+
+def refusal(rule: str, value: object, remedy: str) -> ValueError:
+    """Returns the error to raise; where checks run at every step, this spares them making a message nobody reads.
+
+    Args:
+        rule: What must hold, as a sentence without its end.
+        value: The value that was given.
+        remedy: What to pass instead, or what to do about it.
+    """
+    return ValueError(f"{rule}, got {value!r}: {remedy}")
 
 
 def require(ok: object, rule: str, value: object, remedy: str) -> None:
@@ -19,7 +30,7 @@ def require(ok: object, rule: str, value: object, remedy: str) -> None:
         remedy: What to pass instead, or what to do about it.
     """
     if not ok:
-        raise ValueError(f"{rule}, got {value!r}: {remedy}")
+        raise refusal(rule, value, remedy)
 
 
 def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:

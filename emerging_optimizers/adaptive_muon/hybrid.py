@@ -263,9 +263,10 @@ def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
         chosen = [index for index, route in enumerate(routes) if route.algorithm == algorithm]
         if not chosen:
             continue
-        part = {key: value for key, value in group.items() if not key.startswith("scalar_") and key != "betas"}
-        if not use_muon:
-            part |= {key: group[key] for key in ("betas",) if key in group}
+        part = {key: value for key, value in group.items() if not key.startswith("scalar_")}
+        if use_muon:
+            part.pop("betas", None)
+        else:
             part |= {key.removeprefix("scalar_"): value for key, value in group.items() if key.startswith("scalar_")}
         part["params"] = [entries[index] for index in chosen]
         part["routes"] = [routes[index] for index in chosen]

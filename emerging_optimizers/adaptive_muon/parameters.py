@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import refusal
 
 
 __all__ = ["check_gradients", "check_matrices", "in_work_dtype", "parameter_name", "round_into", "work_dtype"]
@@ -25,36 +25,36 @@ def check_matrices(group: dict[str, Any]) -> None:
     for index, p in enumerate(group["params"]):
         if is_lazy(p):
             continue  # it has no shape before the model's first forward; the step looks again
-        name = parameter_name(group, index)
-        require(
-            p.ndim == 2,
-            f"AdaptiveMuon takes matrices, parameters of two dimensions; {name} has the shape",
-            tuple(p.shape),
-            "give it to AdamW, as HybridAdaptiveMuon does by itself",
-        )
-        require(
-            p.dtype in _DTYPES,
-            f"AdaptiveMuon takes real floating-point matrices; {name} has the dtype",
-            p.dtype,
-            f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
-        )
-        require(
-            not hasattr(p, "placements"),
-            f"AdaptiveMuon takes whole matrices; {name} is a DTensor with the placements",
-            getattr(p, "placements", None),
-            "statistics of the local piece would be wrong; keep this parameter out of sharding",
-        )
+        if p.ndim != 2:
+            raise refusal(
+                "AdaptiveMuon takes matrices, parameters of two dimensions; "
+                f"{parameter_name(group, index)} has the shape",
+                tuple(p.shape),
+                "give it to AdamW, as HybridAdaptiveMuon does by itself",
+            )
+        if p.dtype not in _DTYPES:
+            raise refusal(
+                f"AdaptiveMuon takes real floating-point matrices; {parameter_name(group, index)} has the dtype",
+                p.dtype,
+                f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
+            )
+        if hasattr(p, "placements"):
+            raise refusal(
+                f"AdaptiveMuon takes whole matrices; {parameter_name(group, index)} is a DTensor with the placements",
+                p.placements,
+                "statistics of the local piece would be wrong; keep this parameter out of sharding",
+            )
 
 
 def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool = False) -> None:
     """Raises a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex."""
     for index, p in enumerate(group["params"]):
-        if p.grad is not None:
-            require(
-                p.grad.layout == torch.strided and (complex_too or not p.grad.is_complex()),
+        grad = p.grad
+        if grad is not None and (grad.layout != torch.strided or (grad.is_complex() and not complex_too)):
+            raise refusal(
                 f"{algorithm} takes dense{'' if complex_too else ' real'} gradients; that of "
                 f"{parameter_name(group, index)} is",
-                f"{p.grad.layout}, {p.grad.dtype}",
+                f"{grad.layout}, {grad.dtype}",
                 "make it dense (sparse=False in an embedding), or give the parameter to another optimizer",
             )
 
@@ -70,6 +70,6 @@ def in_work_dtype(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def round_into(p: torch.Tensor, worked: torch.Tensor) -> None:
-    """Rounds what :func:`in_work_dtype` returned, updated since, into ``p`` in place; does nothing where it is ``p`` itself."""
+    """Rounds what :func:`in_work_dtype` returned, updated since, into ``p`` in place, unless it is ``p`` itself."""
     if worked is not p:
         p.copy_(worked)

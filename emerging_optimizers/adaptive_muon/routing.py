@@ -125,16 +125,17 @@ def route_model(
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-    """Every parameter with all its names and the modules that hold it, several where it is tied or its module shared."""
+    """Every parameter with all its names and the modules that hold it: several where it is tied, or a module shared."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, ParametrizationList):  # holds what its module computes the weight from
-            module = model.get_submodule(prefix.rpartition("parametrizations.")[0].removesuffix("."))
+        owner = module
+        if isinstance(module, ParametrizationList):  # holds what its owner computes the weight from
+            owner = model.get_submodule(prefix.rpartition("parametrizations.")[0].removesuffix("."))
         path = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
-        for leaf, p in model.get_submodule(prefix).named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(p, []).append((".".join([*path, leaf]), module))
+        for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(p, []).append((".".join([*path, leaf]), owner))
     return owners
 
 

@@ -34,8 +34,9 @@ class Moment2(ABC):
 
     A method is one file of this package that defines one subclass under ``@register_moment2(name)``, and one word in
     ``Moment2MethodT``. Its dataclass fields, if any, are its own options; for users to set them,
-    :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` takes them as arguments by the same name. Formulas reduce through the layout only
-    and along the last two dimensions, which makes them right for a matrix in pieces and for a stack of matrices.
+    :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` takes them as arguments by the same name. Formulas reduce
+    through the layout only and along the last two dimensions, which makes them right for a matrix in pieces and for a
+    stack of matrices.
 
     Attributes:
         momentum_degree: p, where D is proportional to the p-th power of the size of M'.
