@@ -7,5 +7,6 @@ from emerging_optimizers.registry import _OPTIMIZERS
 
 __all__ = ["AdaptiveMuon", "HybridAdaptiveMuon", "Moment2MethodT", "WeightDecayMethodT"]
 
-# Upstream's own class of this name was entered when our class imported it, and register_optimizer refuses a name twice.
+# Upstream's own class of this name was entered when our class imported it, and register_optimizer refuses a name
+# twice.
 _OPTIMIZERS["adaptive_muon"] = AdaptiveMuon

@@ -47,22 +47,22 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
       of :math:`O \\odot O`.
     - "normuon" (arXiv:2510.05491): for each row, or each column of a wide matrix, by the moving average of its mean
       square; the norm of O is kept.
-    - "namo" (arXiv:2602.17080): one number, :math:`\\|M'\\|_F / (\\sqrt{V} + \\varepsilon)` with V the moving average of
-      the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
+    - "namo" (arXiv:2602.17080): one number, :math:`\\|M'\\|_F / (\\sqrt{V} + \\varepsilon)` with V the moving average
+      of the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
-    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0. The paper's NAMO
-    and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
+    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0. The paper's
+    NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
     coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in) in float32, bfloat16, float16 or float64. State and arithmetic are in
-    float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded once
-    a step. Convolutions, embeddings, output heads, norms and biases belong to AdamW, see
+    float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded
+    once a step. Convolutions, embeddings, output heads, norms and biases belong to AdamW, see
     :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
 
     Args:
-        params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group may
-            set its own ``lr``, ``momentum``, ``weight_decay``, ``beta2`` and ``eps``.
+        params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group
+            may set its own ``lr``, ``momentum``, ``weight_decay``, ``beta2`` and ``eps``.
         lr: Learning rate, >= 0. Default 3e-4, as upstream's Muon.
         momentum: Decay rate of the momentum, in [0, 1). Default 0.95, as upstream's Muon and all three papers.
         weight_decay: Weight decay coefficient, >= 0. Default 0.01, as upstream's Muon.
@@ -172,8 +172,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             The closure's loss, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, or a parameter is no longer a matrix. No weight and no state
-                has changed then.
+            ValueError: If a gradient is sparse or complex, or a parameter is no longer a matrix. No weight and no
+                state has changed then.
         """
         loss = None
         if closure is not None:
@@ -291,8 +291,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the checkpoint is of another ``moment2_method``, of other shapes, or lacks the step count that
-                bias correction needs. Nothing is changed.
+            ValueError: If the checkpoint is of another ``moment2_method``, of other shapes, or lacks the step count
+                that bias correction needs. Nothing is changed.
         """
         checkpoint.load(self, state_dict, super().load_state_dict, self)
 

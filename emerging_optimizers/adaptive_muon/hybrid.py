@@ -25,18 +25,19 @@ _SCALAR_KEYS = ("scalar_lr", "scalar_eps", "scalar_weight_decay")
 class HybridAdaptiveMuon(Optimizer):
     """AdaptiveMuon for the hidden matrices and ``torch.optim.AdamW`` for everything else, as one torch optimizer.
 
-    Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first (groups
-    added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every optimizer's step
-    run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor routes
-    what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions or with a single
-    row or column go to AdamW, and where names come along (``model.named_parameters()``) so do biases, tables and output
-    heads by their names. It cannot know an embedding without name or tag: set ``use_muon`` in its group.
+    Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first
+    (groups added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every
+    optimizer's step run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor
+    routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions or with a single
+    row or column go to AdamW, and where names come along (``model.named_parameters()``) so do biases, tables and
+    output heads by their names. It cannot know an embedding without name or tag: set ``use_muon`` in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
             group's parameters are routed one by one unless the group says ``use_muon``: True sends all of them to
-            AdaptiveMuon, False to AdamW. A group's own ``lr``, ``weight_decay`` and ``eps`` hold for all its parameters
-            unless it also has ``scalar_lr``, ``scalar_weight_decay`` or ``scalar_eps`` for those that go to AdamW.
+            AdaptiveMuon, False to AdamW. A group's own ``lr``, ``weight_decay`` and ``eps`` hold for all its
+            parameters unless it also has ``scalar_lr``, ``scalar_weight_decay`` or ``scalar_eps`` for those that go to
+            AdamW.
         lr: Learning rate of the matrices. Default 3e-4.
         momentum: Decay rate of the matrices' momentum. Default 0.95.
         weight_decay: Weight decay coefficient of the matrices. Default 0.01.
@@ -241,7 +242,8 @@ def _as_groups(params: ParamsT) -> list[dict[str, Any]]:
     if isinstance(params, torch.Tensor | nn.Module | Mapping):
         raise TypeError(
             "params must be an iterable of tensors, of (name, tensor) pairs or of dicts, "
-            f"got a {type(params).__name__}: pass model.named_parameters(), or use HybridAdaptiveMuon.from_model(model)"
+            f"got a {type(params).__name__}: pass model.named_parameters(), "
+            "or use HybridAdaptiveMuon.from_model(model)"
         )
     entries: list[Any] = list(params)
     return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]

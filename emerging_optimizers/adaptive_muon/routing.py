@@ -125,7 +125,7 @@ def route_model(
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-    """Every parameter with all its names and the modules that hold it: several where it is tied, or a module shared."""
+    """Every parameter with all its names and the modules that hold it: several where it, or its module, is shared."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}

@@ -15,7 +15,8 @@ from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
 class NamoD(Moment2):
     """NAMO-D (arXiv:2602.17080): NAMO for each column, the columns' scales clamped around their mean.
 
-    .. math:: V_j \\leftarrow \\mathrm{EMA}(\\|G_j\\|^2), \\qquad d_j = \\|M'_j\\| / (\\sqrt{V_j} + \\varepsilon), \\qquad
+    .. math:: V_j \\leftarrow \\mathrm{EMA}(\\|G_j\\|^2), \\qquad
+        d_j = \\|M'_j\\| / (\\sqrt{V_j} + \\varepsilon), \\qquad
         D_j = \\mathrm{clamp}(d_j,\\; c \\, \\bar d,\\; \\bar d / c)
 
     Args:
