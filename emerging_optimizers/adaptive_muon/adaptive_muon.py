@@ -2,25 +2,35 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import checkpoint
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of, within
-from emerging_optimizers.adaptive_muon.layout import layout_of
+from emerging_optimizers.adaptive_muon.dtensor import gradient_of, local_of, wrapped_like
+from emerging_optimizers.adaptive_muon.layout import Layout, ShardedLayout
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
-from emerging_optimizers.adaptive_muon.orthogonalizer import NewtonSchulz, syrk_is_usable
+from emerging_optimizers.adaptive_muon.orthogonalizer import (
+    TP_MODES,
+    NewtonSchulz,
+    TensorParallelModeT,
+    syrk_is_usable,
+)
 from emerging_optimizers.adaptive_muon.parameters import (
     check_gradients,
     check_matrices,
     in_work_dtype,
     round_into,
-    work_dtype,
 )
+from emerging_optimizers.adaptive_muon.plan import Plan, make_plan
+from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Matrix, Sharding
+from emerging_optimizers.adaptive_muon.state import MomentAverage, new_buffers
+from emerging_optimizers.adaptive_muon.together import run, together
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
@@ -113,12 +123,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         bias_correction: bool | None = None,
         namo_d_clamp: float = 0.75,
         use_syrk: bool = False,
+        tp_group: ProcessGroup | None = None,
+        tp_mode: TensorParallelModeT = "layer_sharded",
+        layout_fn: LayoutFn | None = None,
+        blocks_fn: BlocksFn | None = None,
+        max_bytes_in_flight: int = 2**30,
     ) -> None:
         self._moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
         orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk=use_syrk and syrk_is_usable())
         require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
         require_one_of("fp32_matmul_prec", fp32_matmul_prec, get_args(FP32MatmulPrecT))
         require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
+        require_one_of("tp_mode", tp_mode, get_args(TensorParallelModeT))
+        require(
+            within(max_bytes_in_flight, 1),
+            "max_bytes_in_flight must be a positive number of bytes",
+            max_bytes_in_flight,
+            "the default is 2**30",
+        )
         require(math.isfinite(extra_scale_factor), "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
         require(
             weight_decay_method != "l2" or not self._moment2.reads_gradient,
@@ -135,6 +157,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             'use "decoupled", or moment2_method="namo" or "namo_d"',
         )
         self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
+        self.tp_mode, self.max_bytes_in_flight = tp_mode, max_bytes_in_flight
+        self._sharding = Sharding(tp_group, tp_mode, layout_fn, blocks_fn)
+        self._plan: tuple[tuple[int, ...], Plan] | None = None
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
         super().__init__(
             params,
@@ -182,48 +207,102 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         for group in self.param_groups:
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
+        self._sharding.resolve(self.param_groups)
+        groups: dict[torch.Tensor, dict[str, Any]] = {}
+        for group in self.param_groups:
+            self._init_group(group)
+            groups |= {p: group for p in group["params"] if p.grad is not None}
+        plan = self._plan_of(list(groups))
         with fp32_matmul_precision(self.fp32_matmul_prec):
-            for group in self.param_groups:
-                self._init_group(group)
-                for p in group["params"]:
-                    if p.grad is not None and p.numel() > 0:
-                        self._update(p, p.grad, group)
+            for at_once in plan.rounds:
+                run(self._update(p, groups[p], plan.homes) for p in at_once)
         return loss
 
-    def _update(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """Updates one matrix and its state in place: the algorithm, in the order and letters of the paper."""
+    def _plan_of(self, params: list[torch.Tensor]) -> Plan:
+        """Returns the plan for the parameters that have a gradient, which rarely change."""
+        key = tuple(map(id, params))
+        if self._plan is None or self._plan[0] != key:
+            self._sharding.compare_gradients(self.param_groups)
+            matrices = {p: self._sharding.matrices(p) for p in params if not self._sharding.is_empty(p)}
+            self._plan = key, make_plan(matrices, self.tp_mode, self.max_bytes_in_flight)
+        return self._plan[1]
+
+    async def _update(self, p: torch.Tensor, group: dict[str, Any], homes: dict[Matrix, int]) -> None:
+        """Updates one parameter and its state in place: the algorithm, in the order and letters of the paper."""
         state, lr, momentum, weight_decay = self.state[p], group["lr"], group["momentum"], group["weight_decay"]
-        if lr == 0 and not grad.any():
+        matrices = self._sharding.matrices(p)
+        local = local_of(p)
+        W, G = in_work_dtype(local), in_work_dtype(gradient_of(p))
+        if lr == 0 and not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in matrices)):
             return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
         decay_method: str = self.weight_decay_method
-        W, G = in_work_dtype(p), in_work_dtype(grad)
         if decay_method == "l2":
             G = G.clone()  # upstream's mixin adds the decay to it in place; the user's gradient stays as it is
         if decay_method != "adaptive":
             self._apply_weight_decay_inplace(W, G, lr, weight_decay)
 
-        M = state["momentum_buffer"].lerp_(G, 1 - momentum)
+        M = local_of(state["momentum_buffer"]).lerp_(G, 1 - momentum)
         if self.nesterov:
             M = G.lerp(M, momentum)
-        L = layout_of(p)
-        O = self.orthogonalize(p, M, **{key: value for key, value in group.items() if key != "params"})
-        D = self._moment2.scale(state["moment2_buffer"], Seen(G, M, O), L, beta2=group["beta2"], eps=group["eps"])
+        DO = await together(
+            self._adapted(p, matrix, matrix.of(G), matrix.of(M), group, homes.get(matrix, 0)) for matrix in matrices
+        )
         if self.bias_correction:
             state["step"] += 1
-            D *= self._moment2.correction(float(state["step"]), momentum=momentum, beta2=group["beta2"])
+            correction = self._moment2.correction(float(state["step"]), momentum=momentum, beta2=group["beta2"])
+            for D, _ in DO:
+                D *= correction
         if decay_method == "adaptive" and weight_decay:
-            W.addcmul_(W, D, value=-lr * weight_decay)
-        s = get_muon_scale_factor(*L.shape(W), mode=self.scale_mode) * self.extra_scale_factor
-        U = D.mul_(s) * O
+            W.addcmul_(W, _joined(matrices, [D for D, _ in DO], W), value=-lr * weight_decay)
+        U = _joined(
+            matrices,
+            [D.mul_(self._scale(matrix.layout.shape(O))) * O for matrix, (D, O) in zip(matrices, DO, strict=True)],
+            W,
+        )
 
         if self._has_pre_hook():
-            round_into(p, W)  # the hook sees the decayed weight,
-            self.pre_weight_update_fn_inplace(p, U)
-            if W is not p and not torch.equal(W.to(p.dtype), p):
-                W = in_work_dtype(p)  # and may change it
+            round_into(local, W)  # the hook sees the decayed weight,
+            self.pre_weight_update_fn_inplace(p, wrapped_like(p, U))
+            if W is not local and not torch.equal(W.to(local.dtype), local):
+                W = in_work_dtype(local)  # and may change it
         W.add_(U, alpha=-lr)
-        round_into(p, W)
+        round_into(local, W)
         self.post_weight_update_fn_inplace(p)
+
+    async def _adapted(
+        self, p: torch.Tensor, matrix: Matrix, G: torch.Tensor, M: torch.Tensor, group: dict[str, Any], home: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the adaptive scale D, without bias correction, and the orthogonalized momentum O of one matrix."""
+        L = matrix.layout
+        options = {key: value for key, value in group.items() if key != "params"}
+        O = await self._orthogonalized(M, L, home, lambda whole: self.orthogonalize(p, whole, **options))
+        average = MomentAverage(self.state[p], matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
+        return await self._moment2.scale(average, Seen(G, M, O), L, eps=group["eps"]), O
+
+    async def _orthogonalized(
+        self, M: torch.Tensor, layout: Layout, home: int, of_whole: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Returns O, of a matrix in pieces the piece at hand."""
+        if not isinstance(layout, ShardedLayout):
+            return of_whole(M)
+        newton_schulz = cast(NewtonSchulz, self.scaled_orthogonalize_fn)
+        return await TP_MODES[self.tp_mode](layout.group, M, layout, home, of_whole, newton_schulz)
+
+    def _scale(self, shape: tuple[int, int]) -> float:
+        """Returns s, the factor for the shape of a whole matrix."""
+        return get_muon_scale_factor(*shape, mode=self.scale_mode) * self.extra_scale_factor
+
+    @override
+    def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Returns the orthogonalized momentum, not scaled. A subclass may do more here, such as upstream's documents.
+
+        Args:
+            p: The parameter, of which this process may hold a piece.
+            grad: The momentum of one whole matrix of it, or of a stack of matrices.
+            **kwargs: Options of the parameter's group.
+        """
+        orthogonalized: torch.Tensor = self.scaled_orthogonalize_fn(grad)
+        return orthogonalized
 
     def _has_pre_hook(self) -> bool:
         """Whether a subclass or the user has put something in the place of upstream's empty function."""
@@ -239,12 +318,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             group: Parameter group.
             skip_non_grad_params: Whether to pass over parameters without a gradient.
         """
+        self._sharding.resolve(self.param_groups)
         for p in group["params"]:
             state = self.state[p] if p.grad is not None or not skip_non_grad_params else None
             if state is None or "momentum_buffer" in state:
                 continue
-            state["momentum_buffer"] = torch.zeros_like(p, dtype=work_dtype(p))
-            state["moment2_buffer"] = p.new_zeros(self._moment2.shape(p, layout_of(p)), dtype=work_dtype(p))
+            state.update(new_buffers(p, self._sharding.matrices(p), self._moment2))
             if self.bias_correction:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)
 
@@ -258,6 +337,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         super().add_param_group({**self._group_defaults, **param_group})
         try:
             self._check_group(self.param_groups[-1])
+            self._sharding.check(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
             raise
@@ -306,6 +386,16 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         for group in self.param_groups:  # an upstream checkpoint's groups lack ours
             for name, value in self._group_defaults.items():
                 group.setdefault(name, value)
+
+
+def _joined(matrices: Sequence[Matrix], parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """What was made for each matrix of a parameter as one tensor, broadcastable to the parameter."""
+    if matrices[0].block is None:
+        return parts[0]
+    joined = torch.empty_like(like)
+    for matrix, part in zip(matrices, parts, strict=True):
+        joined[..., matrix.rows, :] = part
+    return joined
 
 
 _OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}

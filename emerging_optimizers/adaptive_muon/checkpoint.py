@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint: refuse what does not fit before anything changes, and keep the state's full precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch.optim import Optimizer
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.layout import layout_of
+from emerging_optimizers.adaptive_muon.dtensor import placements_like
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
+from emerging_optimizers.adaptive_muon.sharding import Matrix
+from emerging_optimizers.adaptive_muon.state import buffer_dims, buffer_shape
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
 
 __all__ = ["attributes", "load"]
-
-_BUFFERS = {"momentum_buffer", "moment2_buffer"}
 
 
 def load(
@@ -50,6 +50,7 @@ def load(
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch says so
         _check_names(groups, optimizer.param_groups)
+        muon._sharding.resolve(muon.param_groups)
         for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
             require(
                 saved_group.get("use_muon") == group.get("use_muon"),
@@ -64,7 +65,7 @@ def load(
         for p, state in saved.items():
             for key, value in state.items():
                 if key != "step" and isinstance(value, torch.Tensor):
-                    dtype = work_dtype(p) if key in _BUFFERS else value.dtype
+                    dtype = work_dtype(p) if key.startswith(("momentum_buffer", "moment2_buffer")) else value.dtype
                     optimizer.state[p][key] = value.to(device=p.device, dtype=dtype)
             if not muon.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
@@ -84,10 +85,12 @@ def attributes(optimizer: Optimizer) -> dict[str, Any]:
     """Returns what pickle and deepcopy must carry: all attributes, a subclass's too, but torch's hooks.
 
     Torch itself carries defaults, state and groups only. A scheduler leaves its wrapper of ``step`` on the optimizer,
-    which belongs to that scheduler.
+    which belongs to that scheduler. The plan of a step is of these very parameters.
     """
     return {
-        name: value for name, value in vars(optimizer).items() if name != "step" and not name.startswith("_optimizer_")
+        name: None if name == "_plan" else value
+        for name, value in vars(optimizer).items()
+        if name != "step" and not name.startswith("_optimizer_")
     }
 
 
@@ -113,25 +116,33 @@ def _checked_states(
         if not state:
             continue  # it had no gradient yet
         require(
-            state.keys() >= _BUFFERS,
+            "momentum_buffer" in state and any(key.startswith("moment2_buffer") for key in state),
             f"the state of {name} must hold momentum_buffer and moment2_buffer; in the checkpoint it holds",
             sorted(state),
             "the checkpoint is of another optimizer",
         )
-        method = saved_group.get("moment2_method") or _upstream_method(p, state, muon.moment2_method)
+        matrices = muon._sharding.matrices(p)
+        method = saved_group.get("moment2_method") or _upstream_method(p, matrices, state, muon.moment2_method)
         require(
             method == muon.moment2_method,
             f'the checkpoint must be of the optimizer\'s moment2_method, "{muon.moment2_method}"; for {name} it is of',
             method,
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
-        shapes = {"momentum_buffer": tuple(p.shape), "moment2_buffer": muon._moment2.shape(p, layout_of(p))}
-        for buffer, shape in shapes.items():
+        for buffer, dims in buffer_dims(p, matrices, muon._moment2).items():
+            shape, saved = buffer_shape(p, dims), state.get(buffer)
             require(
-                tuple(state[buffer].shape) == shape,
+                saved is not None and tuple(saved.shape) == shape,
                 f"{buffer} of {name} must have the shape {shape}; in the checkpoint it has",
-                tuple(state[buffer].shape),
-                "the checkpoint is of another model, or its parameters are in another order",
+                tuple(saved.shape) if saved is not None else None,
+                "the checkpoint is of another model, or its parameters are in another order or in other blocks",
+            )
+            placements = placements_like(p, dims)
+            require(
+                getattr(saved, "placements", None) == placements,
+                f"{buffer} of {name} must be sharded as the parameter is, {placements}; in the checkpoint it is",
+                getattr(saved, "placements", None),
+                "load it with torch.distributed.checkpoint and set_optimizer_state_dict, which reshard",
             )
         require(
             not muon.bias_correction or "step" in state,
@@ -142,12 +153,13 @@ def _checked_states(
         yield p, state
 
 
-def _upstream_method(p: torch.Tensor, state: dict[str, Any], preferred: str) -> str:
+def _upstream_method(p: torch.Tensor, matrices: Sequence[Matrix], state: dict[str, Any], preferred: str) -> str:
     """Returns the method of an upstream state, which does not name it: upstream's first whose V has that shape.
 
     Shapes of different methods can coincide (a matrix of one column): the preferred method then wins, and also where
     no shape fits, for the check of the shapes to complain.
     """
-    shape, layout = tuple(state["moment2_buffer"].shape), layout_of(p)
     names = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != preferred)
-    return next((name for name in names if METHODS[name]().shape(p, layout) == shape), preferred)
+    dims = {name: buffer_dims(p, matrices, METHODS[name]()).get("moment2_buffer") for name in names}
+    shape = tuple(state["moment2_buffer"].shape) if "moment2_buffer" in state else None
+    return next((name for name, of in dims.items() if of is not None and buffer_shape(p, of) == shape), preferred)

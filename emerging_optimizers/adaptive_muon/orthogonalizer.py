@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Newton-Schulz orthogonalization: returns the (approximate) polar factor and never scales it."""
+"""Newton-Schulz orthogonalization: returns the (approximate) polar factor and never scales it.
 
+Of a matrix in pieces it is asked for by a request of the class that the ``tp_mode`` names.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, Self, get_args, override
 
 import torch
 from absl import logging
+from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
+from emerging_optimizers.adaptive_muon.collectives import GroupRequest, all_gather, all_to_all
+from emerging_optimizers.adaptive_muon.layout import Rectangle, ShardedLayout
 from emerging_optimizers.orthogonalized_optimizers import muon_utils
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[attr-defined]
 
 
-__all__ = ["NewtonSchulz", "syrk_is_usable"]
+__all__ = [
+    "TP_MODES",
+    "Distributed",
+    "Duplicated",
+    "LayerSharded",
+    "NewtonSchulz",
+    "Orthogonalize",
+    "TensorParallelModeT",
+    "syrk_is_usable",
+]
+
+TensorParallelModeT = Literal["layer_sharded", "duplicated", "distributed", "blockwise"]
 
 # The GPU generations for which upstream's Muon vouches for its Triton kernel.
 _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
@@ -55,8 +74,8 @@ class NewtonSchulz:
         """Returns the orthogonalized matrix, in the shape and dtype of ``matrix``.
 
         Args:
-            matrix: Shape ``(rows, columns)``, at least one of each; any floating dtype (iterated in float32 or, at
-                "medium" precision, in bfloat16).
+            matrix: Shape ``(rows, columns)``, or ``(stack, rows, columns)`` for a stack of matrices; any floating
+                dtype (iterated in float32 or, at "medium" precision, in bfloat16).
         """
         orthogonalized: torch.Tensor = muon_utils.newton_schulz(
             matrix.float(),
@@ -65,6 +84,158 @@ class NewtonSchulz:
             use_syrk=self.use_syrk and _syrk_takes(matrix),
         )
         return orthogonalized.to(matrix.dtype)
+
+    def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
+        """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
+
+        Every iteration sums the strips' Gram matrices over the group; the strips stay where they are.
+
+        Args:
+            strip: Shape ``(rows, columns)``, of which one is spread over the group.
+            dim: The dimension that is spread, -2 or -1.
+            group: The ranks that hold the strips.
+        """
+        orthogonalized: torch.Tensor = muon_utils.newton_schulz(
+            strip.float(),
+            steps=self.num_steps,
+            coefficient_type=self.coefficient_type,
+            use_syrk=self.use_syrk and _syrk_takes(strip),
+            transpose=dim == -2,
+            tp_group=group,
+        )
+        return orthogonalized.to(strip.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Orthogonalize(GroupRequest[torch.Tensor]):
+    """The piece at hand of an orthogonalized matrix that a group holds in pieces.
+
+    Args:
+        group: The group.
+        piece: The piece of the matrix, or of the stack of matrices, at hand.
+        layout: Who holds which piece.
+        home: The rank that orthogonalizes the matrix, where one does it for all.
+        of_whole: Orthogonalizes a whole float32 matrix.
+        newton_schulz: Orthogonalizes a matrix in strips.
+    """
+
+    piece: torch.Tensor
+    layout: ShardedLayout
+    home: int
+    of_whole: Callable[[torch.Tensor], torch.Tensor]
+    newton_schulz: NewtonSchulz
+
+    @staticmethod
+    @abstractmethod
+    def receivers(home: int, size: int) -> Collection[int]:
+        """Returns the ranks, of a group of ``size``, that receive the whole of a matrix with this home."""
+
+    @classmethod
+    def check(cls, layout: ShardedLayout, name: str) -> None:
+        """Raises a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""
+
+    def shape_of(self, rectangle: Rectangle) -> tuple[int, ...]:
+        """Returns the shape that a piece has on the rank which holds it."""
+        return (*self.piece.shape[:-2], *rectangle.shape)
+
+    def assembled(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns the whole matrix made of the pieces of all ranks."""
+        whole = pieces[0].new_empty((*self.piece.shape[:-2], *self.layout.whole))
+        for rectangle, piece in zip(self.layout.rectangles, pieces, strict=True):
+            _cut(whole, rectangle).copy_(piece)
+        return whole
+
+
+class LayerSharded(Orthogonalize):
+    """Every matrix goes to its home, is orthogonalized there, and its pieces come back: two all-to-alls for all."""
+
+    @staticmethod
+    @override
+    def receivers(home: int, size: int) -> Collection[int]:
+        return (home,)
+
+    @classmethod
+    @override
+    def answer_group(cls, group: ProcessGroup, requests: Sequence[Self]) -> Sequence[torch.Tensor]:
+        pieces = [request.piece.float() for request in requests]
+        ranks, at_home = range(group.size()), [request for request in requests if request.home == group.rank()]
+        of_home = [[index for index, request in enumerate(requests) if request.home == rank] for rank in ranks]
+        held_by = [[request.shape_of(request.layout.rectangles[rank]) for request in at_home] for rank in ranks]
+
+        arrived = all_to_all([[pieces[i] for i in indices] for indices in of_home], held_by, group, pieces[0])
+        whole = [request.of_whole(request.assembled(parts)) for request, *parts in zip(at_home, *arrived, strict=True)]
+        parts = [
+            [_cut(matrix, r.layout.rectangles[rank]) for r, matrix in zip(at_home, whole, strict=True)]
+            for rank in ranks
+        ]
+        returned = all_to_all(parts, [[pieces[i].shape for i in indices] for indices in of_home], group, pieces[0])
+
+        answers = dict(zip(sum(of_home, []), sum(returned, []), strict=True))
+        return [answers[index].to(request.piece.dtype) for index, request in enumerate(requests)]
+
+
+class Duplicated(Orthogonalize):
+    """Every rank gathers every matrix and orthogonalizes it: one all-gather for all."""
+
+    @staticmethod
+    @override
+    def receivers(home: int, size: int) -> Collection[int]:
+        return range(size)
+
+    @classmethod
+    @override
+    def answer_group(cls, group: ProcessGroup, requests: Sequence[Self]) -> Sequence[torch.Tensor]:
+        ranks = range(group.size())
+        shapes = [[request.shape_of(request.layout.rectangles[rank]) for request in requests] for rank in ranks]
+        arrived = all_gather([request.piece.float() for request in requests], shapes, group)
+        return [
+            _cut(request.of_whole(request.assembled(parts)), request.layout.own).to(request.piece.dtype, copy=True)
+            for request, *parts in zip(requests, *arrived, strict=True)
+        ]
+
+
+class Distributed(Orthogonalize):
+    """The pieces stay where they are, and the Gram matrices are summed: an all-reduce for each iteration and matrix."""
+
+    @staticmethod
+    @override
+    def receivers(home: int, size: int) -> Collection[int]:
+        return ()
+
+    @classmethod
+    @override
+    def check(cls, layout: ShardedLayout, name: str) -> None:
+        require(
+            not (layout.split[-2] and layout.split[-1]),
+            f'tp_mode="distributed" takes matrices split along one dimension; {name} is split along both, in the pieces',
+            [tuple(each) for each in layout.rectangles],
+            'use tp_mode="layer_sharded"',
+        )
+
+    @classmethod
+    @override
+    def answer_group(cls, group: ProcessGroup, requests: Sequence[Self]) -> Sequence[torch.Tensor]:
+        return [request._orthogonalized() for request in requests]
+
+    def _orthogonalized(self) -> torch.Tensor:
+        """The orthogonalized piece. Upstream would normalize a stack by one norm, so it is taken apart."""
+        dim = -2 if self.layout.split[-2] else -1
+        stack = self.piece.unsqueeze(0) if self.piece.ndim == 2 else self.piece
+        strips = [self.newton_schulz.of_strips(strip, dim, self.group) for strip in stack]
+        return torch.stack(strips).view_as(self.piece)
+
+
+# "blockwise" is not here: it makes each piece a matrix of its own, which is a Layout and needs nobody else.
+TP_MODES: dict[str, type[Orthogonalize]] = {
+    "layer_sharded": LayerSharded,
+    "duplicated": Duplicated,
+    "distributed": Distributed,
+}
+
+
+def _cut(whole: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
+    """The view of a whole matrix that a rectangle of it is."""
+    return whole[..., rectangle.top : rectangle.bottom, rectangle.left : rectangle.right]
 
 
 def syrk_is_usable() -> bool:

@@ -9,7 +9,15 @@ from torch.nn.parameter import is_lazy
 from emerging_optimizers.adaptive_muon.checks import refusal
 
 
-__all__ = ["check_gradients", "check_matrices", "in_work_dtype", "parameter_name", "round_into", "work_dtype"]
+__all__ = [
+    "check_gradients",
+    "check_matrices",
+    "in_work_dtype",
+    "is_matrix",
+    "parameter_name",
+    "round_into",
+    "work_dtype",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,29 +28,29 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
     return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
 
 
+def is_matrix(p: torch.Tensor) -> bool:
+    """Returns whether a parameter is a matrix, or tagged ``muon_stacked`` as a stack of them."""
+    return p.ndim == 2 or (p.ndim == 3 and bool(getattr(p, "muon_stacked", False)))
+
+
 def check_matrices(group: dict[str, Any]) -> None:
-    """Raises a ``ValueError`` unless every parameter of a group is a whole real floating-point matrix."""
+    """Raises a ``ValueError`` unless every parameter of a group is a real floating-point matrix or stack of them."""
     for index, p in enumerate(group["params"]):
         if is_lazy(p):
             continue  # it has no shape before the model's first forward; the step looks again
-        if p.ndim != 2:
+        if not is_matrix(p):
             raise refusal(
                 "AdaptiveMuon takes matrices, parameters of two dimensions; "
                 f"{parameter_name(group, index)} has the shape",
                 tuple(p.shape),
-                "give it to AdamW, as HybridAdaptiveMuon does by itself",
+                "give it to AdamW, as HybridAdaptiveMuon does by itself"
+                + ("; set its muon_stacked = True if it is a stack of matrices (experts)" if p.ndim == 3 else ""),
             )
         if p.dtype not in _DTYPES:
             raise refusal(
                 f"AdaptiveMuon takes real floating-point matrices; {parameter_name(group, index)} has the dtype",
                 p.dtype,
                 f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
-            )
-        if hasattr(p, "placements"):
-            raise refusal(
-                f"AdaptiveMuon takes whole matrices; {parameter_name(group, index)} is a DTensor with the placements",
-                p.placements,
-                "statistics of the local piece would be wrong; keep this parameter out of sharding",
             )
 
 

@@ -5,7 +5,7 @@ from typing import override
 import torch
 
 from emerging_optimizers.adaptive_muon.layout import Layout
-from emerging_optimizers.adaptive_muon.moment2.base import Moment2, Seen
+from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
 from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
 
 
@@ -21,13 +21,9 @@ class AdaMuon(Moment2):
     moment2_degree = -0.5
 
     @override
-    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
-        return tuple(local.shape)
+    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (-2, -1)
 
     @override
-    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
-        return seen.orthogonalized.square()
-
-    @override
-    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        return moment2.sqrt().add_(eps).reciprocal_()
+    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        return average(seen.orthogonalized.square()).sqrt().add_(eps).reciprocal_()

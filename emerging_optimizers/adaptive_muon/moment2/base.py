@@ -2,6 +2,7 @@
 """What a second-moment method is, and what it may see."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -10,7 +11,9 @@ import torch
 from emerging_optimizers.adaptive_muon.layout import Layout
 
 
-__all__ = ["Moment2", "Seen"]
+__all__ = ["Average", "Moment2", "Seen"]
+
+Average = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Moment2(ABC):
     ``Moment2MethodT``. Its dataclass fields, if any, are its own options; for users to set them,
     :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` takes them as arguments by the same name. Formulas reduce
     through the layout only and along the last two dimensions, which makes them right for a matrix in pieces and for a
-    stack of matrices.
+    stack of matrices; they ask for what they need at once in one call, since an answer may have to travel.
 
     Attributes:
         momentum_degree: p, where D is proportional to the p-th power of the size of M'.
@@ -53,31 +56,25 @@ class Moment2(ABC):
     adaptive_decay: ClassVar[bool] = False
 
     @abstractmethod
-    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
-        """Returns the shape of V for the matrix of which ``local`` is the piece at hand."""
-
-    @abstractmethod
-    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
-        """Returns what is averaged into V: as many elements as V, broadcastable to O."""
-
-    @abstractmethod
-    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        """Returns D, a new tensor broadcastable to O, from V after its update."""
-
-    @final
-    def scale(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, beta2: float, eps: float) -> torch.Tensor:
-        """Updates V in place and returns the adaptive scale D, without bias correction.
+    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Returns along which dimensions V has entries of its own: -2 one for each row, -1 one for each column.
 
         Args:
-            moment2: V, in the shape that :meth:`shape` gave.
+            rows: Rows of the whole matrix.
+            columns: Columns of the whole matrix.
+        """
+
+    @abstractmethod
+    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        """Returns the adaptive scale D, without bias correction: a new tensor, broadcastable to O.
+
+        Args:
+            average: Takes the statistic, averages it into V in place, and returns V; to be called once. The statistic
+                has one entry along every dimension that :meth:`dims` leaves out, and so has what is returned.
             seen: The matrix's G, M' and O.
-            layout: Who holds which piece of the matrix.
-            beta2: Decay rate of V.
+            layout: Answers questions about the whole matrix.
             eps: Small constant for numerical stability.
         """
-        statistic = self.statistic(seen, layout)
-        moment2 = moment2.view_as(statistic).lerp_(statistic, 1 - beta2)
-        return self.adapt(moment2, seen, layout, eps=eps)
 
     @final
     def correction(self, step: float, *, momentum: float, beta2: float) -> float:

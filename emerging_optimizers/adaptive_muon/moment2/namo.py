@@ -5,7 +5,7 @@ from typing import override
 import torch
 
 from emerging_optimizers.adaptive_muon.layout import Layout
-from emerging_optimizers.adaptive_muon.moment2.base import Moment2, Seen
+from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
 from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
 
 
@@ -25,13 +25,10 @@ class Namo(Moment2):
     adaptive_decay = True
 
     @override
-    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
-        return (1,)
+    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+        return ()
 
     @override
-    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
-        return layout.norm(seen.gradient).square()
-
-    @override
-    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        return layout.norm(seen.momentum) / (moment2.sqrt() + eps)
+    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        of_gradient, of_momentum = await layout.norms(seen.gradient, seen.momentum)
+        return of_momentum / (average(of_gradient.square()).sqrt() + eps)

@@ -6,7 +6,7 @@ import torch
 
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.layout import Layout
-from emerging_optimizers.adaptive_muon.moment2.base import Moment2, Seen
+from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
 from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
 
 
@@ -39,15 +39,13 @@ class NamoD(Moment2):
         require(0 < self.namo_d_clamp <= 1, "namo_d_clamp must be in (0, 1]", self.namo_d_clamp, "the default is 0.75")
 
     @override
-    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
-        return (1, local.size(-1))
+    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (-1,)
 
     @override
-    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
-        return layout.norm(seen.gradient, dim=-2).square()
-
-    @override
-    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        d = layout.norm(seen.momentum, dim=-2) / (moment2.sqrt() + eps)
-        mean = layout.mean(d, dim=-1)
+    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        of_gradient, of_momentum = await layout.norms(seen.gradient, seen.momentum, dim=-2)
+        d = of_momentum / (average(of_gradient.square()).sqrt() + eps)
+        [total] = await layout.totals(d, dim=-1)
+        mean = total / layout.shape(seen.momentum)[-1]
         return d.clamp(self.namo_d_clamp * mean, mean / self.namo_d_clamp)

@@ -5,7 +5,7 @@ from typing import override
 import torch
 
 from emerging_optimizers.adaptive_muon.layout import Layout
-from emerging_optimizers.adaptive_muon.moment2.base import Moment2, Seen
+from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
 from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
 
 
@@ -25,22 +25,16 @@ class NorMuon(Moment2):
     moment2_degree = 0  # a common factor on V cancels
 
     @override
-    def shape(self, local: torch.Tensor, layout: Layout) -> tuple[int, ...]:
-        return (local.size(-2), 1) if _mean_dim(local, layout) == -1 else (1, local.size(-1))
+    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+        return (-2,) if rows >= columns else (-1,)
 
     @override
-    def statistic(self, seen: Seen, layout: Layout) -> torch.Tensor:
-        return layout.mean(seen.orthogonalized.square(), dim=_mean_dim(seen.orthogonalized, layout))
-
-    @override
-    def adapt(self, moment2: torch.Tensor, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        r = moment2.clamp_min(eps).rsqrt_()
-        norm_before = layout.norm(seen.orthogonalized)
-        norm_after = layout.norm(r * seen.orthogonalized)
-        return r * (norm_before / norm_after.clamp_min(eps))
-
-
-def _mean_dim(local: torch.Tensor, layout: Layout) -> int:
-    """The dimension that is averaged away: the shorter of the whole matrix."""
-    rows, columns = layout.shape(local)
-    return -1 if rows >= columns else -2
+    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
+        shape = layout.shape(seen.orthogonalized)
+        [kept] = self.dims(*shape)
+        averaged_away = -3 - kept
+        [norms] = await layout.norms(seen.orthogonalized, dim=averaged_away)
+        squares = norms.square()
+        r = average(squares / shape[averaged_away]).clamp_min(eps).rsqrt_()
+        before, after = await layout.totals(squares, r.square() * squares, dim=kept)
+        return r * (before.sqrt() / after.sqrt().clamp_min(eps))

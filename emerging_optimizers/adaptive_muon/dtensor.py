@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DTensors: the pieces their placements describe, and optimizer state that is sharded as they are.
+
+Torch's part that defines them takes a second to import; it is imported where a DTensor, which has it imported, is met.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.layout import Layout, Piece
+
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Placement
+
+__all__ = ["gradient_of", "is_dtensor", "local_of", "piece_of", "placements_like", "wrapped_like"]
+
+
+def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Returns whether a tensor is a DTensor."""
+    return hasattr(tensor, "placements")
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns what this process holds of a tensor: its piece of a DTensor, all of any other, sharing the memory."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def gradient_of(p: torch.Tensor) -> torch.Tensor:
+    """Returns what this process holds of a parameter's gradient, which is not None; summed first where it is partial."""
+    grad = p.grad
+    assert grad is not None
+    if is_dtensor(p) and is_dtensor(grad) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return local_of(grad)
+
+
+def piece_of(p: "DTensor", name: str) -> Layout | Piece:
+    """Returns which piece of its matrix this process holds of a DTensor.
+
+    Mesh dimensions that replicate the parameter, or that shard a stack of matrices along its first dimension, keep
+    matrices whole; the processes along all others hold them together.
+
+    Args:
+        p: The parameter, a matrix or a stack of matrices.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: If its placements are not shards and replicas of contiguous pieces.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, dims = p.device_mesh, [_sharded_dim(placement, p.ndim) for placement in p.placements]
+    require(
+        not any(placement.is_partial() for placement in p.placements),
+        f"a parameter must be sharded or replicated; {name} has the placements",
+        p.placements,
+        "redistribute it before the optimizer is made",
+    )
+    spread = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
+    if not spread:
+        return Layout()
+    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
+    require(
+        tuple(shape) == tuple(p.to_local().shape),
+        f"the local piece of {name} must have the shape {tuple(shape)} of its placements {p.placements}; it has",
+        tuple(p.to_local().shape),
+        "use torch's own placements, without padding",
+    )
+    (top, left), (rows, columns) = offset[-2:], shape[-2:]
+    whole = (p.size(-2), p.size(-1))
+    top, left = min(top, whole[0]), min(left, whole[1])  # torch starts an empty piece beyond the end
+    return Piece(_group(mesh, spread, name), whole, (top, top + rows, left, left + columns))
+
+
+def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
+    """Returns the placements of a buffer that lies as ``p`` does along some dimensions and has size 1 in others.
+
+    Args:
+        p: The parameter.
+        dims: Which of -2 (rows) and -1 (columns) the buffer has in common with it.
+
+    Returns:
+        The placements, or None where no rank holds a piece only or ``p`` is no DTensor.
+    """
+    if not is_dtensor(p):
+        return None
+    from torch.distributed.tensor import Replicate
+
+    kept = {*range(-p.ndim, -2), *dims}
+    placements = tuple(each if _sharded_dim(each, p.ndim) in kept else Replicate() for each in p.placements)
+    return None if all(each.is_replicate() for each in placements) else placements
+
+
+def wrapped_like(
+    p: torch.Tensor,
+    local: torch.Tensor,
+    placements: "Sequence[Placement] | None" = None,
+    shape: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Returns a local tensor as what ``p`` is: itself, or the DTensor on the mesh of ``p`` of which it is the piece.
+
+    Args:
+        p: The parameter.
+        local: The tensor.
+        placements: The placements; those of ``p`` by default.
+        shape: The whole shape; that of ``p`` by default.
+    """
+    if not is_dtensor(p):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    size = torch.Size(p.shape if shape is None else shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(
+        local, p.device_mesh, placements or p.placements, run_check=False, shape=size, stride=stride
+    )
+
+
+def _sharded_dim(placement: "Placement", ndim: int) -> int | None:
+    """The tensor dimension, counted from the end, that a placement spreads over a mesh dimension."""
+    dim: int | None = getattr(placement, "dim", None)
+    return None if dim is None else dim % ndim - ndim
+
+
+def _group(mesh: DeviceMesh, spread: list[int], name: str) -> ProcessGroup:
+    """The group of the processes along the given mesh dimensions."""
+    if len(spread) == 1:
+        return mesh.get_group(spread[0])
+    names = mesh.mesh_dim_names
+    require(
+        names is not None,
+        f"the dimensions of a mesh must have names where several of them hold a matrix together, as with {name}; got",
+        mesh,
+        "pass mesh_dim_names to init_device_mesh",
+    )
+    assert names is not None
+    return mesh[tuple(names[index] for index in spread)]._flatten().get_group()

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parameters to logical matrices: which matrices a parameter holds, and who holds which piece of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
+from torch.nn.parameter import is_lazy
+
+from emerging_optimizers.adaptive_muon.agreement import require_agreement, tell_all
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.dtensor import is_dtensor, local_of, piece_of
+from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Rectangle, ShardedLayout, Split
+from emerging_optimizers.adaptive_muon.orthogonalizer import TP_MODES
+from emerging_optimizers.adaptive_muon.parameters import parameter_name
+
+
+__all__ = ["BlocksFn", "LayoutFn", "Matrix", "Sharding"]
+
+
+LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
+BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A logical matrix of a parameter: all of it, or the rows of one block.
+
+    Args:
+        layout: Who holds which piece of it.
+        block: The number of the block; None where the parameter is one matrix.
+        rows: The local rows of the parameter that belong to it, as a slice or as indices.
+    """
+
+    layout: Layout
+    block: int | None = None
+    rows: slice | torch.Tensor = slice(None)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the matrix's part of a tensor that lies like the parameter: a view where its rows are adjacent."""
+        return tensor if self.block is None else tensor[..., self.rows, :]
+
+
+class _Told(NamedTuple):
+    """What a rank tells of its piece of a parameter. The first five must be the same on all ranks."""
+
+    name: str
+    dtype: str
+    stack: tuple[int, ...]
+    blocks: tuple[int, ...] | None
+    split: int | tuple[int, int] | None  # the dimension of a Split, the whole shape of a Piece
+    local: tuple[int, int]
+    rectangle: tuple[int, int, int, int] | None
+
+    def common(self) -> str:
+        """What must be the same on all ranks, as text for an error."""
+        shape: list[Any] = [*self.stack, *self.local]
+        if isinstance(self.split, int):
+            shape[self.split] = "*"
+        elif self.split is not None:
+            shape[-2:] = self.split
+        how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
+        return f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}" + (
+            f" in blocks {self.blocks}" if self.blocks else ""
+        )
+
+
+class Sharding:
+    """Knows the logical matrices of every parameter of an optimizer.
+
+    Args:
+        tp_group: The group over which a parameter with ``partition_dim`` 0 or 1 is split.
+        tp_mode: How matrices in pieces are orthogonalized.
+        layout_fn: Says how a parameter is split, before its ``partition_dim`` and placements; or returns None.
+        blocks_fn: Says the row blocks of a parameter, before its ``muon_blocks``; or returns None.
+
+    Raises:
+        ValueError: If ``tp_group`` is not a process group.
+    """
+
+    def __init__(
+        self, tp_group: ProcessGroup | None, tp_mode: str, layout_fn: LayoutFn | None, blocks_fn: BlocksFn | None
+    ) -> None:
+        require(
+            tp_group is None or isinstance(tp_group, ProcessGroup),
+            "tp_group must be a torch.distributed.ProcessGroup that this process belongs to",
+            tp_group,
+            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
+        )
+        self._tp_group, self._tp_mode = tp_group, tp_mode
+        self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
+        self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
+        """Returns one for a copy of the optimizer: process groups are shared, and its parameters are other ones."""
+        return Sharding(self._tp_group, self._tp_mode, self._layout_fn, self._blocks_fn)
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raises a ``ValueError`` if what this process alone can know of a parameter group's sharding is wrong."""
+        for p, name in _named([group]):
+            self._alone(p, name)
+
+    def matrices(self, p: torch.Tensor) -> tuple[Matrix, ...]:
+        """Returns the logical matrices of a parameter that :meth:`resolve` has seen."""
+        return self._known[p][1]
+
+    def is_empty(self, p: torch.Tensor) -> bool:
+        """Returns whether there is nothing to do for a parameter, neither here nor for the others that hold it."""
+        local, layout = local_of(p), self.matrices(p)[0].layout
+        return 0 in (*local.shape[:-2], *layout.shape(local))
+
+    def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
+        """Raises a ``ValueError`` unless the ranks that hold a parameter's pieces all have a gradient of it, or none.
+
+        Args:
+            param_groups: The optimizer's groups.
+        """
+        having: dict[ProcessGroup, list[str]] = {}
+        for p, name in _named(param_groups):
+            layout = self.matrices(p)[0].layout
+            if isinstance(layout, ShardedLayout):
+                having.setdefault(layout.group, []).append(
+                    f"{name} has {'a' if p.grad is not None else 'no'} gradient"
+                )
+        for group, mine in having.items():
+            require_agreement(
+                tell_all(group, mine, "which parameters have a gradient"),
+                "which parameters have a gradient",
+                "let every rank take part in the backward pass",
+            )
+
+    def resolve(self, param_groups: list[dict[str, Any]]) -> None:
+        """Finds out the matrices of all parameters that are new or have changed their shape.
+
+        Pieces of other ranks are asked for, in one small exchange for each process group that holds some; this is
+        also where ranks that disagree find out.
+
+        Args:
+            param_groups: The optimizer's groups; the ranks of a process group must have the same.
+
+        Raises:
+            ValueError: If ranks disagree, or pieces or blocks do not fit together.
+            RuntimeError: If a rank does not answer.
+        """
+        new = [(p, name) for p, name in _named(param_groups) if not self._knows(p)]
+        if not new:
+            return
+        found = [(p, name, self._alone(p, name)) for p, name in new]
+        groups: dict[ProcessGroup, None] = dict.fromkeys([self._tp_group] if self._tp_group is not None else [])
+        groups |= dict.fromkeys(spec.group for *_, spec in found if not isinstance(spec, Layout))
+        known = {p: self._whole(p, name) for p, name, spec in found if isinstance(spec, Layout)}
+        for group in groups:
+            # A rank may take for whole what another takes for a piece: those of tp_group compare everything.
+            members = [each for each in found if isinstance(each[2], Layout) or each[2].group is group]
+            if group is not self._tp_group:
+                members = [each for each in members if not isinstance(each[2], Layout)]
+            told = tell_all(group, [self._tell(*each) for each in members], "its pieces of the parameters")
+            require_agreement(
+                [[each.common() for each in of_rank] for of_rank in told],
+                "parameters, in their order, and their shapes but for a split dimension (*)",
+                "give every rank its piece of the same matrices; partition_dim -1 is a whole matrix",
+            )
+            for (p, name, spec), *pieces in zip(members, *told, strict=True):
+                if not isinstance(spec, Layout):
+                    known[p] = self._sharded(p, name, group, pieces)
+        self._known.update({p: (local_of(p).shape, matrices) for p, matrices in known.items()})
+
+    def _knows(self, p: torch.Tensor) -> bool:
+        """Whether the matrices of a parameter are known, and still those."""
+        return p in self._known and self._known[p][0] == local_of(p).shape
+
+    def _alone(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
+        """How a parameter is split, as far as this process can know alone."""
+        spec = self._spec(p, name)
+        if isinstance(spec, Layout) or spec.group.size() == 1:
+            return Layout()
+        if isinstance(spec, Split):
+            require(
+                spec.dim in range(p.ndim),
+                f"the split dimension of {name} must be one of its {p.ndim}, counted from 0",
+                spec.dim,
+                "0 splits the rows of a matrix, 1 its columns",
+            )
+            return spec if spec.dim >= p.ndim - 2 else Layout()  # a stack of matrices, each of them whole
+        local, rectangle = tuple(local_of(p).shape[-2:]), Rectangle(*spec.rectangle)
+        require(
+            local == rectangle.shape,
+            f"the piece of {name} at hand must have the shape {rectangle.shape} of its rectangle; it has",
+            local,
+            "check the rectangle (top, bottom, left, right)",
+        )
+        return spec
+
+    def _spec(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
+        """How a parameter is split: by layout_fn, its placements, or its partition_dim."""
+        spec = self._layout_fn(p) if self._layout_fn is not None else None
+        if spec is not None:
+            require(
+                isinstance(spec, Layout | Split | Piece),
+                f"layout_fn must return a Layout, Split, Piece or None; for {name} it returned",
+                spec,
+                "return None for the usual rules",
+            )
+            return spec
+        if is_dtensor(p):
+            require(
+                self._tp_mode in TP_MODES,
+                "tp_mode must give the whole matrix's result where parameters are DTensors, whose pieces are no "
+                f"matrices of their own, as {name}",
+                self._tp_mode,
+                'use the default, "layer_sharded"',
+            )
+            return piece_of(p, name)
+        dim = getattr(p, "partition_dim", -1)
+        if dim is None or dim == -1:
+            return Layout()
+        require(
+            isinstance(dim, int) and dim in range(p.ndim),
+            f"partition_dim of {name} must be a dimension of it, or -1",
+            dim,
+            "0 splits the rows, 1 the columns, -1 says whole",
+        )
+        if self._tp_group is not None:
+            return Split(self._tp_group, dim)
+        require(
+            not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1),
+            f"a parameter with partition_dim is a piece of a matrix and needs tp_group; {name} has partition_dim",
+            dim,
+            "pass the tensor-parallel group, or set partition_dim to -1 if every rank holds all of it",
+        )
+        return Layout()
+
+    def _blocks(self, p: torch.Tensor) -> tuple[int, ...] | None:
+        """The row sizes of a parameter's blocks, if it has any."""
+        blocks = self._blocks_fn(p) if self._blocks_fn is not None else None
+        blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
+        return None if blocks is None else tuple(blocks)
+
+    def _tell(self, p: torch.Tensor, name: str, spec: Layout | Split | Piece) -> _Told:
+        """What to tell the other ranks of a parameter."""
+        local = local_of(p).shape
+        whole, rectangle = (spec.whole, spec.rectangle) if isinstance(spec, Piece) else (None, None)
+        return _Told(
+            name,
+            str(p.dtype).removeprefix("torch."),
+            tuple(local[:-2]),
+            self._blocks(p),
+            spec.dim - p.ndim if isinstance(spec, Split) else whole,
+            (local[-2], local[-1]),
+            rectangle,
+        )
+
+    def _whole(self, p: torch.Tensor, name: str) -> tuple[Matrix, ...]:
+        """The matrices of a parameter that is held whole."""
+        local, blocks = local_of(p), self._blocks(p)
+        if blocks is None:
+            return (Matrix(Layout()),)
+        held = range(local.size(-2))
+        return tuple(
+            Matrix(Layout(), index, block.rows_at(held, local.device))
+            for index, block in enumerate(_pattern(blocks, len(held), name))
+        )
+
+    def _sharded(self, p: torch.Tensor, name: str, group: ProcessGroup, told: Sequence[_Told]) -> tuple[Matrix, ...]:
+        """The matrices of a parameter of which all ranks have told their pieces."""
+        whole, rectangles = _pieces(told)
+        blocks, own = told[0].blocks, rectangles[group.rank()]
+        if blocks is None:
+            return (Matrix(self._layout(group, whole, rectangles, name)),)
+        held = range(own.top, own.bottom)
+        matrices = []
+        for index, block in enumerate(_pattern(blocks, whole[0], name)):
+            cut = [
+                Rectangle(block.rows_before(r.top), block.rows_before(r.bottom), r.left, r.right) for r in rectangles
+            ]
+            layout = self._layout(group, (block.rows_before(whole[0]), whole[1]), tuple(cut), f"a block of {name}")
+            matrices.append(Matrix(layout, index, block.rows_at(held, local_of(p).device)))
+        return tuple(matrices)
+
+    def _layout(
+        self, group: ProcessGroup, whole: tuple[int, int], rectangles: tuple[Rectangle, ...], name: str
+    ) -> Layout:
+        """The layout of a matrix in pieces, which "blockwise" takes for matrices of their own."""
+        layout = ShardedLayout(group, group.rank(), whole, rectangles)
+        if self._tp_mode not in TP_MODES:
+            return Layout()
+        TP_MODES[self._tp_mode].check(layout, name)
+        return layout
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows ``start`` to ``stop``, the end excluded, of a pattern of ``period`` rows that repeats down a matrix."""
+
+    start: int
+    stop: int
+    period: int
+
+    def rows_before(self, row: int) -> int:
+        """The number of the block's rows above a row of the parameter."""
+        patterns, rest = divmod(row, self.period)
+        return patterns * (self.stop - self.start) + min(max(rest - self.start, 0), self.stop - self.start)
+
+    def rows_at(self, held: range, device: torch.device) -> slice | torch.Tensor:
+        """Which of the rows that are held belong to the block, counted from the first that is held."""
+        rows = [row - held.start for row in held if self.start <= row % self.period < self.stop]
+        if not rows or rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
+        return torch.tensor(rows, device=device)
+
+
+def _pattern(blocks: tuple[int, ...], rows: int, name: str) -> list[_Block]:
+    """The blocks of a matrix with this many rows."""
+    require(
+        len(blocks) > 0 and all(isinstance(size, int) and size > 0 for size in blocks) and rows % sum(blocks) == 0,
+        f"the blocks of {name} must be positive row counts whose sum divides its {rows} rows",
+        blocks,
+        "give the rows of each block, or of each in one group where the groups repeat down the matrix",
+    )
+    return [_Block(start, stop, sum(blocks)) for start, stop in pairwise(accumulate(blocks, initial=0))]
+
+
+def _pieces(told: Sequence[_Told]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
+    """The whole shape of a matrix and the pieces that the ranks hold."""
+    split = told[0].split
+    if isinstance(split, tuple):
+        return split, tuple(Rectangle(*each.rectangle) for each in told if each.rectangle is not None)
+    rows, columns = told[0].local
+    strips = list(pairwise(accumulate((each.local[split or 0] for each in told), initial=0)))
+    end = strips[-1][1]
+    if split == -2:
+        return (end, columns), tuple(Rectangle(start, stop, 0, columns) for start, stop in strips)
+    return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in strips)
+
+
+def _named(param_groups: list[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, str]]:
+    """The parameters of groups, but those without a shape yet, and what errors call them."""
+    for group in param_groups:
+        for index, p in enumerate(group["params"]):
+            if not is_lazy(p):
+                yield p, parameter_name(group, index)
