@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon, WeightDecayMethodT
 from emerging_optimizers.adaptive_muon.hybrid import HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Split
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT
+from emerging_optimizers.adaptive_muon.orthogonalizer import TensorParallelModeT
 from emerging_optimizers.registry import _OPTIMIZERS
 
 
-__all__ = ["AdaptiveMuon", "HybridAdaptiveMuon", "Moment2MethodT", "WeightDecayMethodT"]
+__all__ = [
+    "AdaptiveMuon",
+    "HybridAdaptiveMuon",
+    "Layout",
+    "Moment2MethodT",
+    "Piece",
+    "Split",
+    "TensorParallelModeT",
+    "WeightDecayMethodT",
+]
 
 # Upstream's own class of this name was entered when our class imported it, and register_optimizer refuses a name
 # twice.

@@ -2,6 +2,7 @@
 """From parameters to logical matrices: which matrices a parameter holds, and who holds which piece of them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -96,8 +97,13 @@ class Sharding:
         self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
-        """Returns one for a copy of the optimizer: process groups are shared, and its parameters are other ones."""
-        return Sharding(self._tp_group, self._tp_mode, self._layout_fn, self._blocks_fn)
+        """Returns one for a copy of the optimizer: process groups are shared, parameters are the copies.
+
+        What is known of them is kept, since torch copies a parameter without its ``partition_dim`` and the like.
+        """
+        copy = Sharding(self._tp_group, self._tp_mode, self._layout_fn, self._blocks_fn)
+        copy._known = {deepcopy(p, memo): known for p, known in self._known.items()}
+        return copy
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ``ValueError`` if what this process alone can know of a parameter group's sharding is wrong."""

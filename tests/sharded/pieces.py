@@ -1,60 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole matrices, their pieces, and the comparison of what two optimizers made of them."""
+"""Whole matrices, this rank's pieces of them, and a walk of both side by side."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 
 
-# Wide, tall, square, tall as a whole but wide in four strips of rows, the reverse, pieces that differ in size, and
+# Wide, tall, square, tall as a whole but wide in four strips of rows, the reverse, strips that differ in size, and
 # more ranks than rows or columns.
 SHAPES = [(24, 64), (64, 24), (32, 32), (48, 40), (40, 48), (30, 17), (3, 18), (18, 3)]
 OPTIONS: dict[str, Any] = {"lr": 0.05, "fp32_matmul_prec": "highest", "nesterov": True, "extra_scale_factor": 0.2}
+
+
+@dataclass(eq=False)
+class Pair:
+    """A whole matrix, this rank's piece of it, and how to cut the piece out of anything that lies like the whole."""
+
+    whole: nn.Parameter
+    piece: nn.Parameter
+    cut: Callable[[torch.Tensor], torch.Tensor]
+
+
+def strip(whole: torch.Tensor, dim: int) -> torch.Tensor:
+    """This rank's strip of a tensor, by torch's rule for uneven ones; all of it if its size is 1."""
+    return whole if whole.size(dim) == 1 else whole.tensor_split(dist.get_world_size(), dim)[dist.get_rank()]
+
+
+def strips(shapes: Sequence[tuple[int, ...]] = SHAPES, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> list[Pair]:
+    """Matrices split by rows, by columns and not at all, as tensor parallelism tags them."""
+    generator, pairs = torch.Generator().manual_seed(0), []
+    for index, (shape, dim) in enumerate((shape, dim) for shape in shapes for dim in (0, 1, -1)):
+        whole = torch.randn(shape, generator=generator).to(dtypes[index % len(dtypes)])
+        cut = (lambda t: t) if dim == -1 else (lambda t, dim=dim: t if t.ndim == 1 else strip(t, dim))
+        piece = nn.Parameter(cut(whole).clone())
+        piece.partition_dim = dim  # type: ignore[attr-defined]
+        pairs.append(Pair(nn.Parameter(whole), piece, cut))
+    return pairs
+
+
+def set_gradients(pairs: list[Pair], step: int) -> None:
+    """Random gradients for the whole matrices, and the pieces of them: nearly of low rank, some columns larger."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for pair in pairs:
+        *stack, rows, columns = pair.whole.shape
+        low = torch.randn(*stack, rows, 4, generator=generator) @ torch.randn(*stack, 4, columns, generator=generator)
+        grad = (low + 0.1 * torch.randn(*stack, rows, columns, generator=generator)) * torch.linspace(0.1, 3, columns)
+        pair.whole.grad = grad.to(pair.whole.dtype)
+        pair.piece.grad = pair.cut(pair.whole.grad).clone()
 
 
 class Recording(AdaptiveMuon):
     """Keeps the last orthogonalized momentum of every matrix."""
 
     async def _adapted(self, p: torch.Tensor, matrix: Any, *args: Any) -> Any:
-        D, O = await super()._adapted(p, matrix, *args)
+        D, O = await super()._adapted(p, matrix, *args)  # noqa: E741
         self.__dict__.setdefault("orthogonalized", {})[p, matrix.block] = O.clone()
         return D, O
 
 
-def cut(whole: torch.Tensor, dim: int, rank: int | None = None, size: int | None = None) -> torch.Tensor:
-    """A rank's strip of a tensor, by torch's own rule; all of it where dim is -1."""
-    if dim == -1:
-        return whole
-    size, rank = size or dist.get_world_size(), dist.get_rank() if rank is None else rank
-    return whole.tensor_split(size, dim)[rank]
+def walk(pairs: list[Pair], steps: int = 4, same: dict[str, Any] | None = None, **of_pieces: Any) -> dict[str, float]:
+    """Optimizes the whole matrices and the pieces, and returns how far apart they came.
 
+    Args:
+        pairs: The matrices.
+        steps: How many steps.
+        same: Options of both optimizers.
+        **of_pieces: Options of the pieces' optimizer.
 
-def pieces(
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
-) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter, int]]:
-    """Whole matrices, this rank's pieces of them, and the dimension they are split along, or -1."""
-    generator = torch.Generator().manual_seed(0)
-    for index, (shape, dim) in enumerate((shape, dim) for shape in SHAPES for dim in (0, 1, -1)):
-        whole = torch.randn(shape, generator=generator).to(dtypes[index % len(dtypes)])
-        piece = torch.nn.Parameter(cut(whole, dim).clone())
-        piece.partition_dim = dim  # type: ignore[attr-defined]
-        yield torch.nn.Parameter(whole), piece, dim
+    Returns:
+        For O, W and the names of the state's buffers, the largest difference relative to the largest element.
+    """
+    options = {**OPTIONS, **(same or {})}
+    whole = Recording([pair.whole for pair in pairs], **options)
+    pieces = Recording([pair.piece for pair in pairs], **options, **of_pieces)
+    seen: Counter[str] = Counter()
 
+    def see(key: str, one: torch.Tensor, other: torch.Tensor) -> None:
+        seen[key] = max(seen[key], difference(one, other))  # type: ignore[assignment]
 
-def set_gradients(triples: list[tuple[torch.nn.Parameter, torch.nn.Parameter, int]], step: int) -> None:
-    """Random gradients for the whole matrices, and the pieces of them for the pieces: of low rank, some columns large."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for whole, piece, dim in triples:
-        rows, columns = whole.shape
-        grad = torch.randn(rows, 4, generator=generator) @ torch.randn(4, columns, generator=generator)
-        grad += 0.1 * torch.randn(rows, columns, generator=generator)
-        grad *= torch.linspace(0.1, 3, columns)
-        whole.grad = grad.to(whole.dtype)
-        piece.grad = cut(whole.grad, dim).clone()
+    for step in range(steps):
+        set_gradients(pairs, step)
+        whole.step()
+        pieces.step()
+        for pair in pairs:
+            see("W", pair.piece.detach(), pair.cut(pair.whole.detach()))
+            for key, value in whole.state[pair.whole].items():
+                see(key, pieces.state[pair.piece][key], value if key == "step" else pair.cut(value))
+            if pair.piece.numel() and not hasattr(pair.whole, "muon_blocks"):
+                see("O", pieces.orthogonalized[pair.piece, None], pair.cut(whole.orthogonalized[pair.whole, None]))
+    return dict(seen)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -63,3 +105,10 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     if other.numel() == 0:
         return 0.0
     return float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-30))
+
+
+def collectives(function: Callable[[], object]) -> Counter[str]:
+    """The collectives that torch saw in a call, by name."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        function()
+    return Counter(event.name for event in seen.events() if event.name.startswith("c10d::"))

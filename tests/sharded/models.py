@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small model, the ways of torch to shard it, and its training on batches that are the same on all ranks."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+
+class Model(nn.Module):
+    """Layers whose rows divide evenly and do not, fewer rows than ranks, a fused layer, and what AdamW takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 6, bias=False)
+        self.norm = nn.LayerNorm(6)
+        self.fused = nn.Linear(6, 2 * (5 + 2 + 1), bias=False)
+        self.few = nn.Linear(16, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of three classes for each token."""
+        hidden = self.norm(self.down(torch.tanh(self.up(self.embed(tokens)))))
+        logits: torch.Tensor = self.few(torch.tanh(self.fused(hidden)))
+        return logits
+
+
+def fsdp(model: nn.Module) -> None:
+    """One dimension: every parameter in strips of rows."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    fully_shard(model.up, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(model, mesh=mesh)
+
+
+def hsdp(model: nn.Module) -> None:
+    """Two dimensions: replicas of strips of rows."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel(model: nn.Module) -> None:
+    """One dimension: strips of rows in one layer, of columns in the next, and all of the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def tensor_parallel_and_fsdp(model: nn.Module) -> None:
+    """Two dimensions, both of them sharding: rectangles, and strips of strips."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+
+
+WAYS: tuple[Callable[[nn.Module], None], ...] = (fsdp, hsdp, tensor_parallel, tensor_parallel_and_fsdp)
+
+
+def models(way: Callable[[nn.Module], None]) -> tuple[Model, Model, dict[nn.Parameter, torch.Tensor]]:
+    """The same model whole and sharded, and for each sharded parameter the places of its elements in the whole one.
+
+    The places are read off a model that was sharded with its elements numbered: torch says who holds what.
+    """
+    torch.manual_seed(0)
+    whole = Model()
+    numbered, sharded = copy.deepcopy(whole), copy.deepcopy(whole)
+    for p in numbered.parameters():
+        p.data = torch.arange(p.numel(), dtype=p.dtype).view_as(p)
+    way(numbered)
+    way(sharded)
+    places = {
+        p: local(number).long() for p, number in zip(sharded.parameters(), numbered.parameters(), strict=True)
+    }
+    for model in (whole, sharded):
+        model.fused.weight.muon_blocks = (5, 2, 1)  # type: ignore[assignment]
+    return whole, sharded, places
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a tensor."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, sharded or not."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
+    """Trains on a batch of its own for each step, and returns the losses."""
+    losses = []
+    for step in steps:
+        tokens = torch.randint(11, (16,), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(model(tokens), tokens % 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(full(loss)))
+    return losses

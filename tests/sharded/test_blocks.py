@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused matrices and stacks of matrices in pieces: every block and every expert is a matrix of its own."""
+
+from typing import Any
+
+import pytest
+import torch
+from pieces import OPTIONS, Pair, collectives, difference, set_gradients, strip, strips, walk
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+
+# Rows of the whole matrix and its blocks: two halves; three, once, where no rank's strip ends with a block; Megatron's
+# query groups, here four of two heads of queries, a key and a value, tall and wide blocks among them.
+FUSED = [((48, 20), (24, 24)), ((41, 16), (20, 11, 10)), ((64, 24), (8, 4, 4)), ((64, 48), (8, 4, 4))]
+
+
+def fused(shape: tuple[int, int], blocks: tuple[int, ...], dim: int) -> Pair:
+    """A fused matrix and this rank's strip of it."""
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    # V of a block that has no entries a row is held apart, a row; the columns are split as the matrix's are.
+    pair = Pair(
+        nn.Parameter(whole),
+        nn.Parameter(strip(whole, dim).clone()),
+        lambda t: t if t.ndim == 1 or t.size(dim) != shape[dim] else strip(t, dim),
+    )
+    pair.piece.partition_dim = dim  # type: ignore[attr-defined]
+    for p in (pair.whole, pair.piece):
+        p.muon_blocks = blocks  # type: ignore[attr-defined]
+    return pair
+
+
+def apart(whole: torch.Tensor, blocks: tuple[int, ...]) -> list[torch.Tensor]:
+    """The blocks of a fused matrix, each as a matrix, by another road than the package's."""
+    groups = whole.view(-1, sum(blocks), whole.size(-1))
+    return [part.reshape(-1, whole.size(-1)) for part in groups.split(list(blocks), dim=1)]
+
+
+@pytest.mark.parametrize("mode", ["layer_sharded", "duplicated", "distributed"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_in_pieces(method: str, dim: int, mode: str, group: ProcessGroup) -> None:
+    """Go the way of the fused whole matrix, whose blocks go the way of separate matrices."""
+    pairs = [fused(*each, dim) for each in FUSED]
+    parts = [[nn.Parameter(part.clone()) for part in apart(p.whole.detach(), p.whole.muon_blocks)] for p in pairs]
+    same = {"moment2_method": method, "weight_decay": 0.1, "bias_correction": True}
+    separate = AdaptiveMuon([part for each in parts for part in each], **OPTIONS, **same)
+    within = 1e-6 if mode != "distributed" else 1e-4 if method == "adamuon" else 1e-5
+    seen = walk(pairs, 3, same, tp_group=group, tp_mode=mode)
+    assert seen["W"] <= within and max(seen.values()) <= (1e-6 if mode != "distributed" else 1e-4), seen
+    for step in range(3):
+        set_gradients(pairs, step)
+        for pair, each in zip(pairs, parts, strict=True):
+            for part, grad in zip(each, apart(pair.whole.grad, pair.whole.muon_blocks), strict=True):
+                part.grad = grad.clone()
+        separate.step()
+    for pair, each in zip(pairs, parts, strict=True):
+        for part, other in zip(each, apart(pair.whole.detach(), pair.whole.muon_blocks), strict=True):
+            assert difference(part.detach(), other) <= 1e-6
+
+
+def test_blocks_share_the_collectives(group: ProcessGroup) -> None:
+    pairs = [fused(*each, 0) for each in FUSED]
+    optimizer = AdaptiveMuon([p.piece for p in pairs], tp_group=group, moment2_method="namo_d", **OPTIONS)
+    set_gradients(pairs, 0)
+    optimizer.step()
+    expected = {"c10d::alltoall_base_": 2, "c10d::allreduce_": 1} if dist.get_world_size() > 1 else {}
+    assert collectives(optimizer.step) == expected
+
+
+def test_blocks_fn_comes_before_the_attribute(group: ProcessGroup) -> None:
+    pairs, others = [fused((64, 24), (8, 4, 4), 0)], [fused((64, 24), (16,), 0)]
+    one = AdaptiveMuon([pairs[0].piece], tp_group=group, **OPTIONS)
+    other = AdaptiveMuon([others[0].piece], tp_group=group, blocks_fn=lambda p: (8, 4, 4), **OPTIONS)
+    for pair, optimizer in ((pairs, one), (others, other)):
+        set_gradients(pair, 0)
+        optimizer.step()
+    assert torch.equal(pairs[0].piece, others[0].piece)
+
+
+def stack(dim: int, group: ProcessGroup) -> Pair:
+    """Five experts and this rank's part of them: experts, rows or columns."""
+    whole = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(3))
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        return t if t.ndim == 1 or (dim > 0 and t.ndim < 3) or t.size(dim) == 1 else strip(t, dim)
+
+    pair = Pair(nn.Parameter(whole), nn.Parameter(cut(whole).clone()), cut)
+    pair.piece.partition_dim = dim  # type: ignore[attr-defined]
+    for p in (pair.whole, pair.piece):
+        p.muon_stacked = True  # type: ignore[attr-defined]
+    return pair
+
+
+@pytest.mark.parametrize("mode", ["layer_sharded", "duplicated", "distributed"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_stacks_in_pieces(method: str, dim: int, mode: str, group: ProcessGroup) -> None:
+    pair = stack(dim, group)
+    same = {"moment2_method": method, "weight_decay": 0.1, "bias_correction": True}
+    seen = walk([pair], 3, same, tp_group=group, tp_mode=mode)
+    assert max(seen.values()) <= (1e-6 if mode != "distributed" or dim == 0 else 1e-4), seen
+
+
+def test_experts_on_their_ranks_need_no_communication(group: ProcessGroup) -> None:
+    pair = stack(0, group)
+    optimizer = AdaptiveMuon([pair.piece], tp_group=group, moment2_method="normuon", **OPTIONS)
+    set_gradients([pair], 0)
+    optimizer.step()
+    assert not collectives(optimizer.step)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_as_dtensors(method: str) -> None:
+    """Expert parallelism on a mesh, with the experts' state sharded as they are; alone and with strips of rows."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("ep", "tp"))
+    whole = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"moment2_method": method, **OPTIONS}
+    for placements in ([Shard(0), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(2)]):
+        expected = nn.Parameter(whole.clone())
+        sharded = nn.Parameter(distribute_tensor(whole, mesh, placements))
+        for p in (expected, sharded):
+            p.muon_stacked = True  # type: ignore[attr-defined]
+        optimizers = AdaptiveMuon([expected], **options), AdaptiveMuon([sharded], **options)
+        for step in range(2):
+            expected.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(step))
+            sharded.grad = distribute_tensor(expected.grad, mesh, placements)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert difference(sharded.full_tensor(), expected.detach()) <= 1e-6
+        for key, value in optimizers[0].state[expected].items():
+            other = optimizers[1].state[sharded][key]
+            other = other.full_tensor() if isinstance(other, DTensor) else other
+            assert difference(other, value) <= 1e-6, key
+
+
+def test_strips_hold_no_stack_without_the_tag() -> None:
+    p = nn.Parameter(torch.randn(3, 4, 5))
+    with pytest.raises(ValueError, match="muon_stacked"):
+        AdaptiveMuon([p])
+    assert strips([(3, 4)])

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.distributed.checkpoint: saved by four ranks, loaded by four, two and one, training goes on."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import full, fsdp, local, models, tensor_parallel_and_fsdp, train
+from pieces import OPTIONS, difference
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+
+# tests/test_sharded.py gives one directory to its runs with four, two and one processes, in this order.
+DIRECTORY = os.environ.get("CHECKPOINTS")
+pytestmark = pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
+
+SAVED_AFTER, STEPS = 3, 6
+
+
+def make(way: Callable[[nn.Module], None] | None, method: str) -> tuple[nn.Module, HybridAdaptiveMuon]:
+    """A model sharded in a way, or whole, and its optimizer."""
+    whole, sharded, _ = models(way or fsdp)
+    model = sharded if way else whole
+    options = {**OPTIONS, "weight_decay": 0.1, "scalar_lr": 1e-3, "bias_correction": True}
+    return model, HybridAdaptiveMuon.from_model(model, moment2_method=method, **options)
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> dict[str, object]:
+    """What a training script saves."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+@pytest.mark.parametrize("way", [fsdp, tensor_parallel_and_fsdp])
+@pytest.mark.parametrize("method", METHODS)
+def test_training_goes_on(method: str, way: Callable[[nn.Module], None]) -> None:
+    """On fewer ranks, and on one also without any sharding."""
+    place = Path(DIRECTORY or "") / f"{method}-{way.__name__}"
+    flat = method == "namo"  # both of torch's formats
+    if dist.get_world_size() == 4:
+        model, optimizer = make(way, method)
+        train(model, optimizer, range(SAVED_AFTER))
+        dcp.save(states(model, optimizer, flat), checkpoint_id=place)
+        losses = train(model, optimizer, range(SAVED_AFTER, STEPS))
+        weights = [full(p) for p in model.parameters()]
+        if dist.get_rank() == 0:
+            torch.save((losses, weights), place / "uninterrupted.pt")
+        dist.barrier()
+    losses, weights = torch.load(place / "uninterrupted.pt")
+    for chosen in (way, None)[: 2 if dist.get_world_size() == 1 else 1]:
+        model, optimizer = make(chosen, method)
+        loaded = states(model, optimizer, flat)
+        dcp.load(loaded, checkpoint_id=place)
+        set_model_state_dict(model, loaded["model"])  # type: ignore[arg-type]
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=options)  # type: ignore[arg-type]
+        within = 1e-5 if way is fsdp else 1e-2  # where the model's own products are split, their rounding differs
+        assert train(model, optimizer, range(SAVED_AFTER, STEPS)) == pytest.approx(losses, rel=within)
+        for p, expected in zip(model.parameters(), weights, strict=True):
+            assert difference(full(p), expected) <= within
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_format(method: str) -> None:
+    """A rank's own state_dict resumes it bit for bit; one of a whole model is refused, with the way that reshards."""
+    model, optimizer = make(fsdp, method)
+    train(model, optimizer, range(2))
+    again, resumed = make(fsdp, method)
+    set_model_state_dict(again, get_model_state_dict(model))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the tensors
+    assert train(model, optimizer, range(2, 4)) == train(again, resumed, range(2, 4))
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(local(p), local(q))
+
+    unsharded, other = make(None, method)
+    train(unsharded, other, range(2))
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match="set_optimizer_state_dict"):
+            optimizer.load_state_dict(other.state_dict())
+        assert train(model, optimizer, range(4, 5)) == train(again, resumed, range(4, 5))

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that disagree: every one of them gets an error that says about what, and nothing has changed."""
+
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from pieces import OPTIONS, set_gradients, strips
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+
+
+several = pytest.mark.skipif("os.environ['WORLD_SIZE'] == '1'", reason="one process cannot disagree")
+pytestmark = several
+
+
+def refused(params: list[Any], match: str, group: ProcessGroup, **options: Any) -> None:
+    """All ranks' first step is refused alike, and no weight or state has changed."""
+    optimizer = AdaptiveMuon(params, tp_group=group, **OPTIONS, **options)
+    tensors = [p for g in optimizer.param_groups for p in g["params"]]
+    before = [p.detach().clone() for p in tensors]
+    for p in tensors:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=match) as error:
+        optimizer.step()
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, str(error.value))
+    assert len(set(told)) == 1, told
+    assert all(torch.equal(p, q) for p, q in zip(tensors, before, strict=True))
+    assert not optimizer.state
+
+
+def matrix(rows: int, columns: int, dim: int = 0, **attributes: Any) -> nn.Parameter:
+    p = nn.Parameter(torch.randn(rows, columns))
+    for name, value in {"partition_dim": dim, **attributes}.items():
+        setattr(p, name, value)
+    return p
+
+
+def test_another_width(group: ProcessGroup) -> None:
+    columns = 9 if dist.get_rank() == 1 else 8
+    params = [("first", matrix(4, 8)), ("second", matrix(4, columns))]
+    refused(params, r"'second': \(\*, 8\) float32.* on rank 0.*'second': \(\*, 9\) float32.* on rank 1", group)
+
+
+def test_an_index_where_there_are_no_names(group: ProcessGroup) -> None:
+    columns = 9 if dist.get_rank() == 1 else 8
+    refused([matrix(4, 8), matrix(4, columns)], r"parameter 1 of its group: \(\*, 9\)", group)
+
+
+def test_another_dtype(group: ProcessGroup) -> None:
+    dtype = torch.bfloat16 if dist.get_rank() == 1 else torch.float32
+    p = nn.Parameter(torch.randn(4, 8, dtype=dtype))
+    p.partition_dim = 0  # type: ignore[attr-defined]
+    refused([("w", p)], r"'w': .*float32.*rank 0.*bfloat16.*rank 1", group)
+
+
+def test_another_dimension(group: ProcessGroup) -> None:
+    refused([("w", matrix(8, 8, dist.get_rank() % 2))], r"split along dim 0.*split along dim 1", group)
+
+
+def test_whole_on_one_rank(group: ProcessGroup) -> None:
+    refused([("w", matrix(8, 8, -1 if dist.get_rank() == 0 else 0))], r"\(8, 8\).*rank 0.*\(\*, 8\)", group)
+
+
+def test_whole_ones_of_different_shapes(group: ProcessGroup) -> None:
+    refused([("w", matrix(8 + dist.get_rank() % 2, 8, -1))], r"'w': \(8, 8\).*rank 0.*'w': \(9, 8\).*rank 1", group)
+
+
+def test_another_order(group: ProcessGroup) -> None:
+    names = ("a", "b") if dist.get_rank() == 0 else ("b", "a")
+    refused([(name, matrix(4, 8)) for name in names], "'a': .*rank 0.*'b': .*rank 1", group)
+
+
+def test_one_more(group: ProcessGroup) -> None:
+    params = [(str(i), matrix(4, 8)) for i in range(3 if dist.get_rank() == 0 else 2)]
+    refused(params, "'2': .* on rank 0; nothing on rank 1", group)
+
+
+def test_other_blocks(group: ProcessGroup) -> None:
+    blocks = (4, 4) if dist.get_rank() == 0 else (6, 2)
+    refused([("w", matrix(8, 8, muon_blocks=blocks))], r"blocks \(4, 4\).*blocks \(6, 2\)", group)
+
+
+def test_blocks_that_do_not_fit(group: ProcessGroup) -> None:
+    refused([("w", matrix(4, 8, muon_blocks=(5, 2)))], r"blocks of parameter 'w'.*\(5, 2\)", group)
+
+
+def test_pieces_that_overlap_or_leave_gaps(group: ProcessGroup) -> None:
+    size = dist.get_world_size()
+    for start in (0, 5):
+        top = start * dist.get_rank()
+        piece = Piece(group, (4 * size, 8), (top, top + 4, 0, 8))
+        refused([("w", matrix(4, 8))], "make up the whole", group, layout_fn=lambda p, piece=piece: piece)
+
+
+def test_a_gradient_on_one_rank_only(group: ProcessGroup) -> None:
+    pairs = strips([(24, 64)])
+    optimizer = AdaptiveMuon([(str(i), p.piece) for i, p in enumerate(pairs)], tp_group=group, **OPTIONS)
+    set_gradients(pairs, 0)
+    if dist.get_rank() == 1:
+        pairs[1].piece.grad = None
+    before = [p.piece.detach().clone() for p in pairs]
+    with pytest.raises(ValueError, match=r"'1' has a gradient on rank 0.*'1' has no gradient on rank 1"):
+        optimizer.step()
+    assert all(torch.equal(p.piece, q) for p, q in zip(pairs, before, strict=True))
+
+
+def test_a_piece_without_a_group() -> None:
+    with pytest.raises(ValueError, match=r"needs tp_group.*partition_dim, got 1"):
+        AdaptiveMuon([matrix(4, 8, 1)])
+
+
+DYING = """
+import os, sys, torch
+from torch import distributed as dist, nn
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+dist.init_process_group("gloo")
+p = nn.Parameter(torch.randn(4, 8))
+p.partition_dim = 0
+optimizer = AdaptiveMuon([p], tp_group=dist.group.WORLD)
+p.grad = torch.randn(4, 8)
+if dist.get_rank() == 1:
+    os._exit(3)
+try:
+    optimizer.step()
+except RuntimeError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_rank_that_dies() -> None:
+    """The others learn at once that not all answered. Two processes of their own, started by the first rank."""
+    if dist.get_rank() == 0:
+        with_port = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        for name in [name for name in with_port if name.startswith("TORCHELASTIC")]:
+            del with_port[name]
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", DYING],
+                env={**with_port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        out = running[0].communicate(timeout=50)[0]
+        running[1].communicate(timeout=50)
+        assert running[1].returncode == 3
+        assert re.search(r"rank 0 of 2 compared its pieces of the parameters .* not all answered", out), out
+    dist.barrier()
