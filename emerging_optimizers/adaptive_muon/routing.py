@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
+from emerging_optimizers.adaptive_muon.parameters import is_matrix
 
 
 __all__ = ["AlgorithmT", "Route", "route_model", "route_parameter"]
@@ -72,15 +73,16 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
     *path, leaf = name.split(".")
     if getattr(p, "is_embedding_or_output_parameter", False):
         return Route("adamw", "tagged as embedding or output")
-    if p.ndim != 2:
+    if not is_matrix(p):
         return Route("adamw", f"{p.ndim}-D, not a matrix")
-    if 1 in p.shape:
+    # Of a dimension that is split, the size at hand says nothing.
+    if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
         return Route("adamw", "a single row or column")
     if head := next((part for part in path if part in _HEADS), None):
         return Route("adamw", f"output head by its name, {head!r}")
     if any(word in leaf for word in _TABLES):
         return Route("adamw", f"bias or table by its name, {leaf!r}")
-    return Route("adaptive_muon", "hidden matrix")
+    return Route("adaptive_muon", "hidden matrix" if p.ndim == 2 else "stack of hidden matrices")
 
 
 def route_model(

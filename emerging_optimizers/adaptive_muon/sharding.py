@@ -64,6 +64,8 @@ class _Told(NamedTuple):
             shape[self.split] = "*"
         elif self.split is not None:
             shape[-2:] = self.split
+        elif self.stack:
+            shape[0] = "*"  # whole matrices, of which ranks may hold different ones
         how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
         return f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}" + (
             f" in blocks {self.blocks}" if self.blocks else ""
