@@ -16,10 +16,10 @@ from emerging_optimizers.adaptive_muon.dtensor import gradient_of, local_of, wra
 from emerging_optimizers.adaptive_muon.layout import Layout, ShardedLayout
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
 from emerging_optimizers.adaptive_muon.orthogonalizer import (
-    TP_MODES,
     NewtonSchulz,
     TensorParallelModeT,
     syrk_is_usable,
+    tensor_parallel_mode,
 )
 from emerging_optimizers.adaptive_muon.parameters import (
     check_gradients,
@@ -65,7 +65,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
     coefficient_type="simple", extra_scale_factor=0.2``.
 
-    Parameters are matrices of shape (out, in) in float32, bfloat16, float16 or float64. State and arithmetic are in
+    Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
+    (experts, out, in), in float32, bfloat16, float16 or float64. State and arithmetic are in
     float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded
     once a step. Convolutions, embeddings, output heads, norms and biases belong to AdamW, see
     :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
@@ -98,6 +99,21 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         namo_d_clamp: c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. Default 0.75, from the
             paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.
         use_syrk: Whether to use upstream's Triton kernel for symmetric products; on CUDA at "medium" precision.
+        tp_group: Process group over which parameters are split that have the attribute ``partition_dim``: 0 their
+            rows, 1 their columns, in the order of the ranks; -1, None or no such attribute is a whole matrix. Strips
+            may differ in size. DTensors need no group: they know how they are sharded.
+        tp_mode: How a matrix in pieces is orthogonalized. "layer_sharded": sent to one rank and back, many matrices in
+            two messages; "duplicated": gathered and orthogonalized by all ranks; "distributed": left where it is, Gram
+            matrices are summed in every iteration, which rounds differently; "blockwise": each piece as a matrix of
+            its own, which is another result. The others give the whole matrix's.
+        layout_fn: Says how a parameter is split where the rules above do not fit: takes the parameter and returns
+            ``Layout()`` for whole, a :class:`~emerging_optimizers.adaptive_muon.Split`, a
+            :class:`~emerging_optimizers.adaptive_muon.Piece`, or None for the rules above.
+        blocks_fn: Says the row blocks of a fused parameter: takes it and returns their sizes, or None for the
+            parameter's attribute ``muon_blocks``, if it has one. Every block is a matrix of its own. Where the sizes
+            sum to less than the rows, they repeat down the matrix, as Megatron's query groups do.
+        max_bytes_in_flight: What a rank may send and receive at once, in bytes. A step with more takes more rounds of
+            the same messages; a parameter that is larger has a round of its own. Default 1 GiB.
 
     Raises:
         ValueError: If an argument, a group's option or a parameter breaks one of the rules above. Nothing is changed.
@@ -134,7 +150,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
         require_one_of("fp32_matmul_prec", fp32_matmul_prec, get_args(FP32MatmulPrecT))
         require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
-        require_one_of("tp_mode", tp_mode, get_args(TensorParallelModeT))
+        self._mode = tensor_parallel_mode(tp_mode)
         require(
             within(max_bytes_in_flight, 1),
             "max_bytes_in_flight must be a positive number of bytes",
@@ -157,8 +173,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             'use "decoupled", or moment2_method="namo" or "namo_d"',
         )
         self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
-        self.tp_mode, self.max_bytes_in_flight = tp_mode, max_bytes_in_flight
-        self._sharding = Sharding(tp_group, tp_mode, layout_fn, blocks_fn)
+        self.max_bytes_in_flight = max_bytes_in_flight
+        self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn)
         self._plan: tuple[tuple[int, ...], Plan] | None = None
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
         super().__init__(
@@ -224,7 +240,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if self._plan is None or self._plan[0] != key:
             self._sharding.compare_gradients(self.param_groups)
             matrices = {p: self._sharding.matrices(p) for p in params if not self._sharding.is_empty(p)}
-            self._plan = key, make_plan(matrices, self.tp_mode, self.max_bytes_in_flight)
+            self._plan = key, make_plan(matrices, self._mode, self.max_bytes_in_flight)
         return self._plan[1]
 
     async def _update(self, p: torch.Tensor, group: dict[str, Any], homes: dict[Matrix, int]) -> None:
@@ -285,8 +301,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         """Returns O, of a matrix in pieces the piece at hand."""
         if not isinstance(layout, ShardedLayout):
             return of_whole(M)
-        newton_schulz = cast(NewtonSchulz, self.scaled_orthogonalize_fn)
-        return await TP_MODES[self.tp_mode](layout.group, M, layout, home, of_whole, newton_schulz)
+        assert self._mode is not None  # "blockwise" has no matrix in pieces
+        return await self._mode(
+            layout.group, M, layout, home, of_whole, cast(NewtonSchulz, self.scaled_orthogonalize_fn)
+        )
 
     def _scale(self, shape: tuple[int, int]) -> float:
         """Returns s, the factor for the shape of a whole matrix."""
@@ -318,11 +336,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             group: Parameter group.
             skip_non_grad_params: Whether to pass over parameters without a gradient.
         """
-        self._sharding.resolve(self.param_groups)
         for p in group["params"]:
             state = self.state[p] if p.grad is not None or not skip_non_grad_params else None
             if state is None or "momentum_buffer" in state:
                 continue
+            self._sharding.resolve(self.param_groups)
             state.update(new_buffers(p, self._sharding.matrices(p), self._moment2))
             if self.bias_correction:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32)

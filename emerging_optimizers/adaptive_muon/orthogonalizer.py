@@ -22,7 +22,6 @@ from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[at
 
 
 __all__ = [
-    "TP_MODES",
     "Distributed",
     "Duplicated",
     "LayerSharded",
@@ -30,6 +29,7 @@ __all__ = [
     "Orthogonalize",
     "TensorParallelModeT",
     "syrk_is_usable",
+    "tensor_parallel_mode",
 ]
 
 TensorParallelModeT = Literal["layer_sharded", "duplicated", "distributed", "blockwise"]
@@ -225,12 +225,21 @@ class Distributed(Orthogonalize):
         return torch.stack(strips).view_as(self.piece)
 
 
-# "blockwise" is not here: it makes each piece a matrix of its own, which is a Layout and needs nobody else.
-TP_MODES: dict[str, type[Orthogonalize]] = {
-    "layer_sharded": LayerSharded,
-    "duplicated": Duplicated,
-    "distributed": Distributed,
-}
+def tensor_parallel_mode(name: TensorParallelModeT) -> type[Orthogonalize] | None:
+    """Returns how the mode of this name orthogonalizes a matrix in pieces.
+
+    Args:
+        name: A name of ``TensorParallelModeT``.
+
+    Returns:
+        The request to make, or None for "blockwise", which makes each piece a matrix of its own and needs nobody else.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    require_one_of("tp_mode", name, get_args(TensorParallelModeT))
+    modes = {"layer_sharded": LayerSharded, "duplicated": Duplicated, "distributed": Distributed}
+    return modes.get(name)
 
 
 def _cut(whole: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.dtensor import local_of
 from emerging_optimizers.adaptive_muon.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.orthogonalizer import TP_MODES
+from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.sharding import Matrix
 
 
@@ -34,12 +34,14 @@ class Plan:
     homes: dict[Matrix, int]
 
 
-def make_plan(parameters: Mapping[torch.Tensor, Sequence[Matrix]], tp_mode: str, max_bytes_in_flight: int) -> Plan:
+def make_plan(
+    parameters: Mapping[torch.Tensor, Sequence[Matrix]], mode: type[Orthogonalize] | None, max_bytes_in_flight: int
+) -> Plan:
     """Returns the plan of a step, the same on all ranks that hold the same parameters.
 
     Args:
         parameters: The parameters of the step and their matrices.
-        tp_mode: How matrices in pieces are orthogonalized.
+        mode: How matrices in pieces are orthogonalized.
         max_bytes_in_flight: What a rank may have to send and to receive at once. A round ends where it would be more;
             a parameter that is beyond it by itself has a round of its own.
     """
@@ -49,12 +51,12 @@ def make_plan(parameters: Mapping[torch.Tensor, Sequence[Matrix]], tp_mode: str,
         by_group.setdefault(group, []).append(p)
     plan = Plan([[p] for p in by_group.pop(None, [])], {})
     for group, held in by_group.items():
-        assert group is not None
+        assert group is not None and mode is not None
         shared = [_Shared(p, matrix) for p in held for matrix in parameters[p]]
         plan.homes.update(_homes(shared, group.size()))
         loads = {p: [0] * group.size() for p in held}
         for each in shared:
-            receivers = TP_MODES[tp_mode].receivers(plan.homes[each.matrix], group.size())
+            receivers = mode.receivers(plan.homes[each.matrix], group.size())
             loads[each.p] = list(map(add, loads[each.p], each.load(receivers)))
         plan.rounds.extend(_rounds(loads, max_bytes_in_flight))
     return plan

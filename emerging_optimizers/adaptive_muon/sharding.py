@@ -13,10 +13,11 @@ from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
 from emerging_optimizers.adaptive_muon.agreement import require_agreement, tell_all
+from emerging_optimizers.adaptive_muon.blocks import row_blocks
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.dtensor import is_dtensor, local_of, piece_of
 from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Rectangle, ShardedLayout, Split
-from emerging_optimizers.adaptive_muon.orthogonalizer import TP_MODES
+from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 
 
@@ -77,7 +78,7 @@ class Sharding:
 
     Args:
         tp_group: The group over which a parameter with ``partition_dim`` 0 or 1 is split.
-        tp_mode: How matrices in pieces are orthogonalized.
+        mode: How matrices in pieces are orthogonalized; None takes pieces for matrices of their own.
         layout_fn: Says how a parameter is split, before its ``partition_dim`` and placements; or returns None.
         blocks_fn: Says the row blocks of a parameter, before its ``muon_blocks``; or returns None.
 
@@ -86,7 +87,11 @@ class Sharding:
     """
 
     def __init__(
-        self, tp_group: ProcessGroup | None, tp_mode: str, layout_fn: LayoutFn | None, blocks_fn: BlocksFn | None
+        self,
+        tp_group: ProcessGroup | None,
+        mode: type[Orthogonalize] | None,
+        layout_fn: LayoutFn | None,
+        blocks_fn: BlocksFn | None,
     ) -> None:
         require(
             tp_group is None or isinstance(tp_group, ProcessGroup),
@@ -94,7 +99,7 @@ class Sharding:
             tp_group,
             "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
         )
-        self._tp_group, self._tp_mode = tp_group, tp_mode
+        self._tp_group, self._mode = tp_group, mode
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
         self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
 
@@ -103,14 +108,15 @@ class Sharding:
 
         What is known of them is kept, since torch copies a parameter without its ``partition_dim`` and the like.
         """
-        copy = Sharding(self._tp_group, self._tp_mode, self._layout_fn, self._blocks_fn)
+        copy = Sharding(self._tp_group, self._mode, self._layout_fn, self._blocks_fn)
         copy._known = {deepcopy(p, memo): known for p, known in self._known.items()}
         return copy
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ``ValueError`` if what this process alone can know of a parameter group's sharding is wrong."""
-        for p, name in _named([group]):
-            self._alone(p, name)
+        for p, name in _named([group], lambda p: True):
+            if isinstance(self._alone(p, name), Layout):
+                self._whole(p, name)
 
     def matrices(self, p: torch.Tensor) -> tuple[Matrix, ...]:
         """Returns the logical matrices of a parameter that :meth:`resolve` has seen."""
@@ -128,7 +134,7 @@ class Sharding:
             param_groups: The optimizer's groups.
         """
         having: dict[ProcessGroup, list[str]] = {}
-        for p, name in _named(param_groups):
+        for p, name in _named(param_groups, self._knows):
             layout = self.matrices(p)[0].layout
             if isinstance(layout, ShardedLayout):
                 having.setdefault(layout.group, []).append(
@@ -154,10 +160,9 @@ class Sharding:
             ValueError: If ranks disagree, or pieces or blocks do not fit together.
             RuntimeError: If a rank does not answer.
         """
-        new = [(p, name) for p, name in _named(param_groups) if not self._knows(p)]
-        if not new:
+        found = [(p, name, self._alone(p, name)) for p, name in _named(param_groups, lambda p: not self._knows(p))]
+        if not found:
             return
-        found = [(p, name, self._alone(p, name)) for p, name in new]
         groups: dict[ProcessGroup, None] = dict.fromkeys([self._tp_group] if self._tp_group is not None else [])
         groups |= dict.fromkeys(spec.group for *_, spec in found if not isinstance(spec, Layout))
         known = {p: self._whole(p, name) for p, name, spec in found if isinstance(spec, Layout)}
@@ -216,10 +221,9 @@ class Sharding:
             return spec
         if is_dtensor(p):
             require(
-                self._tp_mode in TP_MODES,
-                "tp_mode must give the whole matrix's result where parameters are DTensors, whose pieces are no "
-                f"matrices of their own, as {name}",
-                self._tp_mode,
+                self._mode is not None,
+                f"the pieces of a DTensor are no matrices of their own; {name} is one, with tp_mode",
+                "blockwise",
                 'use the default, "layer_sharded"',
             )
             return piece_of(p, name)
@@ -270,7 +274,7 @@ class Sharding:
         held = range(local.size(-2))
         return tuple(
             Matrix(Layout(), index, block.rows_at(held, local.device))
-            for index, block in enumerate(_pattern(blocks, len(held), name))
+            for index, block in enumerate(row_blocks(blocks, len(held), name))
         )
 
     def _sharded(self, p: torch.Tensor, name: str, group: ProcessGroup, told: Sequence[_Told]) -> tuple[Matrix, ...]:
@@ -281,7 +285,7 @@ class Sharding:
             return (Matrix(self._layout(group, whole, rectangles, name)),)
         held = range(own.top, own.bottom)
         matrices = []
-        for index, block in enumerate(_pattern(blocks, whole[0], name)):
+        for index, block in enumerate(row_blocks(blocks, whole[0], name)):
             cut = [
                 Rectangle(block.rows_before(r.top), block.rows_before(r.bottom), r.left, r.right) for r in rectangles
             ]
@@ -292,44 +296,12 @@ class Sharding:
     def _layout(
         self, group: ProcessGroup, whole: tuple[int, int], rectangles: tuple[Rectangle, ...], name: str
     ) -> Layout:
-        """The layout of a matrix in pieces, which "blockwise" takes for matrices of their own."""
-        layout = ShardedLayout(group, group.rank(), whole, rectangles)
-        if self._tp_mode not in TP_MODES:
+        """The layout of a matrix in pieces, unless the pieces are taken for matrices of their own."""
+        if self._mode is None:
             return Layout()
-        TP_MODES[self._tp_mode].check(layout, name)
+        layout = ShardedLayout(group, group.rank(), whole, rectangles)
+        self._mode.check(layout, name)
         return layout
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The rows ``start`` to ``stop``, the end excluded, of a pattern of ``period`` rows that repeats down a matrix."""
-
-    start: int
-    stop: int
-    period: int
-
-    def rows_before(self, row: int) -> int:
-        """The number of the block's rows above a row of the parameter."""
-        patterns, rest = divmod(row, self.period)
-        return patterns * (self.stop - self.start) + min(max(rest - self.start, 0), self.stop - self.start)
-
-    def rows_at(self, held: range, device: torch.device) -> slice | torch.Tensor:
-        """Which of the rows that are held belong to the block, counted from the first that is held."""
-        rows = [row - held.start for row in held if self.start <= row % self.period < self.stop]
-        if not rows or rows[-1] - rows[0] + 1 == len(rows):
-            return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
-        return torch.tensor(rows, device=device)
-
-
-def _pattern(blocks: tuple[int, ...], rows: int, name: str) -> list[_Block]:
-    """The blocks of a matrix with this many rows."""
-    require(
-        len(blocks) > 0 and all(isinstance(size, int) and size > 0 for size in blocks) and rows % sum(blocks) == 0,
-        f"the blocks of {name} must be positive row counts whose sum divides its {rows} rows",
-        blocks,
-        "give the rows of each block, or of each in one group where the groups repeat down the matrix",
-    )
-    return [_Block(start, stop, sum(blocks)) for start, stop in pairwise(accumulate(blocks, initial=0))]
 
 
 def _pieces(told: Sequence[_Told]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
@@ -345,9 +317,11 @@ def _pieces(told: Sequence[_Told]) -> tuple[tuple[int, int], tuple[Rectangle, ..
     return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in strips)
 
 
-def _named(param_groups: list[dict[str, Any]]) -> Iterator[tuple[torch.Tensor, str]]:
-    """The parameters of groups, but those without a shape yet, and what errors call them."""
+def _named(
+    param_groups: list[dict[str, Any]], wanted: Callable[[torch.Tensor], bool]
+) -> Iterator[tuple[torch.Tensor, str]]:
+    """Parameters that are wanted and have a shape by now, and what errors call them."""
     for group in param_groups:
         for index, p in enumerate(group["params"]):
-            if not is_lazy(p):
+            if not is_lazy(p) and wanted(p):
                 yield p, parameter_name(group, index)

@@ -75,9 +75,7 @@ def models(way: Callable[[nn.Module], None]) -> tuple[Model, Model, dict[nn.Para
         p.data = torch.arange(p.numel(), dtype=p.dtype).view_as(p)
     way(numbered)
     way(sharded)
-    places = {
-        p: local(number).long() for p, number in zip(sharded.parameters(), numbered.parameters(), strict=True)
-    }
+    places = {p: local(number).long() for p, number in zip(sharded.parameters(), numbered.parameters(), strict=True)}
     for model in (whole, sharded):
         model.fused.weight.muon_blocks = (5, 2, 1)  # type: ignore[assignment]
     return whole, sharded, places

@@ -61,7 +61,7 @@ class Recording(AdaptiveMuon):
     """Keeps the last orthogonalized momentum of every matrix."""
 
     async def _adapted(self, p: torch.Tensor, matrix: Any, *args: Any) -> Any:
-        D, O = await super()._adapted(p, matrix, *args)  # noqa: E741
+        D, O = await super()._adapted(p, matrix, *args)
         self.__dict__.setdefault("orthogonalized", {})[p, matrix.block] = O.clone()
         return D, O
 
@@ -104,7 +104,8 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     assert one.shape == other.shape, (one.shape, other.shape)
     if other.numel() == 0:
         return 0.0
-    return float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-30))
+    one, other = one.detach().double(), other.detach().double()
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
 def collectives(function: Callable[[], object]) -> Counter[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import full, fsdp, local, models, tensor_parallel_and_fsdp, train
+from models import fsdp, full, local, models, tensor_parallel_and_fsdp, train
 from pieces import OPTIONS, difference
 from torch import distributed as dist
 from torch import nn

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import WAYS, full, fsdp, hsdp, local, models, train
+from models import WAYS, fsdp, full, hsdp, local, models, train
 from pieces import OPTIONS, difference
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -22,7 +22,10 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
     whole, sharded, places = models(way)
     pairs = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True) if p.ndim == 2]
     options = {**OPTIONS, "moment2_method": method, "weight_decay": 0.1}
-    optimizers = AdaptiveMuon([p for p, _ in pairs], **options), AdaptiveMuon([q for _, q in pairs], tp_mode=mode, **options)
+    optimizers = (
+        AdaptiveMuon([p for p, _ in pairs], **options),
+        AdaptiveMuon([q for _, q in pairs], tp_mode=mode, **options),
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         for p, q in pairs:
@@ -52,4 +55,7 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
     assert losses[0][-1] < losses[0][0]
     within = 1e-5 if way in (fsdp, hsdp) else 1e-2
     assert losses[1] == pytest.approx(losses[0], rel=within)
-    assert all(difference(full(q), p.detach()) <= within for p, q in zip(whole.parameters(), sharded.parameters(), strict=True))
+    assert all(
+        difference(full(q), p.detach()) <= within
+        for p, q in zip(whole.parameters(), sharded.parameters(), strict=True)
+    )

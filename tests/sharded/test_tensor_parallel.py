@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pieces import OPTIONS, Pair, Recording, collectives, set_gradients, strip, strips, walk
+from pieces import OPTIONS, Pair, Recording, collectives, set_gradients, strips, walk
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -90,7 +90,9 @@ def test_blockwise_takes_pieces_for_matrices(method: str, group: ProcessGroup) -
         pair.whole = nn.Parameter(pair.piece.detach().clone())
         pair.cut = lambda tensor: tensor
     assert max(walk(pairs, same=SAME[method], tp_group=group, tp_mode="blockwise").values()) == 0
-    optimizer = AdaptiveMuon([pair.piece for pair in pairs], tp_group=group, tp_mode="blockwise", moment2_method=method)
+    optimizer = AdaptiveMuon(
+        [pair.piece for pair in pairs], tp_group=group, tp_mode="blockwise", moment2_method=method
+    )
     optimizer.step()
     assert not collectives(optimizer.step)
 
@@ -189,7 +191,9 @@ def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: p
     runs = []
     for most in (2**30, cap):
         pairs = strips()
-        optimizer = Recording([p.piece for p in pairs], tp_group=group, tp_mode=mode, max_bytes_in_flight=most, **OPTIONS)
+        optimizer = Recording(
+            [p.piece for p in pairs], tp_group=group, tp_mode=mode, max_bytes_in_flight=most, **OPTIONS
+        )
         sizes.clear()
         for step in range(2):
             set_gradients(pairs, step)
