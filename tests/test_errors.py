@@ -3,9 +3,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
@@ -55,6 +52,17 @@ BAD = [
     ({"weight_decay_method": "l2", "moment2_method": "namo_d"}, "falsify", "'l2'", "decoupled"),
     ({"weight_decay_method": "adaptive", "moment2_method": "adamuon"}, "adaptive", "'adaptive'", "decoupled"),
     ({"weight_decay_method": "adaptive", "moment2_method": "normuon"}, "adaptive", "'adaptive'", "decoupled"),
+    ({"tp_mode": "sharded"}, "tp_mode", "'sharded'", "layer_sharded"),
+    ({"tp_group": 4}, "tp_group must be a torch.distributed.ProcessGroup", "4", "None where nothing is split"),
+    ({"layout_fn": {}}, "layout_fn must be a function", "{}", "None"),
+    ({"layout_fn": lambda p: 0}, "layout_fn must return", "0", "None for the usual rules"),
+    ({"blocks_fn": (2, 2)}, "blocks_fn must be a function", "(2, 2)", "muon_blocks"),
+    ({"blocks_fn": lambda p: (3, 2)}, "whose sum divides its 4 rows", "(3, 2)", "rows of each block"),
+    ({"blocks_fn": lambda p: (4, 0)}, "positive row counts", "(4, 0)", "rows of each block"),
+    ({"blocks_fn": lambda p: ()}, "positive row counts", "()", "rows of each block"),
+    ({"blocks_fn": lambda p: (2.0, 2.0)}, "positive row counts", "(2.0, 2.0)", "rows of each block"),
+    ({"max_bytes_in_flight": 0}, "max_bytes_in_flight must be", "0", "2**30"),
+    ({"max_bytes_in_flight": "1GB"}, "max_bytes_in_flight must be", "'1GB'", "2**30"),
 ]
 
 
@@ -204,22 +212,18 @@ def test_refused_scalar_gradient_changes_no_matrix():
     assert torch.equal(linear.weight, weight) and not optimizer.state
 
 
-DTENSOR = """
-import torch, torch.distributed as dist
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from emerging_optimizers.adaptive_muon import AdaptiveMuon
-dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)]))
-try:
-    AdaptiveMuon([p])
-except ValueError as error:
-    print(error)
-"""
+@pytest.mark.parametrize("dim", [2, -2, "rows", 0.5])
+def test_partition_dim_must_be_a_dimension(dim):
+    p = matrix()
+    p.partition_dim = dim
+    with pytest.raises(ValueError, match=r"partition_dim of parameter 0 of its group must be .*0 splits the rows"):
+        AdaptiveMuon([p])
 
 
-def test_sharded_parameter_is_refused():
-    """A sharded result equals the whole result, or we raise."""
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", DTENSOR]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert "DTensor" in done.stdout and "Shard(dim=0)" in done.stdout, done.stdout + done.stderr
+def test_partition_dim_of_one_process_is_a_whole_matrix():
+    """As Megatron tags a parameter also where there is no tensor parallelism."""
+    p, q = matrix(), matrix()
+    p.partition_dim = 0
+    for each in (p, q):
+        AdaptiveMuon([each]).step()
+    assert torch.equal(p, q)

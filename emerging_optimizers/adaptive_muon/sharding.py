@@ -83,7 +83,7 @@ class Sharding:
         blocks_fn: Says the row blocks of a parameter, before its ``muon_blocks``; or returns None.
 
     Raises:
-        ValueError: If ``tp_group`` is not a process group.
+        ValueError: If an argument is not of its kind.
     """
 
     def __init__(
@@ -98,6 +98,18 @@ class Sharding:
             "tp_group must be a torch.distributed.ProcessGroup that this process belongs to",
             tp_group,
             "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
+        )
+        require(
+            layout_fn is None or callable(layout_fn),
+            "layout_fn must be a function of a parameter",
+            layout_fn,
+            "return a Layout, Split or Piece from it, or None for the usual rules",
+        )
+        require(
+            blocks_fn is None or callable(blocks_fn),
+            "blocks_fn must be a function of a parameter",
+            blocks_fn,
+            "or set muon_blocks on the fused parameters",
         )
         self._tp_group, self._mode = tp_group, mode
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn

@@ -7,8 +7,11 @@ import pytest
 import torch
 from models import WAYS, fsdp, full, hsdp, local, models, train
 from pieces import OPTIONS, difference
+from torch import distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
@@ -59,3 +62,45 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
         difference(full(q), p.detach()) <= within
         for p, q in zip(whole.parameters(), sharded.parameters(), strict=True)
     )
+
+
+def test_pieces_of_dtensors_are_no_matrices_of_their_own(group: ProcessGroup) -> None:
+    _, sharded, _ = models(fsdp)
+    with pytest.raises(
+        ValueError, match=r"parameter 'up.weight' is one, with tp_mode, got 'blockwise'.*layer_sharded"
+    ):
+        AdaptiveMuon([("up.weight", sharded.up.weight)], tp_mode="blockwise")
+
+
+def test_partial_sums_are_refused_as_parameters_and_summed_as_gradients(group: ProcessGroup) -> None:
+    mesh, size = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_world_size()
+    with pytest.raises(ValueError, match=r"'p' has the placements.*Partial"):
+        AdaptiveMuon([("p", nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])))])
+    p, q = nn.Parameter(torch.ones(4, 3)), nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
+    p.grad = torch.arange(12.0).view(4, 3)
+    q.grad = DTensor.from_local(p.grad / size, mesh, [Partial()])
+    for each in (p, q):
+        AdaptiveMuon([each], **OPTIONS).step()
+    assert difference(full(q), p) <= 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_see_dtensors(method: str) -> None:
+    """What upstream calls before and after the update gets the update as the parameter is."""
+    seen = []
+
+    class Hooked(AdaptiveMuon):
+        def pre_weight_update_fn_inplace(self, p: torch.Tensor, update: torch.Tensor) -> None:
+            seen.append(full(update).clone())
+            update.mul_(0.5)
+
+        def post_weight_update_fn_inplace(self, p: torch.Tensor) -> None:
+            p.mul_(2)
+
+    whole, sharded, _ = models(fsdp)
+    for model in (whole, sharded):
+        p = model.down.weight
+        p.grad = torch.ones_like(p)
+        Hooked([p], moment2_method=method, **OPTIONS).step()
+    assert difference(seen[1], seen[0]) <= 1e-6
+    assert difference(full(sharded.down.weight), whole.down.weight) <= 1e-6
