@@ -2,7 +2,7 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
 
@@ -175,7 +175,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
         self.max_bytes_in_flight = max_bytes_in_flight
         self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn)
-        self._plan: tuple[tuple[int, ...], Plan] | None = None
+        self._plan: tuple[list[tuple[Matrix, ...]], Plan] | None = None
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
         super().__init__(
             params,
@@ -213,8 +213,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             The closure's loss, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, or a parameter is no longer a matrix. No weight and no
-                state has changed then.
+            ValueError: If a gradient is sparse or complex, or a parameter is no longer a matrix; or if the ranks that
+                hold a matrix together disagree about it. No weight and no state has changed then.
+            RuntimeError: If a rank that holds a piece does not answer.
         """
         loss = None
         if closure is not None:
@@ -224,22 +225,21 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
-        groups: dict[torch.Tensor, dict[str, Any]] = {}
+        groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
+        plan = self._plan_of(groups)
         for group in self.param_groups:
             self._init_group(group)
-            groups |= {p: group for p in group["params"] if p.grad is not None}
-        plan = self._plan_of(list(groups))
         with fp32_matmul_precision(self.fp32_matmul_prec):
             for at_once in plan.rounds:
                 run(self._update(p, groups[p], plan.homes) for p in at_once)
         return loss
 
-    def _plan_of(self, params: list[torch.Tensor]) -> Plan:
+    def _plan_of(self, params: Iterable[torch.Tensor]) -> Plan:
         """Returns the plan for the parameters that have a gradient, which rarely change."""
-        key = tuple(map(id, params))
+        matrices = {p: self._sharding.matrices(p) for p in params if not self._sharding.is_empty(p)}
+        key = list(matrices.values())
         if self._plan is None or self._plan[0] != key:
             self._sharding.compare_gradients(self.param_groups)
-            matrices = {p: self._sharding.matrices(p) for p in params if not self._sharding.is_empty(p)}
             self._plan = key, make_plan(matrices, self._mode, self.max_bytes_in_flight)
         return self._plan[1]
 

@@ -111,6 +111,7 @@ def test_a_gradient_on_one_rank_only(group: ProcessGroup) -> None:
     with pytest.raises(ValueError, match=r"'1' has a gradient on rank 0.*'1' has no gradient on rank 1"):
         optimizer.step()
     assert all(torch.equal(p.piece, q) for p, q in zip(pairs, before, strict=True))
+    assert not optimizer.state
 
 
 def test_a_piece_without_a_group() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from pieces import OPTIONS, Pair, Recording, collectives, set_gradients, strips, walk
+from pieces import OPTIONS, Pair, Recording, collectives, difference, set_gradients, strips, walk
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -203,6 +203,38 @@ def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: p
     if dist.get_world_size() > 1:
         assert max(runs[0][1]) > cap >= max(runs[1][1])
         assert len(runs[1][1]) > len(runs[0][1])
+
+
+def test_every_matrix_is_orthogonalized_once(group: ProcessGroup) -> None:
+    """And every rank has its share of the work."""
+    count, size = 6, dist.get_world_size()
+    pairs = strips([(24, 64)] * count)
+    pairs = [pair for pair in pairs if pair.piece.partition_dim == 0]  # type: ignore[attr-defined]
+    optimizer = AdaptiveMuon([p.piece for p in pairs], tp_group=group, **OPTIONS)
+    orthogonalized = []
+    plain = optimizer.scaled_orthogonalize_fn
+    optimizer.scaled_orthogonalize_fn = lambda matrix: orthogonalized.append(matrix.shape) or plain(matrix)
+    set_gradients(pairs, 0)
+    optimizer.step()
+    counts: list[Any] = [None] * size
+    dist.all_gather_object(counts, len(orthogonalized))
+    assert set(orthogonalized) <= {(24, 64)}
+    assert sum(counts) == count and max(counts) - min(counts) <= 1
+
+
+def test_another_shape_is_another_plan(group: ProcessGroup) -> None:
+    """A parameter may be given other data between steps; its state is then the user's to renew."""
+    pairs = strips([(24, 64), (30, 17)])
+    optimizer = AdaptiveMuon([p.piece for p in pairs], tp_group=group, **OPTIONS)
+    for shapes in ([(24, 64), (30, 17)], [(16, 8), (30, 17)]):
+        for pair, other in zip(pairs, strips(shapes), strict=True):
+            pair.whole, pair.piece.data = other.whole, other.piece.data
+        optimizer.state.clear()
+        set_gradients(pairs, 0)
+        optimizer.step()
+        whole = AdaptiveMuon([p.whole for p in pairs], **OPTIONS)
+        whole.step()
+        assert max(difference(p.piece, p.cut(p.whole)) for p in pairs) <= 1e-6
 
 
 def test_a_matrix_beyond_the_cap_goes_alone(group: ProcessGroup) -> None:
