@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
@@ -27,7 +28,6 @@ from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 # tests/test_sharded.py gives one directory to its runs with four, two and one processes, in this order.
 DIRECTORY = os.environ.get("CHECKPOINTS")
-pytestmark = pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
 
 SAVED_AFTER, STEPS = 3, 6
 
@@ -49,6 +49,7 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> di
     }
 
 
+@pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
 @pytest.mark.parametrize("way", [fsdp, tensor_parallel_and_fsdp])
 @pytest.mark.parametrize("method", METHODS)
 def test_training_goes_on(method: str, way: Callable[[nn.Module], None]) -> None:
@@ -96,3 +97,19 @@ def test_torch_format(method: str) -> None:
         with pytest.raises(ValueError, match="set_optimizer_state_dict"):
             optimizer.load_state_dict(other.state_dict())
         assert train(model, optimizer, range(4, 5)) == train(again, resumed, range(4, 5))
+
+
+@pytest.mark.parametrize("way", [fsdp, tensor_parallel_and_fsdp])
+@pytest.mark.parametrize("method", METHODS)
+def test_full_state_dict(method: str, way: Callable[[nn.Module], None]) -> None:
+    """Gathered on every rank, as for a file that torch.load reads, and dealt out again."""
+    model, optimizer = make(way, method)
+    train(model, optimizer, range(2))
+    options = StateDictOptions(full_state_dict=True)
+    weights = get_model_state_dict(model, options=options)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    assert not any(isinstance(value, DTensor) for each in state["state"].values() for value in each.values())
+    again, resumed = make(way, method)
+    set_model_state_dict(again, weights, options=options)
+    set_optimizer_state_dict(again, resumed, copy.deepcopy(state), options=options)
+    assert train(model, optimizer, range(2, 4)) == train(again, resumed, range(2, 4))
