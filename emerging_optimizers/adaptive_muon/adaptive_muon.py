@@ -174,7 +174,19 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         )
         self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
         self.max_bytes_in_flight = max_bytes_in_flight
-        self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn)
+        alike = {
+            "moment2_method": self._moment2,
+            "orthogonalization": orthogonalize,
+            "fp32_matmul_prec": fp32_matmul_prec,
+            "nesterov": nesterov,
+            "weight_decay_method": weight_decay_method,
+            "scale_mode": scale_mode,
+            "extra_scale_factor": extra_scale_factor,
+            "bias_correction": self.bias_correction,
+            "tp_mode": tp_mode,
+            "max_bytes_in_flight": max_bytes_in_flight,
+        }
+        self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn, alike)
         self._plan: tuple[list[tuple[Matrix, ...]], Plan] | None = None
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
         super().__init__(

@@ -81,6 +81,7 @@ class Sharding:
         mode: How matrices in pieces are orthogonalized; None takes pieces for matrices of their own.
         layout_fn: Says how a parameter is split, before its ``partition_dim`` and placements; or returns None.
         blocks_fn: Says the row blocks of a parameter, before its ``muon_blocks``; or returns None.
+        alike: Options of the optimizer that must be the same on all ranks.
 
     Raises:
         ValueError: If an argument is not of its kind.
@@ -92,6 +93,7 @@ class Sharding:
         mode: type[Orthogonalize] | None,
         layout_fn: LayoutFn | None,
         blocks_fn: BlocksFn | None,
+        alike: dict[str, Any],
     ) -> None:
         require(
             tp_group is None or isinstance(tp_group, ProcessGroup),
@@ -111,7 +113,7 @@ class Sharding:
             blocks_fn,
             "or set muon_blocks on the fused parameters",
         )
-        self._tp_group, self._mode = tp_group, mode
+        self._tp_group, self._mode, self._alike = tp_group, mode, alike
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
         self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
 
@@ -120,7 +122,7 @@ class Sharding:
 
         What is known of them is kept, since torch copies a parameter without its ``partition_dim`` and the like.
         """
-        copy = Sharding(self._tp_group, self._mode, self._layout_fn, self._blocks_fn)
+        copy = Sharding(self._tp_group, self._mode, self._layout_fn, self._blocks_fn, self._alike)
         copy._known = {deepcopy(p, memo): known for p, known in self._known.items()}
         return copy
 
@@ -183,13 +185,18 @@ class Sharding:
             members = [each for each in found if isinstance(each[2], Layout) or each[2].group is group]
             if group is not self._tp_group:
                 members = [each for each in members if not isinstance(each[2], Layout)]
-            told = tell_all(group, [self._tell(*each) for each in members], "its pieces of the parameters")
+            mine = (
+                [f"{name}={value!r}" for name, value in self._alike.items()],
+                [self._tell(*each) for each in members],
+            )
+            told = tell_all(group, mine, "its pieces of the parameters")
+            require_agreement([alike for alike, _ in told], "options of the optimizer", "configure all ranks alike")
             require_agreement(
-                [[each.common() for each in of_rank] for of_rank in told],
+                [[each.common() for each in pieces] for _, pieces in told],
                 "parameters, in their order, and their shapes but for a split dimension (*)",
                 "give every rank its piece of the same matrices; partition_dim -1 is a whole matrix",
             )
-            for (p, name, spec), *pieces in zip(members, *told, strict=True):
+            for (p, name, spec), *pieces in zip(members, *(pieces for _, pieces in told), strict=True):
                 if not isinstance(spec, Layout):
                     known[p] = self._sharded(p, name, group, pieces)
         self._known.update({p: (local_of(p).shape, matrices) for p, matrices in known.items()})

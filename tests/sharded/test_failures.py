@@ -84,6 +84,18 @@ def test_one_more(group: ProcessGroup) -> None:
     refused(params, "'2': .* on rank 0; nothing on rank 1", group)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("tp_mode", "layer_sharded", "duplicated"), ("moment2_method", "namo", "namo_d"), ("num_ns_steps", 5, 6)],
+)
+def test_other_options(options: tuple[str, Any, Any], group: ProcessGroup) -> None:
+    name, first, other = options
+    chosen = {name: first if dist.get_rank() == 0 else other}
+    refused(
+        [("w", matrix(8, 8))], f"options of the optimizer.*{first}.* on rank 0.*{other}.* on rank 1", group, **chosen
+    )
+
+
 def test_other_blocks(group: ProcessGroup) -> None:
     blocks = (4, 4) if dist.get_rank() == 0 else (6, 2)
     refused([("w", matrix(8, 8, muon_blocks=blocks))], r"blocks \(4, 4\).*blocks \(6, 2\)", group)
