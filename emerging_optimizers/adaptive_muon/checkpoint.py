@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["attributes", "load"]
 
+_BUFFERS = ("momentum_buffer", "moment2_buffer")
+
 
 def load(
     optimizer: Optimizer,
@@ -65,7 +67,7 @@ def load(
         for p, state in saved.items():
             for key, value in state.items():
                 if key != "step" and isinstance(value, torch.Tensor):
-                    dtype = work_dtype(p) if key.startswith(("momentum_buffer", "moment2_buffer")) else value.dtype
+                    dtype = work_dtype(p) if key.startswith(_BUFFERS) else value.dtype
                     optimizer.state[p][key] = value.to(device=p.device, dtype=dtype)
             if not muon.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
@@ -129,7 +131,15 @@ def _checked_states(
             method,
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
-        for buffer, dims in buffer_dims(p, matrices, muon._moment2).items():
+        expected = buffer_dims(p, matrices, muon._moment2)
+        buffers = {key for key in state if key.startswith(_BUFFERS)}
+        require(
+            buffers <= expected.keys(),
+            f"the state of {name} must hold {', '.join(expected)}; in the checkpoint it holds",
+            sorted(buffers),
+            "the parameter had other blocks when it was saved",
+        )
+        for buffer, dims in expected.items():
             shape, saved = buffer_shape(p, dims), state.get(buffer)
             require(
                 saved is not None and tuple(saved.shape) == shape,

@@ -198,12 +198,11 @@ class Piece:
 @cache
 def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...]) -> bool:
     """Whether the rectangles cover a matrix, each element once; many matrices of a model have the same answer."""
-    held = [each for each in rectangles if each.area]
     return (
-        sum(each.area for each in held) == whole[0] * whole[1]
-        and all(0 <= each.top and each.bottom <= whole[0] for each in held)
-        and all(0 <= each.left and each.right <= whole[1] for each in held)
-        and not any(a.overlaps(b) for a, b in combinations(held, 2))
+        all(0 <= each.top <= each.bottom <= whole[0] for each in rectangles)
+        and all(0 <= each.left <= each.right <= whole[1] for each in rectangles)
+        and sum(each.area for each in rectangles) == whole[0] * whole[1]
+        and not any(a.overlaps(b) for a, b in combinations([each for each in rectangles if each.area], 2))
     )
 
 

@@ -261,4 +261,6 @@ def syrk_is_usable() -> bool:
 
 def _syrk_takes(matrix: torch.Tensor) -> bool:
     """Whether the kernel takes this matrix: its bfloat16 rows and columns must start on multiples of 16 bytes."""
-    return matrix.is_cuda and matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
+    return (
+        matrix.is_cuda and matrix.ndim == 2 and matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
+    )

@@ -115,20 +115,28 @@ class Sharding:
         )
         self._tp_group, self._mode, self._alike = tp_group, mode, alike
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
+        self._checked: dict[torch.Tensor, None] = {}
         self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Returns one for a copy of the optimizer: process groups are shared, parameters are the copies.
 
-        What is known of them is kept, since torch copies a parameter without its ``partition_dim`` and the like.
+        They are given back the attributes that say how they are sharded, without which torch copies a parameter.
         """
         copy = Sharding(self._tp_group, self._mode, self._layout_fn, self._blocks_fn, self._alike)
         copy._known = {deepcopy(p, memo): known for p, known in self._known.items()}
+        for p in self._checked:
+            q = deepcopy(p, memo)
+            for name in ("partition_dim", "muon_blocks", "muon_stacked"):
+                if hasattr(p, name):
+                    setattr(q, name, getattr(p, name))
+            copy._checked[q] = None
         return copy
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ``ValueError`` if what this process alone can know of a parameter group's sharding is wrong."""
         for p, name in _named([group], lambda p: True):
+            self._checked[p] = None
             if isinstance(self._alone(p, name), Layout):
                 self._whole(p, name)
 

@@ -41,10 +41,11 @@ def together[T](coroutines: Iterable[Coroutine[Any, Any, T]]) -> Generator[list[
     Returns:
         What each of them returned, in their order.
     """
-    tasks = list(coroutines)
+    tasks: list[Coroutine[Any, Any, T]] = []
     results: dict[int, T] = {}
-    replies: dict[int, list[Any] | None] = dict.fromkeys(range(len(tasks)))
     try:
+        tasks.extend(coroutines)
+        replies: dict[int, list[Any] | None] = dict.fromkeys(range(len(tasks)))
         while replies:
             asked: dict[int, list[Request[Any]]] = {}
             for index, reply in replies.items():
@@ -70,6 +71,8 @@ def run[T](coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     except StopIteration as stop:
         results: list[T] = stop.value
         return results
+    finally:
+        asking.close()
 
 
 def _answers(requests: list[Request[Any]]) -> list[Any]:

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused matrices: every row block of ``muon_blocks`` is optimized as a matrix of its own."""
+
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+
+# Two tall halves; tall and wide blocks; four query groups, of which the queries are tall and keys and values wide;
+# three groups in which only the middle block is square. 32 columns fill the CPU's vectors, see test_equal_to_separate_matrices.
+FUSED = {
+    "halves": ((96, 32), (48, 48)),
+    "tall and wide": ((96, 32), (64, 24, 8)),
+    "query groups": ((96, 32), (16, 4, 4)),
+    "three of each": ((144, 32), (8, 32, 8)),
+}
+QUERY_GROUPS = FUSED["query groups"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nesterov": {"nesterov": True, "fp32_matmul_prec": "highest", "beta2": 0.8, "scale_mode": "unit_rms_norm"},
+    "corrected": {"bias_correction": True, "nesterov": True, "extra_scale_factor": 0.2},
+    "not corrected": {"bias_correction": False, "weight_decay_method": "independent", "weight_decay": 0.01},
+    "palm": {"weight_decay_method": "palm", "num_ns_steps": 3},
+    "l2": {"weight_decay_method": "l2", "scale_mode": "shape_scaling"},
+    "adaptive": {"weight_decay_method": "adaptive", "bias_correction": True, "namo_d_clamp": 0.3},
+}
+
+each_method = pytest.mark.parametrize("method", METHODS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def legal(method: str, options: dict[str, Any]) -> bool:
+    kind, decay = METHODS[method], options.get("weight_decay_method")
+    return kind.adaptive_decay if decay == "adaptive" else not kind.reads_gradient if decay == "l2" else True
+
+
+PAIRS = [(method, name) for method, name in product(METHODS, OPTIONS) if legal(method, OPTIONS[name])]
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(shape: tuple[int, ...], step: int) -> torch.Tensor:
+    """Noise of which some rows and columns are larger, so that every block has another size."""
+    return normal(shape, 100 + step) * torch.linspace(0.1, 3, shape[0])[:, None] * torch.linspace(0.5, 2, shape[1])
+
+
+def fused(shape: tuple[int, int], blocks: Any, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    p = nn.Parameter(normal(shape).to(dtype))
+    p.muon_blocks = blocks
+    return p
+
+
+def set_gradients(params: list[nn.Parameter], step: int) -> None:
+    for p in params:
+        p.grad = gradient(p.shape, step).to(p.dtype)
+
+
+def walk(optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        set_gradients(optimizer.param_groups[0]["params"], step)
+        optimizer.step()
+
+
+def apart(tensor: torch.Tensor, blocks: tuple[int, ...]) -> list[torch.Tensor]:
+    """The blocks of what lies like the fused matrix, by another road than the package's: one view, one split."""
+    groups = tensor.detach().view(-1, sum(blocks), tensor.size(-1))
+    return [part.reshape(-1, tensor.size(-1)) for part in groups.split(list(blocks), dim=1)]
+
+
+def state_apart(state: dict[str, torch.Tensor], blocks: tuple[int, ...]) -> list[dict[str, torch.Tensor]]:
+    """The state of each block, under the names that the state of a separate matrix has."""
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in blocks]
+    for key, value in state.items():
+        if key == "step":
+            for part in parts:
+                part[key] = value
+        elif key[-1].isdigit():
+            name, _, block = key.rpartition("_")
+            parts[int(block)][name] = value
+        else:
+            for part, rows in zip(parts, apart(value, blocks), strict=True):
+                part.setdefault(key, rows)
+    return parts
+
+
+@each_dtype
+@pytest.mark.parametrize(("method", "options"), PAIRS)
+def test_equal_to_separate_matrices(method: str, options: str, dtype: torch.dtype) -> None:
+    """Bit for bit: a block is worked on as its own matrix, or entry by entry.
+
+    Entry by entry the last few of a tensor may round differently, as the rest of a vector register, and the last of a
+    block are not the last of the fused matrix. Hence 32 columns, which are whole registers.
+    """
+    hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "moment2_method": method, **OPTIONS[options]}
+    params = [fused(*each, dtype) for each in FUSED.values()]
+    parts = [[nn.Parameter(part.clone()) for part in apart(p, p.muon_blocks)] for p in params]
+    one, other = AdaptiveMuon(params, **hyper), AdaptiveMuon([part for each in parts for part in each], **hyper)
+    for step in range(3):
+        set_gradients(params, step)
+        for p, each in zip(params, parts, strict=True):
+            for part, grad in zip(each, apart(p.grad, p.muon_blocks), strict=True):
+                part.grad = grad.clone()
+        one.step()
+        other.step()
+        for p, each in zip(params, parts, strict=True):
+            assert p.dtype == dtype
+            states = state_apart(one.state[p], p.muon_blocks)
+            for part, rows, state in zip(each, apart(p, p.muon_blocks), states, strict=True):
+                assert torch.equal(part, rows), (step, p.muon_blocks)
+                torch.testing.assert_close(state, dict(other.state[part]), atol=0, rtol=0)
+
+
+@each_method
+def test_blocks_change_the_result(method: str) -> None:
+    """Without the tag the fused matrix is one, and other blocks are another matrix: by more than any rounding."""
+    results = []
+    for blocks in (None, (96,), (16, 4, 4), (4, 4, 16), (64, 16, 16)):
+        p = fused((96, 32), blocks)
+        walk(AdaptiveMuon([p], lr=0.05, moment2_method=method), range(2))
+        results.append(p.detach())
+    assert torch.equal(results[0], results[1])
+    for one, other in combinations(results[1:], 2):
+        assert (one - other).norm() > 0.01 * (one - normal((96, 32))).norm()
+
+
+@each_method
+def test_blocks_fn_says_the_blocks(method: str) -> None:
+    """Before the attribute, which holds where the function returns None; it gets the parameter itself."""
+    said, tagged = fused((96, 32), (96,)), fused((48, 32), [24, 24])
+    others = [fused((96, 32), (16, 4, 4)), fused((48, 32), (24, 24))]
+    asked = []
+
+    def blocks_of(p: torch.Tensor) -> list[int] | None:
+        asked.append(p)
+        return [16, 4, 4] if p is said else None
+
+    one = AdaptiveMuon([said, tagged], moment2_method=method, blocks_fn=blocks_of)
+    other = AdaptiveMuon(others, moment2_method=method)
+    for optimizer in (one, other):
+        walk(optimizer, range(2))
+    assert_same((one, [said, tagged]), (other, others))
+    assert {id(p) for p in asked} == {id(said), id(tagged)}
+
+
+def test_orthogonalize_gets_one_block_at_a_time() -> None:
+    class Listening(AdaptiveMuon):
+        def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            heard.append((p, tuple(grad.shape), kwargs["lr"]))
+            return super().orthogonalize(p, grad, **kwargs)
+
+    heard: list[Any] = []
+    p = fused(*QUERY_GROUPS)
+    walk(Listening([p], lr=0.25), range(1))
+    assert [(each is p, shape, lr) for each, shape, lr in heard] == [(True, (rows, 32), 0.25) for rows in (64, 16, 16)]
+
+
+# ------------------------------------------------------------------------------------------------------------ state
+
+# Statistics with an entry a row lie together as the rows do; the others apart, by the number of the block.
+STATE = {
+    "adamuon": {"moment2_buffer": (96, 32)},
+    "normuon": {"moment2_buffer": (96, 1), "moment2_buffer_1": (1, 32), "moment2_buffer_2": (1, 32)},
+    "namo": {f"moment2_buffer_{block}": (1,) for block in range(3)},
+    "namo_d": {f"moment2_buffer_{block}": (1, 32) for block in range(3)},
+}
+
+
+@each_dtype
+@each_method
+def test_state(method: str, dtype: torch.dtype) -> None:
+    p = fused(*QUERY_GROUPS, dtype)
+    optimizer = AdaptiveMuon([p], moment2_method=method)
+    walk(optimizer, range(2))
+    state = {key: value for key, value in optimizer.state[p].items() if key != "step"}
+    assert {key: tuple(value.shape) for key, value in state.items()} == {
+        "momentum_buffer": (96, 32),
+        **STATE[method],
+    }
+    assert all(value.dtype == torch.float32 for value in state.values())
+    assert ("step" in optimizer.state[p]) == METHODS[method].bias_correction
+
+
+def assert_same(left: tuple[Any, list[Any]], right: tuple[Any, list[Any]]) -> None:
+    """The same weights and state, bit for bit."""
+    (one, ones), (other, others) = left, right
+    assert all(torch.equal(p, q) for p, q in zip(ones, others, strict=True))
+    torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], atol=0, rtol=0)
+
+
+def saved(optimizer: torch.optim.Optimizer) -> Any:
+    """The optimizer's state_dict after a round trip through torch.save with safe loading."""
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@each_dtype
+@each_method
+def test_checkpoint_resumes(method: str, dtype: torch.dtype) -> None:
+    params, options = [fused(*each, dtype) for each in FUSED.values()], {"lr": 0.05, "moment2_method": method}
+    optimizer = AdaptiveMuon(params, **options, bias_correction=True)
+    walk(optimizer, range(2))
+    others = [fused(*each, dtype) for each in FUSED.values()]
+    resumed = AdaptiveMuon(others, **options, bias_correction=True)
+    walk(resumed, range(7, 8))  # something else, to be overwritten
+    resumed.load_state_dict(saved(optimizer))
+    for p, q in zip(others, params, strict=True):
+        p.data.copy_(q)
+    assert_same((optimizer, params), (resumed, others))
+    for each in (optimizer, resumed):
+        walk(each, range(2, 4))
+    assert_same((optimizer, params), (resumed, others))
+
+
+@each_method
+def test_checkpoint_loads_into_a_model_of_another_dtype(method: str) -> None:
+    params, others = [fused(*QUERY_GROUPS)], [fused(*QUERY_GROUPS, torch.float64)]
+    one, other = AdaptiveMuon(params, moment2_method=method), AdaptiveMuon(others, moment2_method=method)
+    walk(one, range(2))
+    other.load_state_dict(saved(one))
+    walk(other, range(2, 3))
+    assert {value.dtype for key, value in other.state[others[0]].items() if key != "step"} == {torch.float64}
+
+
+# Blocks when it was saved and when it is loaded. V of adamuon lies entry by entry, whatever the blocks are.
+OTHER_BLOCKS = {
+    "namo": [((48, 48), None), (None, (48, 48)), ((48, 48), (32, 32, 32)), ((32, 32, 32), (48, 48))],
+    "namo_d": [((48, 48), None), (None, (48, 48)), ((48, 48), (32, 32, 32)), ((32, 32, 32), (48, 48))],
+    "normuon": [((64, 32), (72, 24)), ((64, 16, 16), (64, 32)), ((72, 24), None), (None, (72, 24))],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "before", "after"),
+    [(method, *blocks) for method, pairs in OTHER_BLOCKS.items() for blocks in pairs],
+    ids=str,
+)
+def test_state_of_other_blocks_is_refused(method: str, before: Any, after: Any) -> None:
+    p, q = fused((96, 32), before), fused((96, 32), after)
+    one = AdaptiveMuon([("qkv", p)], lr=0.1, moment2_method=method)
+    other = AdaptiveMuon([("qkv", q)], lr=0.2, moment2_method=method)
+    walk(one, range(2))
+    walk(other, range(5, 6))
+    weights, state = q.detach().clone(), copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"(?=.*moment2_buffer)(?=.*'qkv').*blocks"):
+        other.load_state_dict(saved(one))
+    assert other.state_dict()["param_groups"] == state["param_groups"] and torch.equal(q, weights)
+    torch.testing.assert_close(other.state_dict()["state"], state["state"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["before the first step", "after steps"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+@each_method
+def test_copy_goes_on_alike(method: str, copied: Callable[[Any], Any], steps: int) -> None:
+    params = [fused(*each) for each in FUSED.values()]
+    optimizer = AdaptiveMuon(params, lr=0.05, moment2_method=method)
+    walk(optimizer, range(steps))
+    others, other = copied((params, optimizer))
+    for each in (optimizer, other):
+        walk(each, range(steps, steps + 2))
+    assert_same((optimizer, params), (other, others))
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+BAD = [(7, 7), (96, 96), (), (0, 24), (-24, 48), (12.0, 12.0), ("12", "12"), (None,), [48, 0, 48]]
+
+
+@pytest.mark.parametrize("blocks", BAD, ids=str)
+@pytest.mark.parametrize("told", ["attribute", "function"])
+def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
+    p, good = fused((96, 32), blocks if told == "attribute" else None), fused((96, 32), (48, 48))
+    options = {"blocks_fn": lambda each: blocks if each is p else None} if told == "function" else {}
+    expected = rf"blocks of parameter 'qkv'.* 96 rows, got {re.escape(repr(tuple(blocks)))}: "
+    with pytest.raises(ValueError, match=expected):
+        AdaptiveMuon([("qkv", p)], **options)
+    with pytest.raises(ValueError, match=expected):
+        HybridAdaptiveMuon([("qkv", p)], **options)
+    optimizer = AdaptiveMuon([("good", good)], **options)
+    with pytest.raises(ValueError, match=expected):
+        optimizer.add_param_group({"params": [("qkv", p)]})
+    assert len(optimizer.param_groups) == 1 and torch.equal(p, normal((96, 32)))
+
+
+# ------------------------------------------------------------------------------------------------------------ a GPT
+
+WIDTH, HEADS, GROUPS, VOCABULARY = 32, 4, 2, 19
+HEAD = WIDTH // HEADS
+QKV = (HEADS // GROUPS * HEAD, HEAD, HEAD)  # rows of one query group: its heads of queries, a key and a value
+
+
+class Attention(nn.Module):
+    """Causal attention in query groups, with one weight for queries, keys and values as Megatron's, or with three."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        rows = [GROUPS * sum(QKV)] if fused else [GROUPS * size for size in QKV]
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, size, bias=False) for size in rows)
+        self.proj = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        of_groups = [layer(x).view(batch, length, GROUPS, -1) for layer in self.qkv]
+        q, k, v = of_groups[0].split(QKV, dim=-1) if len(of_groups) == 1 else of_groups
+        q = q.reshape(batch, length, HEADS, HEAD)
+        k, v = (each.repeat_interleave(HEADS // GROUPS, dim=2) for each in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / HEAD**0.5
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+        return self.proj(mixed.reshape(batch, length, WIDTH))
+
+
+class Block(nn.Module):
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(WIDTH), Attention(fused), nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(12, WIDTH)
+        self.blocks = nn.ModuleList(Block(fused) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) + self.positions.weight[: tokens.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def three_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights of a model with fused attention, under the names that they have in one with three weights."""
+    weights: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        prefix, fused, _ = name.partition("qkv.0.weight")
+        parts = [(f"{prefix}qkv.{i}.weight", part) for i, part in enumerate(apart(value, QKV))] if fused else []
+        weights |= dict(parts) or {name: value}
+    return weights
+
+
+def trained(model: GPT, method: str) -> tuple[list[float], GPT]:
+    optimizer = HybridAdaptiveMuon.from_model(
+        model, lr=0.05, weight_decay=0.1, moment2_method=method, extra_scale_factor=0.2, fp32_matmul_prec="highest"
+    )
+    assert sum(route.algorithm == "adaptive_muon" for *_, route in optimizer._routes) == (
+        2 * (len(model.blocks[0].attention.qkv) + 3)
+    )
+    losses = []
+    for step in range(12):
+        tokens = torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(step)).sort().values
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+@each_method
+def test_a_gpt_with_fused_attention_trains_as_one_with_three_weights(method: str) -> None:
+    """In float64, so that products of the whole and of the parts differ by less than the optimizer's float32."""
+    first = GPT(fused=True).double()
+    tagged, untagged, separate = copy.deepcopy(first), first, GPT(fused=False).double()
+    separate.load_state_dict(three_weights(first))
+    for block in tagged.blocks:
+        block.attention.qkv[0].weight.muon_blocks = QKV
+    (losses, model), (expected, other), (apart_from, whole) = (
+        trained(each, method) for each in (tagged, separate, untagged)
+    )
+    torch.testing.assert_close(losses, expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(three_weights(model), dict(other.state_dict()), atol=1e-6, rtol=0)
+    assert expected[-1] < 0.9 * expected[0]
+    assert max(abs(a - b) for a, b in zip(apart_from, expected, strict=True)) > 1e-3
+    far = [
+        (three_weights(whole)[name] - value).norm() / value.norm()
+        for name, value in other.state_dict().items()
+        if ".qkv." in name
+    ]
+    assert min(far) > 0.05
