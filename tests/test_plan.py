@@ -128,10 +128,12 @@ def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode
 
 # The costs are 1, 1 and 2: in this order they would go to two ranks as 1 + 2 and 1.
 UNFORTUNATE = (2, [([(1, 1)], 0, [1, 1], stack) for stack in ((), (), (2,))])
+THIN = (2, [([shape], 0, [1, 1], ()) for shape in ((1, 300), (12, 12), (12, 12))])  # large, and little work
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @example(UNFORTUNATE, LayerSharded)
+@example(THIN, LayerSharded)
 @given(st.integers(1, 3).flatmap(lambda ranks: st.tuples(st.just(ranks), specs(ranks, 3, 2))), modes)
 def test_work_is_shared_fairly(drawn: tuple[int, list[Any]], mode: type) -> None:
     """The greatest share is within 4/3 of the least that there could be."""

@@ -185,19 +185,6 @@ def test_nothing_to_do() -> None:
     assert not log.calls
 
 
-def test_same_every_time() -> None:
-    tree = [["one", [["other"], ["one", "one"]]], ["other", "one"], [[["other"], ["other"]], "one"]]
-    logs = [Log() for _ in range(3)]
-    assert len({repr((played(tree, log), log.calls, log.began, log.ended)) for log in logs}) == 1
-    assert [(kind, len(paths)) for kind, paths in logs[0].calls] == [
-        ("One", 1),
-        ("Other", 3),
-        ("Other", 1),
-        ("One", 3),
-        ("One", 1),
-    ]
-
-
 def test_an_exception_may_be_caught_on_the_way() -> None:
     """The others of its together are closed by then, and everyone else goes on."""
     log = Log()
