@@ -2,7 +2,6 @@
 """Stacks of matrices, such as the experts of a layer: a 3-D parameter tagged ``muon_stacked``."""
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from itertools import product
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from side_by_side import assert_same, each_dtype, each_method, legal, normal, saved
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, orthogonalizer
@@ -29,20 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adaptive": {"weight_decay_method": "adaptive", "namo_d_clamp": 0.3},
 }
 
-each_method = pytest.mark.parametrize("method", METHODS)
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-def legal(method: str, options: dict[str, Any]) -> bool:
-    kind, decay = METHODS[method], options.get("weight_decay_method")
-    return kind.adaptive_decay if decay == "adaptive" else not kind.reads_gradient if decay == "l2" else True
-
 
 PAIRS = [(method, name) for method, name in product(METHODS, OPTIONS) if legal(method, OPTIONS[name])]
-
-
-def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def stack(
@@ -250,21 +238,6 @@ def test_state(method: str, dtype: torch.dtype) -> None:
         shapes = {key: tuple(value.shape) for key, value in optimizer.state[p].items()}
         assert shapes == {"momentum_buffer": tuple(p.shape), "step": (), **expected}
         assert all(value.dtype == torch.float32 for value in optimizer.state[p].values())
-
-
-def assert_same(left: tuple[Any, list[Any]], right: tuple[Any, list[Any]]) -> None:
-    """The same weights and state, bit for bit."""
-    (one, ones), (other, others) = left, right
-    assert all(torch.equal(p, q) for p, q in zip(ones, others, strict=True))
-    torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], atol=0, rtol=0)
-
-
-def saved(optimizer: torch.optim.Optimizer) -> Any:
-    """The optimizer's state_dict after a round trip through torch.save with safe loading."""
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @each_dtype

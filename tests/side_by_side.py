@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests that run two optimizers side by side have in common."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+
+each_method = pytest.mark.parametrize("method", METHODS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def legal(method: str, options: dict[str, Any]) -> bool:
+    """Whether a method takes the weight decay among the options."""
+    kind, decay = METHODS[method], options.get("weight_decay_method")
+    return kind.adaptive_decay if decay == "adaptive" else not kind.reads_gradient if decay == "l2" else True
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Random numbers of their own for each seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(left: tuple[Any, list[Any]], right: tuple[Any, list[Any]]) -> None:
+    """Checks that two optimizers with their parameters have the same weights and state, bit for bit."""
+    (one, ones), (other, others) = left, right
+    assert all(torch.equal(p, q) for p, q in zip(ones, others, strict=True))
+    torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], atol=0, rtol=0)
+
+
+def saved(optimizer: torch.optim.Optimizer) -> Any:
+    """The optimizer's state_dict after a round trip through torch.save with safe loading."""
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
