@@ -28,9 +28,10 @@ class HybridAdaptiveMuon(Optimizer):
     Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first
     (groups added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every
     optimizer's step run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor
-    routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions or with a
-    single row or column go to AdamW, and where names come along (``model.named_parameters()``) so do biases, tables and
-    output heads by their names. It cannot know an embedding without name or tag: set ``use_muon`` in its group.
+    routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions (but for
+    stacks of matrices tagged ``muon_stacked``) or with a single row or column go to AdamW, and where names come along
+    (``model.named_parameters()``) so do biases, tables and output heads by their names. It cannot know an embedding
+    without name or tag: set ``use_muon`` in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
