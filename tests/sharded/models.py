@@ -16,11 +16,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 class Model(nn.Module):
     """Layers whose rows divide evenly and do not, fewer rows than ranks, a fused layer, and what AdamW takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 12) -> None:
         super().__init__()
         self.embed = nn.Embedding(11, 8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 6, bias=False)
+        self.up = nn.Linear(8, hidden)
+        self.down = nn.Linear(hidden, 6, bias=False)
         self.norm = nn.LayerNorm(6)
         self.fused = nn.Linear(6, 2 * (5 + 2 + 1), bias=False)
         self.few = nn.Linear(16, 3)
@@ -63,13 +63,15 @@ def tensor_parallel_and_fsdp(model: nn.Module) -> None:
 WAYS: tuple[Callable[[nn.Module], None], ...] = (fsdp, hsdp, tensor_parallel, tensor_parallel_and_fsdp)
 
 
-def models(way: Callable[[nn.Module], None]) -> tuple[Model, Model, dict[nn.Parameter, torch.Tensor]]:
+def models(
+    way: Callable[[nn.Module], None], hidden: int = 12
+) -> tuple[Model, Model, dict[nn.Parameter, torch.Tensor]]:
     """The same model whole and sharded, and for each sharded parameter the places of its elements in the whole one.
 
     The places are read off a model that was sharded with its elements numbered: torch says who holds what.
     """
     torch.manual_seed(0)
-    whole = Model()
+    whole = Model(hidden)
     numbered, sharded = copy.deepcopy(whole), copy.deepcopy(whole)
     for p in numbered.parameters():
         p.data = torch.arange(p.numel(), dtype=p.dtype).view_as(p)

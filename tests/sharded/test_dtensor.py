@@ -21,8 +21,11 @@ from emerging_optimizers.adaptive_muon.moment2 import METHODS
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None], mode: str) -> None:
-    """Weights and state of the sharded model are the whole model's, with the layout read off the DTensors."""
-    whole, sharded, places = models(way)
+    """Weights and state of the sharded model are the whole model's, with the layout read off the DTensors.
+
+    Of 14 rows four ranks hold 4, 4, 4 and 2, or as strips of strips 4, 3, 4 and 3.
+    """
+    whole, sharded, places = models(way, hidden=14)
     pairs = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True) if p.ndim == 2]
     options = {**OPTIONS, "moment2_method": method, "weight_decay": 0.1}
     optimizers = (
