@@ -247,13 +247,14 @@ class Sharding:
             )
             return spec
         if is_dtensor(p):
+            spec = piece_of(p, name)
             require(
-                self._mode is not None,
+                self._mode is not None or isinstance(spec, Layout),
                 f"the pieces of a DTensor are no matrices of their own; {name} is one, with tp_mode",
                 "blockwise",
                 'use the default, "layer_sharded"',
             )
-            return piece_of(p, name)
+            return spec
         dim = getattr(p, "partition_dim", -1)
         if dim is None or dim == -1:
             return Layout()

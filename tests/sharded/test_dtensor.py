@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
@@ -68,11 +68,13 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
 
 
 def test_pieces_of_dtensors_are_no_matrices_of_their_own(group: ProcessGroup) -> None:
-    _, sharded, _ = models(fsdp)
-    with pytest.raises(
-        ValueError, match=r"parameter 'up.weight' is one, with tp_mode, got 'blockwise'.*layer_sharded"
-    ):
-        AdaptiveMuon([("up.weight", sharded.up.weight)], tp_mode="blockwise")
+    """But what every rank holds all of is one."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole, pieces = (nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [how])) for how in (Replicate(), Shard(0)))
+    AdaptiveMuon([whole], tp_mode="blockwise")
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match=r"parameter 'w' is one, with tp_mode, got 'blockwise'.*layer_sharded"):
+            AdaptiveMuon([("w", pieces)], tp_mode="blockwise")
 
 
 def test_partial_sums_are_refused_as_parameters_and_summed_as_gradients(group: ProcessGroup) -> None:
