@@ -3,11 +3,12 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -32,32 +33,38 @@ class Model(nn.Module):
         return logits
 
 
+@cache
+def mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """A mesh of all processes; made once, since each has process groups with threads and connections of their own."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def fsdp(model: nn.Module) -> None:
     """One dimension: every parameter in strips of rows."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
-    fully_shard(model.up, mesh=mesh)  # type: ignore[arg-type]
-    fully_shard(model, mesh=mesh)
+    dp = mesh((dist.get_world_size(),), ("dp",))
+    fully_shard(model.up, mesh=dp)  # type: ignore[arg-type]
+    fully_shard(model, mesh=dp)
 
 
 def hsdp(model: nn.Module) -> None:
     """Two dimensions: replicas of strips of rows."""
     size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("replicate", "shard"))
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh((max(size // 2, 1), min(size, 2)), ("replicate", "shard")))
 
 
 def tensor_parallel(model: nn.Module) -> None:
     """One dimension: strips of rows in one layer, of columns in the next, and all of the rest."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    parallelize_module(
+        model, mesh((dist.get_world_size(),), ("tp",)), {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
 
 
 def tensor_parallel_and_fsdp(model: nn.Module) -> None:
     """Two dimensions, both of them sharding: rectangles, and strips of strips."""
     size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("dp", "tp"))
-    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["dp"])
+    both = mesh((max(size // 2, 1), min(size, 2)), ("dp", "tp"))
+    parallelize_module(model, both["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(model, mesh=both["dp"])
 
 
 WAYS: tuple[Callable[[nn.Module], None], ...] = (fsdp, hsdp, tensor_parallel, tensor_parallel_and_fsdp)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from models import mesh as mesh_of
 from pieces import OPTIONS, Pair, collectives, difference, set_gradients, strip, strips, walk
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
@@ -120,7 +120,7 @@ def test_experts_on_their_ranks_need_no_communication(group: ProcessGroup) -> No
 def test_experts_as_dtensors(method: str) -> None:
     """Expert parallelism on a mesh, with the experts' state sharded as they are; alone and with strips of rows."""
     size = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (max(size // 2, 1), min(size, 2)), mesh_dim_names=("ep", "tp"))
+    mesh = mesh_of((max(size // 2, 1), min(size, 2)), ("ep", "tp"))
     whole = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(3))
     options: dict[str, Any] = {"moment2_method": method, **OPTIONS}
     for placements in ([Shard(0), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(2)]):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from models import WAYS, fsdp, full, hsdp, local, models, train
+from models import mesh as mesh_of
 from pieces import OPTIONS, difference
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
@@ -69,7 +69,7 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
 
 def test_pieces_of_dtensors_are_no_matrices_of_their_own(group: ProcessGroup) -> None:
     """But what every rank holds all of is one."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh_of((dist.get_world_size(),), ("dp",))
     whole, pieces = (nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [how])) for how in (Replicate(), Shard(0)))
     AdaptiveMuon([whole], tp_mode="blockwise")
     if dist.get_world_size() > 1:
@@ -78,7 +78,7 @@ def test_pieces_of_dtensors_are_no_matrices_of_their_own(group: ProcessGroup) ->
 
 
 def test_partial_sums_are_refused_as_parameters_and_summed_as_gradients(group: ProcessGroup) -> None:
-    mesh, size = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_world_size()
+    mesh, size = mesh_of((dist.get_world_size(),), ("dp",)), dist.get_world_size()
     with pytest.raises(ValueError, match=r"'p' has the placements.*Partial"):
         AdaptiveMuon([("p", nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()])))])
     p, q = nn.Parameter(torch.ones(4, 3)), nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate()]))
