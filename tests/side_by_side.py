@@ -2,6 +2,7 @@
 """What the tests that run two optimizers side by side have in common."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -38,3 +39,17 @@ def saved(optimizer: torch.optim.Optimizer) -> Any:
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+
+def assert_resumes(left: tuple[Any, list[Any]], right: tuple[Any, list[Any]], walk: Callable[..., None]) -> None:
+    """Checks that an optimizer that loads the state of another after two steps goes the other's way, bit for bit."""
+    (optimizer, params), (resumed, others) = left, right
+    walk(optimizer, range(2))
+    walk(resumed, range(7, 8))  # something else, to be overwritten
+    resumed.load_state_dict(saved(optimizer))
+    for p, q in zip(others, params, strict=True):
+        p.data.copy_(q)
+    assert_same(left, right)
+    for each in (optimizer, resumed):
+        walk(each, range(2, 4))
+    assert_same(left, right)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import assert_same, each_dtype, each_method, legal, normal, saved
+from side_by_side import assert_resumes, assert_same, each_dtype, each_method, legal, normal, saved
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, orthogonalizer
@@ -245,15 +245,7 @@ def test_state(method: str, dtype: torch.dtype) -> None:
 def test_checkpoint_resumes(method: str, dtype: torch.dtype) -> None:
     params, others = ([stack(*each, dtype=dtype) for each in ((TALL,), (WIDE,), *FUSED)] for _ in range(2))
     optimizer, resumed = (AdaptiveMuon(each, lr=0.05, moment2_method=method) for each in (params, others))
-    walk(optimizer, range(2))
-    walk(resumed, range(7, 8))  # something else, to be overwritten
-    resumed.load_state_dict(saved(optimizer))
-    for p, q in zip(others, params, strict=True):
-        p.data.copy_(q)
-    assert_same((optimizer, params), (resumed, others))
-    for each in (optimizer, resumed):
-        walk(each, range(2, 4))
-    assert_same((optimizer, params), (resumed, others))
+    assert_resumes((optimizer, params), (resumed, others), walk)
 
 
 @each_method

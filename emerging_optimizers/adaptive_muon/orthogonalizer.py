@@ -7,7 +7,7 @@ Of a matrix in pieces it is asked for by a request of the class that the ``tp_mo
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args, override
+from typing import Any, Literal, Self, get_args, override
 
 import torch
 from absl import logging
@@ -77,13 +77,7 @@ class NewtonSchulz:
             matrix: Shape ``(rows, columns)``, or ``(stack, rows, columns)`` for a stack of matrices; any floating
                 dtype (iterated in float32 or, at "medium" precision, in bfloat16).
         """
-        orthogonalized: torch.Tensor = muon_utils.newton_schulz(
-            matrix.float(),
-            steps=self.num_steps,
-            coefficient_type=self.coefficient_type,
-            use_syrk=self.use_syrk and _syrk_takes(matrix),
-        )
-        return orthogonalized.to(matrix.dtype)
+        return self._iterate(matrix)
 
     def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
         """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
@@ -95,15 +89,18 @@ class NewtonSchulz:
             dim: The dimension that is spread, -2 or -1.
             group: The ranks that hold the strips.
         """
+        return self._iterate(strip, transpose=dim == -2, tp_group=group)
+
+    def _iterate(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
+        """Calls upstream's iteration; ``spread`` says how a matrix in strips lies."""
         orthogonalized: torch.Tensor = muon_utils.newton_schulz(
-            strip.float(),
+            matrix.float(),
             steps=self.num_steps,
             coefficient_type=self.coefficient_type,
-            use_syrk=self.use_syrk and _syrk_takes(strip),
-            transpose=dim == -2,
-            tp_group=group,
+            use_syrk=self.use_syrk and _syrk_takes(matrix),
+            **spread,
         )
-        return orthogonalized.to(strip.dtype)
+        return orthogonalized.to(matrix.dtype)
 
 
 @dataclass(frozen=True, eq=False)

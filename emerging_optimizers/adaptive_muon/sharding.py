@@ -190,9 +190,10 @@ class Sharding:
         known = {p: self._whole(p, name) for p, name, spec in found if isinstance(spec, Layout)}
         for group in groups:
             # A rank may take for whole what another takes for a piece: those of tp_group compare everything.
-            members = [each for each in found if isinstance(each[2], Layout) or each[2].group is group]
-            if group is not self._tp_group:
-                members = [each for each in members if not isinstance(each[2], Layout)]
+            whole_too = group is self._tp_group
+            members = [
+                each for each in found if (whole_too if isinstance(each[2], Layout) else each[2].group is group)
+            ]
             mine = (
                 [f"{name}={value!r}" for name, value in self._alike.items()],
                 [self._tell(*each) for each in members],
