@@ -2,7 +2,7 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
 
@@ -28,7 +28,7 @@ from emerging_optimizers.adaptive_muon.parameters import (
     round_into,
 )
 from emerging_optimizers.adaptive_muon.plan import Plan, make_plan
-from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Matrix, Sharding
+from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Matrix, Sharding, joined
 from emerging_optimizers.adaptive_muon.state import MomentAverage, new_buffers
 from emerging_optimizers.adaptive_muon.together import run, together
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -281,8 +281,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             for D, _ in DO:
                 D *= correction
         if decay_method == "adaptive" and weight_decay:
-            W.addcmul_(W, _joined(matrices, [D for D, _ in DO], W), value=-lr * weight_decay)
-        U = _joined(
+            W.addcmul_(W, joined(matrices, [D for D, _ in DO], W), value=-lr * weight_decay)
+        U = joined(
             matrices,
             [D.mul_(self._scale(matrix.layout.shape(O))) * O for matrix, (D, O) in zip(matrices, DO, strict=True)],
             W,
@@ -416,16 +416,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         for group in self.param_groups:  # an upstream checkpoint's groups lack ours
             for name, value in self._group_defaults.items():
                 group.setdefault(name, value)
-
-
-def _joined(matrices: Sequence[Matrix], parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """What was made for each matrix of a parameter as one tensor, broadcastable to the parameter."""
-    if matrices[0].block is None:
-        return parts[0]
-    joined = torch.empty_like(like)
-    for matrix, part in zip(matrices, parts, strict=True):
-        joined[..., matrix.rows, :] = part
-    return joined
 
 
 _OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}

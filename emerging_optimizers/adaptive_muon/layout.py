@@ -79,6 +79,10 @@ class Layout:
         """
         return [vector.sum(dim=dim, keepdim=True) for vector in vectors]
 
+    async def first(self, piece: torch.Tensor, dim: int | None) -> torch.Tensor:
+        """Returns the first row (``dim=-2``) or column (``dim=-1``) of the whole matrix, or its first element (None)."""
+        return _first(piece, dim)
+
     async def nonzero(self, piece: torch.Tensor) -> bool:
         """Returns whether any element of the whole matrix differs from zero."""
         return bool(piece.any())
@@ -141,6 +145,14 @@ class ShardedLayout(Layout):
         return list(await Sum(self.group, sums)) if self.split[dim] else sums
 
     @override
+    async def first(self, piece: torch.Tensor, dim: int | None) -> torch.Tensor:
+        has_it = self.own.area and (dim == -1 or self.own.top == 0) and (dim == -2 or self.own.left == 0)
+        shape = [1 if dim in (None, d) else piece.size(d) for d in (-2, -1)]
+        mine = _first(piece, dim) if has_it else piece.new_zeros([*piece.shape[:-2], *shape])
+        [first] = await self._sum([mine], dim)
+        return first
+
+    @override
     async def nonzero(self, piece: torch.Tensor) -> bool:
         [count] = await Sum(self.group, [piece.any().to(torch.float32)])
         return bool(count)
@@ -188,11 +200,13 @@ class Piece:
         group: The ranks that hold the matrix together.
         whole: ``(rows, columns)`` of the whole matrix.
         rectangle: ``(top, bottom, left, right)`` of what this rank holds: its rows and columns, the ends excluded.
+        padding: Further rows at the end of this rank's tensor, which belong to no matrix and stay as they are.
     """
 
     group: ProcessGroup = field(repr=False)
     whole: tuple[int, int]
     rectangle: tuple[int, int, int, int]
+    padding: int = 0
 
 
 @cache
@@ -204,6 +218,11 @@ def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...]) -> bool:
         and sum(each.area for each in rectangles) == whole[0] * whole[1]
         and not any(a.overlaps(b) for a, b in combinations([each for each in rectangles if each.area], 2))
     )
+
+
+def _first(piece: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """The first slice along ``dim``, or the first element."""
+    return piece[..., :1, :1] if dim is None else piece.narrow(dim, 0, 1)
 
 
 def _norm(piece: torch.Tensor, dim: int | None) -> torch.Tensor:

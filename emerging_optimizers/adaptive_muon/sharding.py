@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 
 from emerging_optimizers.adaptive_muon.agreement import require_agreement, tell_all
 from emerging_optimizers.adaptive_muon.blocks import row_blocks
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.dtensor import is_dtensor, local_of, piece_of
 from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Rectangle, ShardedLayout, Split
 from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 
 
-__all__ = ["BlocksFn", "LayoutFn", "Matrix", "Sharding"]
+__all__ = ["BlocksFn", "LayoutFn", "Matrix", "Sharding", "joined"]
 
 
 LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
@@ -42,9 +42,30 @@ class Matrix:
     block: int | None = None
     rows: slice | torch.Tensor = slice(None)
 
+    @property
+    def is_all(self) -> bool:
+        """Whether all local rows of the parameter belong to it."""
+        return isinstance(self.rows, slice) and self.rows == slice(None)
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the matrix's part of a tensor that lies like the parameter: a view where its rows are adjacent."""
-        return tensor if self.block is None else tensor[..., self.rows, :]
+        return tensor if self.is_all else tensor[..., self.rows, :]
+
+
+def joined(matrices: Sequence[Matrix], parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Returns what was made for each matrix of a parameter as one tensor, broadcastable to the parameter.
+
+    Args:
+        matrices: The parameter's matrices.
+        parts: A tensor for each of them, broadcastable to it.
+        like: A tensor of the parameter's shape. Rows of padding, which belong to no matrix, are zero in the result.
+    """
+    if matrices[0].is_all:
+        return parts[0]
+    whole = torch.zeros_like(like)
+    for matrix, part in zip(matrices, parts, strict=True):
+        whole[..., matrix.rows, :] = part
+    return whole
 
 
 class _Told(NamedTuple):
@@ -227,12 +248,13 @@ class Sharding:
                 "0 splits the rows of a matrix, 1 its columns",
             )
             return spec if spec.dim >= p.ndim - 2 else Layout()  # a stack of matrices, each of them whole
-        local, rectangle = tuple(local_of(p).shape[-2:]), Rectangle(*spec.rectangle)
+        local, (rows, columns) = tuple(local_of(p).shape[-2:]), Rectangle(*spec.rectangle).shape
         require(
-            local == rectangle.shape,
-            f"the piece of {name} at hand must have the shape {rectangle.shape} of its rectangle; it has",
+            within(spec.padding, 0) and local == (rows + spec.padding, columns),
+            f"the piece of {name} at hand must have the {rows} x {columns} of its rectangle and {spec.padding} rows of "
+            "padding; it has the shape",
             local,
-            "check the rectangle (top, bottom, left, right)",
+            "check the rectangle (top, bottom, left, right) and the padding",
         )
         return spec
 
@@ -311,7 +333,9 @@ class Sharding:
         whole, rectangles = _pieces(told)
         blocks, own = told[0].blocks, rectangles[group.rank()]
         if blocks is None:
-            return (Matrix(self._layout(group, whole, rectangles, name)),)
+            rows = own.shape[0]
+            unpadded = slice(None) if rows == local_of(p).size(-2) else slice(rows)
+            return (Matrix(self._layout(group, whole, rectangles, name), rows=unpadded),)
         held = range(own.top, own.bottom)
         matrices = []
         for index, block in enumerate(row_blocks(blocks, whole[0], name)):

@@ -17,7 +17,7 @@ from emerging_optimizers.adaptive_muon.parameters import work_dtype
 from emerging_optimizers.adaptive_muon.sharding import Matrix
 
 
-__all__ = ["MomentAverage", "buffer_dims", "buffer_shape", "new_buffers"]
+__all__ = ["MomentAverage", "buffer_dims", "buffer_key", "buffer_shape", "new_buffers"]
 
 
 def buffer_dims(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -> dict[str, tuple[int, ...]]:
@@ -31,7 +31,7 @@ def buffer_dims(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -
     dims: dict[str, tuple[int, ...]] = {"momentum_buffer": (-2, -1)}
     for matrix in matrices:
         of_moment2 = moment2.dims(*matrix.layout.shape(matrix.of(local_of(p))))
-        dims[_key(matrix, of_moment2)] = of_moment2
+        dims[buffer_key(matrix, of_moment2)] = of_moment2
     return dims
 
 
@@ -76,7 +76,7 @@ class MomentAverage:
 
     def __call__(self, statistic: torch.Tensor) -> torch.Tensor:
         """Returns V, in the shape of ``statistic``, after its update."""
-        buffer = local_of(self.state[_key(self.matrix, self.dims)])
+        buffer = local_of(self.state[buffer_key(self.matrix, self.dims)])
         average = self.matrix.of(buffer) if -2 in self.dims else buffer
         average = average.view_as(statistic).lerp_(statistic, 1 - self.beta2)
         if -2 in self.dims and isinstance(self.matrix.rows, torch.Tensor):
@@ -84,6 +84,11 @@ class MomentAverage:
         return average
 
 
-def _key(matrix: Matrix, dims: tuple[int, ...]) -> str:
-    """The name in the state of the buffer that holds V of a matrix."""
+def buffer_key(matrix: Matrix, dims: tuple[int, ...]) -> str:
+    """Returns the name in the state of the buffer that holds V of a matrix.
+
+    Args:
+        matrix: The matrix.
+        dims: Along which of its rows (-2) and columns (-1) V has entries of its own.
+    """
     return "moment2_buffer" if matrix.block is None or -2 in dims else f"moment2_buffer_{matrix.block}"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which matrices Megatron's parameters hold, and who holds which piece: read from the attributes that Megatron sets.
+
+The float32 main parameters of bfloat16 training keep few of their model parameter's attributes; only those are relied
+upon, and the model parameter's reference to its main parameter.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from absl import logging
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Split
+
+
+__all__ = ["MegatronLayouts", "qkv_split_shapes", "tag_qkv"]
+
+
+class MegatronLayouts:
+    """``layout_fn`` and ``blocks_fn`` for Megatron's parameters.
+
+    Args:
+        pg_collection: Megatron's ``ProcessGroupCollection``: its ``tp``, ``expt_tp``, ``gtp_remat`` and
+            ``expt_gtp_remat``; those that it lacks are taken for groups of one rank.
+        tensor_parallel: Whether tensor-parallel strips make up one matrix; if not, each is a matrix of its own.
+        is_qkv: Whether a parameter is a fused attention weight that is to be split into its blocks.
+        qkv_split_shapes: Rows of each block within one query group, for parameters that do not say so themselves.
+    """
+
+    def __init__(
+        self,
+        pg_collection: Any,
+        *,
+        tensor_parallel: bool,
+        is_qkv: Callable[[torch.Tensor], bool],
+        qkv_split_shapes: Sequence[int] | None,
+    ) -> None:
+        self._groups, self._tensor_parallel = pg_collection, tensor_parallel
+        self._is_qkv, self._qkv_split_shapes = is_qkv, qkv_split_shapes
+        self._padding_of: dict[torch.Tensor, int] = {}
+        self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
+
+    def layout(self, p: torch.Tensor) -> Layout | Split | Piece | None:
+        """Returns how a parameter is split; None where it is a piece and there is no group for it.
+
+        Tensor parallelism splits it along ``partition_dim``; -1 or no such attribute is a whole matrix. Generalized
+        tensor parallelism (``is_gtp_weight_remat``) splits what a tensor-parallel rank holds, padded at its end, into
+        equal strips of rows.
+        """
+        tp, gtp = self._group(p, "tp"), self._group(p, "gtp_remat")
+        dim = getattr(p, "partition_dim", None) if self._tensor_parallel else None
+        if dim == -1 or (tp is not None and tp.size() == 1):
+            dim = None
+        if dim is not None and tp is None:
+            return None  # a piece, and nobody to ask for the others
+        if gtp is None or gtp.size() == 1 or not getattr(p, "is_gtp_weight_remat", False):
+            return Layout() if dim is None else Split(tp, dim)
+
+        rows, columns = p.shape
+        strip = rows * gtp.size() - self._padding(p)
+        top, bottom = (min(row, strip) for row in (rows * gtp.rank(), rows * (gtp.rank() + 1)))
+        padding = rows - (bottom - top)
+        if dim is None:
+            return Piece(gtp, (strip, columns), (top, bottom, 0, columns), padding)
+        group = self._union(tp, gtp)
+        if dim == 0:
+            above = strip * tp.rank()
+            return Piece(group, (strip * tp.size(), columns), (above + top, above + bottom, 0, columns), padding)
+        left = columns * tp.rank()
+        return Piece(group, (strip, columns * tp.size()), (top, bottom, left, left + columns), padding)
+
+    def blocks(self, p: torch.Tensor) -> Sequence[int] | None:
+        """Returns the rows of the blocks within one query group of a fused attention weight; None for other weights.
+
+        A weight whose rows are no whole number of query groups is one matrix, as it is for Megatron.
+        """
+        if not self._is_qkv(p):
+            return None
+        shapes = getattr(p, "qkv_split_shapes", None) or self._qkv_split_shapes
+        if not shapes:
+            raise ValueError(
+                f"the fused attention weight of shape {tuple(p.shape)} must say its blocks to be split, got none: pass "
+                "qkv_split_shapes, or split_qkv=False"
+            )
+        spec, rows = self.layout(p), p.size(0)
+        if isinstance(spec, Piece):
+            rows = spec.whole[0]
+        elif isinstance(spec, Split) and spec.dim == 0:
+            rows *= spec.group.size()
+        if rows % sum(shapes):
+            logging.warning(
+                "A fused attention weight with %d rows is no whole number of query groups of %s rows and is not split.",
+                rows,
+                list(shapes),
+            )
+            return None
+        return tuple(shapes)
+
+    def _group(self, p: torch.Tensor, name: str) -> Any:
+        """The process group of this name that holds a parameter, or None."""
+        return getattr(self._groups, ("expt_" if getattr(p, "expert_tp", False) else "") + name, None)
+
+    def _padding(self, p: torch.Tensor) -> int:
+        """The rows of padding at the end of all that a tensor-parallel rank's GTP ranks hold of a parameter."""
+        if hasattr(p, "pad_length"):
+            self._padding_of[p] = int(p.pad_length)
+        for q, padding in self._padding_of.items():
+            if p is q or p is getattr(q, "main_param", None):
+                return padding
+        return 0
+
+    def _union(self, tp: ProcessGroup, gtp: ProcessGroup) -> ProcessGroup:
+        """The ranks of all tensor-parallel groups of a GTP group; made at the first need, by all of them."""
+        if (tp, gtp) not in self._unions:
+            ranks: list[Any] = [None] * gtp.size()
+            dist.all_gather_object(ranks, dist.get_process_group_ranks(tp), group=gtp)
+            union = dist.new_group(sorted(sum(ranks, [])), use_local_synchronization=True)
+            assert isinstance(union, ProcessGroup)  # this rank belongs to it
+            self._unions[tp, gtp] = union
+        return self._unions[tp, gtp]
+
+
+def qkv_split_shapes(model_config: Any) -> list[int]:
+    """Returns the rows of the queries, of their output gates if there are any, keys and values of one query group.
+
+    Args:
+        model_config: Megatron's ``TransformerConfig``.
+    """
+    queries = model_config.num_attention_heads // model_config.num_query_groups * model_config.kv_channels
+    gates = [queries] if getattr(model_config, "attention_output_gate", False) else []
+    return [queries, *gates, model_config.kv_channels, model_config.kv_channels]
+
+
+def tag_qkv(model_chunks: Sequence[Any]) -> None:
+    """Tags all fused attention weights with their blocks.
+
+    Megatron tags those of which a rank holds whole query groups; more tensor-parallel ranks than query groups, or GTP,
+    cut within a group, and the whole weight has the same blocks all the same.
+
+    Args:
+        model_chunks: The model, for each of its chunks on this pipeline rank.
+    """
+    for chunk in model_chunks:
+        for name, p in chunk.named_parameters():
+            if "linear_qkv.weight" in name and p.ndim == 2:
+                p.is_qkv, p.qkv_split_shapes = True, qkv_split_shapes(chunk.config)

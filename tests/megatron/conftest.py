@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests with Megatron-Core that run in four processes; tests/test_megatron.py starts them."""
+
+import cuda_is_cpu
+from rank import *  # noqa: F403  hooks and fixtures
+
+
+cuda_is_cpu.install()  # before Megatron is imported

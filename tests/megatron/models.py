@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small real GPTModels under every parallelism, and their training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import experts  # noqa: F401
+from torch.nn import functional as F
+
+
+VOCABULARY, LENGTH = 64, 32
+
+
+@contextmanager
+def parallel(tp: int = 1, **sizes: int) -> Iterator[None]:
+    """Megatron's process groups, for tensor parallelism ``tp`` and other sizes by the names of initialize_model_parallel."""
+    parallel_state.initialize_model_parallel(tp, **sizes)
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def gpt(*, bf16: bool = False, ddp: dict[str, Any] | None = None, **overrides: Any) -> DistributedDataParallel:
+    """Two layers with grouped queries, SwiGLU, RMSNorm and a fused QKV weight; the same weights however it is sharded."""
+    torch.manual_seed(1)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    options = dict(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=2,  # fewer than four tensor-parallel ranks: these cut within a group
+        kv_channels=8,
+        ffn_hidden_size=96,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        sequence_parallel=tp > 1 and "num_moe_experts" in overrides,  # which Megatron requires
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+    config = TransformerConfig(**{**options, **overrides})
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm", num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=LENGTH,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return DistributedDataParallel(config, DistributedDataParallelConfig(**(ddp or {})), model.to(config.params_dtype))
+
+
+def optimizer_of(model: DistributedDataParallel, method: str = "namo_d", **config: Any) -> Any:
+    """Megatron's optimizer for a model, with exact products unless told otherwise."""
+    options = dict(
+        optimizer="adaptive_muon",
+        lr=1e-2,
+        bf16=model.config.bf16,
+        clip_grad=1.0,
+        muon_fp32_matmul_prec="highest",
+        muon_tp_mode="layer_sharded",
+        adaptive_muon_moment2_method=method,
+    )
+    return get_megatron_optimizer(OptimizerConfig(**{**options, **config}), [model], config_overrides={})
+
+
+def train(model: DistributedDataParallel, optimizer: Any, steps: range) -> list[float]:
+    """Trains on the same text at every step of the same number, and returns the losses."""
+    losses = []
+    for step in steps:
+        tokens = torch.randint(VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(step % 3))
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        positions = torch.arange(LENGTH).expand(4, LENGTH)
+        loss = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:]).float().mean()
+        loss.backward()
+        model.finish_grad_sync()
+        updated, _, _ = optimizer.step()
+        assert updated
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts a folder of tests in several processes, which talk by gloo on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_in_processes(tests: Path, processes: int, *arguments: str, **environment: str) -> None:
+    """Runs pytest on ``tests`` in every process of a torchrun, and fails with its output if a test does."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    # The first rank that fails ends the run; the others would wait for it.
+    pytest_ = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(tests), *arguments]
+    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([*torchrun, *pytest_], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-20_000:]
