@@ -25,8 +25,24 @@ class CudaIsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_all_gather = dist.all_gather
+
+
+def _uneven_all_gather(
+    tensors: list[torch.Tensor], tensor: torch.Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """all_gather that takes tensors of different sizes, as NCCL's does and gloo's does not."""
+    if group is None or len({each.shape for each in tensors}) == 1:
+        return _all_gather(tensors, tensor, group, async_op)
+    tensors[group.rank()].copy_(tensor)
+    for rank, each in enumerate(tensors):
+        dist.broadcast(each, dist.get_global_rank(group, rank), group)
+    return None
+
+
 def install() -> None:
     """Puts it in the place of CUDA, for as long as the process lives."""
+    dist.all_gather = _uneven_all_gather
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.current_stream = lambda *_, **__: None
     torch.cuda.synchronize = lambda *_, **__: None

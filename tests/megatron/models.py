@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small real GPTModels under every parallelism, and their training."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from megatron.core import parallel_state
@@ -13,26 +15,37 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import experts  # noqa: F401
+from megatron.training.training import wrap_model_chunks_with_ddp
 from torch.nn import functional as F
 
 
 VOCABULARY, LENGTH = 64, 32
 
 
+_PRISTINE = dict(vars(parallel_state))
+_made: dict[tuple[Any, ...], dict[str, Any]] = {}  # gloo groups cost much, and are made once for each kind
+
+
 @contextmanager
 def parallel(tp: int = 1, **sizes: int) -> Iterator[None]:
-    """Megatron's process groups, for tensor parallelism ``tp`` and other sizes by the names of initialize_model_parallel."""
-    parallel_state.initialize_model_parallel(tp, **sizes)
+    """Megatron's process groups, for tensor parallelism ``tp`` and other sizes as initialize_model_parallel names them."""
+    key = (tp, *sorted(sizes.items()))
+    if key not in _made:
+        parallel_state.initialize_model_parallel(tp, create_gloo_process_groups=False, **sizes)
+        _made[key] = dict(vars(parallel_state))
+    vars(parallel_state).update(_made[key])
     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     try:
         yield
     finally:
-        parallel_state.destroy_model_parallel()
+        vars(parallel_state).update(_PRISTINE)
 
 
-def gpt(*, bf16: bool = False, ddp: dict[str, Any] | None = None, **overrides: Any) -> DistributedDataParallel:
-    """Two layers with grouped queries, SwiGLU, RMSNorm and a fused QKV weight; the same weights however it is sharded."""
+def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> DistributedDataParallel:
+    """Two layers with grouped queries, SwiGLU, RMSNorm and a fused QKV weight; the same weights however it is sharded.
+
+    ``layer_wise`` wraps it for the layer-wise distributed optimizer, with its "layout" of parameters or the "legacy" way.
+    """
     torch.manual_seed(1)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     options = dict(
@@ -72,14 +85,48 @@ def gpt(*, bf16: bool = False, ddp: dict[str, Any] | None = None, **overrides: A
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     )
-    return DistributedDataParallel(config, DistributedDataParallelConfig(**(ddp or {})), model.to(config.params_dtype))
+    for name, p in model.named_parameters():
+        if p.ndim == 2:  # Megatron draws experts by their place on the rank
+            p.data.copy_(seeded(name, p, 0.02))
+    [wrapped] = wrap_model_chunks_with_ddp(
+        [model.to(config.params_dtype)],
+        config,
+        DistributedDataParallelConfig(),
+        use_layer_wise_distributed_optimizer=bool(layer_wise),
+        use_layer_wise_param_layout=layer_wise == "layout",
+    )
+    return wrapped
+
+
+def seeded(name: str, p: torch.Tensor, scale: float) -> torch.Tensor:
+    """This rank's piece of random numbers that depend on the whole parameter's name alone."""
+    expert = re.search(r"local_experts\.(\d+)", name)
+    if expert:
+        rank, size = (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+        experts_here = 4 // parallel_state.get_expert_model_parallel_world_size()
+        index = int(expert[1]) + experts_here * parallel_state.get_expert_model_parallel_rank()
+        name = name.replace(expert[0], f"experts.{index}")
+    else:
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+    dim, stride = getattr(p, "partition_dim", -1), getattr(p, "partition_stride", 1)
+    shape = [n * size if d == dim else n for d, n in enumerate(p.shape)]
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) * scale
+    if dim == -1:
+        return whole
+    return torch.cat([part.chunk(size, dim)[rank] for part in whole.chunk(stride, dim)], dim)
 
 
 def optimizer_of(model: DistributedDataParallel, method: str = "namo_d", **config: Any) -> Any:
     """Megatron's optimizer for a model, with exact products unless told otherwise."""
     options = dict(
         optimizer="adaptive_muon",
-        lr=1e-2,
+        lr=5e-4 if method == "adamuon" else 1e-2,
         bf16=model.config.bf16,
         clip_grad=1.0,
         muon_fp32_matmul_prec="highest",
