@@ -19,7 +19,7 @@ from megatron.training.training import wrap_model_chunks_with_ddp
 from torch.nn import functional as F
 
 
-VOCABULARY, LENGTH = 64, 32
+VOCABULARY, LENGTH, EXPERTS = 64, 32, 4
 
 
 _PRISTINE = dict(vars(parallel_state))
@@ -98,28 +98,42 @@ def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> Distri
     return wrapped
 
 
-def seeded(name: str, p: torch.Tensor, scale: float) -> torch.Tensor:
-    """This rank's piece of random numbers that depend on the whole parameter's name alone."""
-    expert = re.search(r"local_experts\.(\d+)", name)
-    if expert:
-        rank, size = (
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        )
-        experts_here = 4 // parallel_state.get_expert_model_parallel_world_size()
-        index = int(expert[1]) + experts_here * parallel_state.get_expert_model_parallel_rank()
-        name = name.replace(expert[0], f"experts.{index}")
-    else:
-        rank, size = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
+def whole_name(name: str) -> str:
+    """A parameter's name in the model without expert parallelism, in which it has the same weights."""
+    local = re.search(r"local_experts\.(\d+)", name)
+    if local is None:
+        return name
+    experts_here = EXPERTS // parallel_state.get_expert_model_parallel_world_size()
+    index = int(local[1]) + experts_here * parallel_state.get_expert_model_parallel_rank()
+    return name.replace(local[0], f"local_experts.{index}")
+
+
+def cut(whole: torch.Tensor, name: str, p: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a tensor that is whole, for the parameter of that name."""
+    of_experts = "local_experts" in name
+    group = (
+        parallel_state.get_expert_tensor_parallel_group
+        if of_experts
+        else parallel_state.get_tensor_model_parallel_group
+    )
+    rank, size = group().rank(), group().size()
     dim, stride = getattr(p, "partition_dim", -1), getattr(p, "partition_stride", 1)
-    shape = [n * size if d == dim else n for d, n in enumerate(p.shape)]
-    whole = torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) * scale
     if dim == -1:
         return whole
     return torch.cat([part.chunk(size, dim)[rank] for part in whole.chunk(stride, dim)], dim)
+
+
+def seeded(name: str, p: torch.Tensor, scale: float, seed: int = 0) -> torch.Tensor:
+    """This rank's piece of random numbers that are the same under every parallelism."""
+    size = (
+        parallel_state.get_expert_tensor_parallel_world_size()
+        if "local_experts" in name
+        else parallel_state.get_tensor_model_parallel_world_size()
+    )
+    dim = getattr(p, "partition_dim", -1)
+    shape = [n * size if d == dim else n for d, n in enumerate(p.shape)]
+    generator = torch.Generator().manual_seed(crc32(f"{whole_name(name)} {seed}".encode()))
+    return cut(torch.randn(shape, generator=generator) * scale, name, p)
 
 
 def optimizer_of(model: DistributedDataParallel, method: str = "namo_d", **config: Any) -> Any:

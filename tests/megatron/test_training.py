@@ -1,58 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real GPTModel learns the same under every parallelism."""
+"""A real GPTModel learns the same under every parallelism, in float32 and with bfloat16 weights."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from models import gpt, optimizer_of, parallel, train
+import torch
+from megatron.core.optimizer import emerging_optimizers
+from models import EXPERTS, cut, gpt, optimizer_of, parallel, seeded, train
 from side_by_side import each_method
+from torch import distributed as dist
 
 from emerging_optimizers.adaptive_muon.integrations.megatron import register
 
 
+TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
+STOCK = TABLE["adaptive_muon"]
+
+
 @pytest.fixture(autouse=True)
-def registered() -> None:
+def registered() -> Iterator[None]:
     register()
+    yield
+    TABLE["adaptive_muon"] = STOCK
+
+
+def losses_at(tp: int, method: str = "namo_d", **config: Any) -> list[float]:
+    with parallel(tp):
+        model = gpt()
+        return train(model, optimizer_of(model, method, **config), range(10))
 
 
 @each_method
-def test_tensor_parallel(method: str) -> None:
-    losses = {}
-    for tp in 1, 2, 4:
-        with parallel(tp):
-            model = gpt()
-            losses[tp] = train(model, optimizer_of(model, method), range(10))
-    assert losses[1][-1] < 0.95 * losses[1][0]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+def test_losses_do_not_depend_on_the_tensor_parallel_size(method: str) -> None:
+    whole = losses_at(1, method)
+    assert whole[-1] < 0.95 * whole[0]
+    for tp in 2, 4:
+        assert losses_at(tp, method) == pytest.approx(whole, rel=1e-5)
 
 
-def test_experts() -> None:
+@pytest.mark.parametrize("mode", ["duplicated", "distributed"])
+def test_nor_on_how_the_whole_matrix_is_orthogonalized(mode: str) -> None:
+    whole = losses_at(1)
+    for tp in 2, 4:
+        assert losses_at(tp, muon_tp_mode=mode) == pytest.approx(whole, rel=1e-5)
+
+
+def test_blockwise_losses_do_and_the_user_is_warned(caplog: pytest.LogCaptureFixture) -> None:
+    losses = [losses_at(tp, muon_tp_mode="blockwise") for tp in (1, 2, 2)]
+    assert losses[1] == losses[2] != pytest.approx(losses[0], rel=1e-3)
+    warnings = [record.getMessage() for record in caplog.records if "blockwise" in record.getMessage()]
+    assert len(warnings) == (dist.get_rank() == 0)
+
+
+def test_megatrons_own_class_fails_both() -> None:
+    TABLE["adaptive_muon"] = STOCK
+    with pytest.raises(AttributeError, match="scale_mode"):
+        losses_at(2, "namo", muon_tp_mode="duplicated")
+
+    class WithScaleMode(STOCK.optimizer_cls):
+        """As Megatron's main branch mends it."""
+
+        def __init__(self, *args: Any, scale_mode: str, **kwargs: Any) -> None:
+            super().__init__(*args, scale_mode=scale_mode, **kwargs)
+            self.scale_mode, self.extra_scale_factor = scale_mode, 1.0
+
+    TABLE["adaptive_muon"] = emerging_optimizers.EmergingOptimizerEntry(
+        WithScaleMode, config_to_kwargs=STOCK.config_to_kwargs
+    )
+    rates = {"lr": 1e-4, "muon_tp_mode": "duplicated"}
+    assert losses_at(2, "namo", **rates) != pytest.approx(losses_at(1, "namo", **rates), rel=1e-3)
+
+
+def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
     losses = {}
     for ep, expert_tp in (1, 1), (2, 1), (1, 2), (2, 2):
         with parallel(expert_model_parallel_size=ep, expert_tensor_parallel_size=expert_tp):
             model = gpt(
-                num_moe_experts=4,
+                num_moe_experts=EXPERTS,
                 moe_router_topk=2,
                 moe_ffn_hidden_size=32,
                 moe_token_dispatcher_type="allgather",
                 moe_grouped_gemm=False,
             )
-            losses[ep, expert_tp] = train(model, optimizer_of(model), range(10))
-    print(losses)
-    for of in losses.values():
-        assert of == pytest.approx(losses[1, 1], rel=1e-5)
+            optimizer = optimizer_of(model)
+            of_experts_alone = (ep, expert_tp) != (1, 1)  # Megatron makes a second instance for them
+            assert len(optimizer.chained_optimizers) == (3 if of_experts_alone else 2)
+            losses[ep, expert_tp] = train(model, optimizer, range(10))
+    for each in losses.values():
+        assert each == pytest.approx(losses[1, 1], rel=1e-5)
+
+
+@each_method
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_weights_after_the_same_gradients(method: str, bf16: bool) -> None:
+    """bfloat16 products of pieces round differently, so that losses can't tell; the main weights can."""
+
+    def trained(tp: int) -> tuple[Any, dict[str, torch.Tensor]]:
+        model = gpt(bf16=bf16)
+        optimizer = optimizer_of(model, method)
+        for step in range(3):
+            for name, p in model.module.named_parameters():
+                p.main_grad.copy_(seeded(name, p, 0.1, step))
+            updated, norm, _ = optimizer.step()
+            assert updated and norm > 1  # it was clipped
+        return model, {name: getattr(p, "main_param", p).detach() for name, p in model.module.named_parameters()}
+
+    with parallel(1):
+        _, whole = trained(1)
+        start = {name: getattr(p, "main_param", p).detach() for name, p in gpt(bf16=bf16).module.named_parameters()}
+    for tp in 2, 4:
+        with parallel(tp):
+            model, mine = trained(tp)
+            for name, p in model.module.named_parameters():
+                difference = (mine[name] - cut(whole[name], name, p)).norm()
+                assert difference < 1e-6 * (whole[name] - start[name]).norm() + 1e-6 * whole[name].norm(), name
+                assert p.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 @each_method
 @pytest.mark.parametrize("kind", ["legacy", "layout"])
-def test_layer_wise(method: str, kind: str) -> None:
+def test_layer_wise_distributed_optimizer(method: str, kind: str) -> None:
     losses = {}
     for layer_wise in "", kind:
         with parallel(2):
             model = gpt(bf16=True, layer_wise=layer_wise)
-            losses[layer_wise] = train(
-                model,
-                optimizer_of(model, method, clip_grad=0.0, use_layer_wise_distributed_optimizer=bool(layer_wise)),
-                range(10),
-            )
-    print(losses)
+            name = "dist_adaptive_muon" if layer_wise else "adaptive_muon"
+            # Clipping would sum the gradients' norm in another order.
+            optimizer = optimizer_of(model, method, optimizer=name, clip_grad=0.0)
+            losses[layer_wise] = train(model, optimizer, range(10))
     assert losses[kind] == losses[""]
