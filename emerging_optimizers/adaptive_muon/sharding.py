@@ -238,7 +238,7 @@ class Sharding:
     def _alone(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """How a parameter is split, as far as this process can know alone."""
         spec = self._spec(p, name)
-        if isinstance(spec, Layout) or spec.group.size() == 1:
+        if isinstance(spec, Layout) or (spec.group.size() == 1 and not getattr(spec, "padding", 0)):
             return Layout()
         if isinstance(spec, Split):
             require(

@@ -5,6 +5,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, get_args, override
 
 import torch
@@ -107,7 +108,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         require_one_of("tp_mode", tp_mode, get_args(TensorParallelModeT))
         blockwise = tp_mode == "blockwise"
         if blockwise:
-            _warn_of_blockwise(pg_collection)
+            _warn_of_blockwise(_tensor_parallel_size(pg_collection))
         layouts = MegatronLayouts(
             pg_collection,
             tensor_parallel=not blockwise,
@@ -289,16 +290,20 @@ def _is_qkv(p: torch.Tensor) -> bool:
     return bool(getattr(p, "is_qkv", False))
 
 
-def _warn_of_blockwise(pg_collection: Any) -> None:
+def _tensor_parallel_size(pg_collection: Any) -> int:
+    """The number of ranks that hold a matrix together, of an expert or any other."""
+    groups = (getattr(pg_collection, name, None) for name in ("tp", "expt_tp"))
+    return max((group.size() for group in groups if group is not None), default=1)
+
+
+@cache
+def _warn_of_blockwise(ranks: int) -> None:
     """Warns, once and on one rank, where the result depends on the number of tensor-parallel ranks."""
-    sizes = [group.size() for name in ("tp", "expt_tp") if (group := getattr(pg_collection, name, None)) is not None]
-    if max(sizes, default=1) > 1 and dist.get_rank() == 0:
-        logging.log_first_n(
-            logging.WARNING,
+    if ranks > 1 and dist.get_rank() == 0:
+        logging.warning(
             'adaptive_muon with tp_mode "blockwise" orthogonalizes every tensor-parallel strip as a matrix of its own: '
             "the result depends on the number of ranks (%d). --muon-tp-mode layer_sharded does not.",
-            1,
-            max(sizes),
+            ranks,
         )
 
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State with V in its parameter's shape: made, cut as the parameter is, and read off again."""
+
+from typing import Any
+
+import pytest
+import torch
+from pieces import OPTIONS, Pair, set_gradients, strips
+from side_by_side import each_method
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon.full_shape import read_off, spread
+from emerging_optimizers.adaptive_muon.together import run
+
+
+def spread_state(optimizer: AdaptiveMuon, p: torch.Tensor) -> dict[str, Any]:
+    return spread(optimizer.state[p], p, optimizer._sharding.matrices(p), optimizer._moment2)
+
+
+def padded_strips(shapes: list[tuple[int, int]], group: ProcessGroup) -> tuple[list[Pair], dict[Any, Piece]]:
+    """Strips of ceil(rows / ranks) + 1 rows, the last of them, or more, filled up with rows that belong to no matrix."""
+    pairs, layouts = [], {}
+    for whole_rows, columns in shapes:
+        whole = torch.randn(whole_rows, columns, generator=torch.Generator().manual_seed(whole_rows))
+        rows = -(-whole_rows // group.size()) + 1
+        top, bottom = (min(row, whole_rows) for row in (rows * group.rank(), rows * (group.rank() + 1)))
+        padding = rows - (bottom - top)
+
+        def cut(t: torch.Tensor, top: int = top, bottom: int = bottom, padding: int = padding) -> torch.Tensor:
+            if t.ndim == 1 or t.size(-2) == 1:
+                return t
+            return nn.functional.pad(t[top:bottom], (0, 0, 0, padding))
+
+        pairs.append(Pair(nn.Parameter(whole), nn.Parameter(cut(whole).clone()), cut))
+        layouts[pairs[-1].piece] = Piece(group, (whole_rows, columns), (top, bottom, 0, columns), padding)
+    return pairs, layouts
+
+
+@each_method
+@pytest.mark.parametrize("kind", ["strips", "blocks", "padded"])
+def test_spread_state_is_cut_as_the_parameter_is(method: str, kind: str, group: ProcessGroup) -> None:
+    """And what is read off its pieces, also of pieces without a row of a block, is the state of the pieces."""
+    options = {**OPTIONS, "moment2_method": method}
+    layouts: dict[Any, Piece] = {}
+    if kind == "padded":
+        pairs, layouts = padded_strips([(30, 17), (17, 30), (3, 18)], group)
+    else:
+        pairs = strips([(24, 64), (64, 24), (30, 18)] if kind == "strips" else [(60, 16)])
+    for pair in pairs:
+        if kind == "blocks":
+            for p in pair.whole, pair.piece:
+                p.muon_blocks = (30, 18, 12)  # wide and tall, and on four ranks some hold no row of some
+    whole = AdaptiveMuon([pair.whole for pair in pairs], **options)
+    pieces = AdaptiveMuon([pair.piece for pair in pairs], tp_group=group, layout_fn=layouts.get, **options)
+    for step in range(2):
+        set_gradients(pairs, step)
+        whole.step()
+        pieces.step()
+    for pair in pairs:
+        full = spread_state(pieces, pair.piece)
+        assert full["moment2_buffer"].shape == full["momentum_buffer"].shape == pair.piece.shape
+        of_whole = spread_state(whole, pair.whole)
+        for key in "moment2_buffer", "momentum_buffer":
+            expected, rows = (
+                pair.cut(of_whole[key]),
+                pair.piece.size(0) - layouts[pair.piece].padding if layouts else None,
+            )
+            torch.testing.assert_close(full[key][:rows], expected[:rows], rtol=1e-4, atol=1e-6)
+        states = [(pieces, pair.piece, full), (whole, pair.whole, of_whole)]
+        for optimizer, p, state in states:
+            matrices = optimizer._sharding.matrices(p)
+            [read] = run([read_off(state, p, matrices, optimizer._moment2)])
+            torch.testing.assert_close(read, dict(optimizer.state[p]), rtol=0, atol=0)
+            [same] = run([read_off(dict(optimizer.state[p]), p, matrices, optimizer._moment2)])
+            torch.testing.assert_close(same, dict(optimizer.state[p]), rtol=0, atol=0)
+
+
+def test_rows_of_padding_stay_as_they_are(group: ProcessGroup) -> None:
+    """Whatever is in them, and with every kind of weight decay they could be scaled by."""
+    pairs, layouts = padded_strips([(10, 17), (17, 10)], group)
+    for pair in pairs:
+        pair.piece.data += 0.0
+        set_gradients([pair], 0)
+    optimizer = AdaptiveMuon(
+        [pair.piece for pair in pairs], layout_fn=layouts.get, moment2_method="namo_d", **OPTIONS, weight_decay=0.1
+    )
+    whole = AdaptiveMuon([pair.whole for pair in pairs], moment2_method="namo_d", **OPTIONS, weight_decay=0.1)
+    optimizer.step()
+    whole.step()
+    for pair in pairs:
+        torch.testing.assert_close(pair.piece.detach(), pair.cut(pair.whole.detach()), rtol=0, atol=1e-6)
+
+
+def test_a_piece_that_does_not_fit_its_padding_is_refused(group: ProcessGroup) -> None:
+    pairs, layouts = padded_strips([(10, 17)], group)
+    [(p, piece)] = layouts.items()
+    if group.size() > 1:
+        wrong = Piece(group, piece.whole, piece.rectangle, piece.padding + 1)
+        with pytest.raises(ValueError, match="rows of padding"):
+            AdaptiveMuon([p], layout_fn=lambda _: wrong)
+    dist.barrier()
