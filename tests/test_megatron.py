@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's table, configuration, command line and launcher; and the start of tests/megatron in four processes.
+
+To run some of those by hand: ``torchrun --nproc_per_node 4 -m pytest -x tests/megatron -k layer_wise``.
+"""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torchrun import run_in_processes
+
+
+pytest.importorskip("megatron.core", reason="needs pip install '.[megatron]'")
+
+from megatron.core import package_info
+from megatron.core.optimizer import OptimizerConfig, emerging_optimizers
+from megatron.training import arguments, global_vars
+from megatron.training.training import get_megatron_optimizer_config
+
+from emerging_optimizers.adaptive_muon.integrations import megatron
+from emerging_optimizers.adaptive_muon.integrations.megatron import (
+    TensorParallelAdaptiveMuon,
+    add_adaptive_muon_args,
+    register,
+)
+
+
+TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
+STOCK = TABLE["adaptive_muon"]
+FOLDER = Path(__file__).parent / "megatron"
+
+
+@pytest.fixture(autouse=True)
+def stock() -> Iterator[None]:
+    """Every test begins and ends with Megatron as it is."""
+    yield
+    TABLE["adaptive_muon"] = STOCK
+    global_vars._GLOBAL_ARGS = None
+
+
+# What Megatron asks of every command line.
+MODEL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 32 "
+    "--micro-batch-size 4 --global-batch-size 4 --train-iters 5 --lr 0.5 --transformer-impl local "
+    "--tokenizer-type NullTokenizer --vocab-size 63 --mock-data --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-rope-fusion --no-persist-layer-norm"
+)
+
+
+class Chunk(torch.nn.Module):
+    """The least of a model that Megatron asks about."""
+
+    config = SimpleNamespace(num_attention_heads=8, num_query_groups=2, kv_channels=4)
+
+
+def built(config: Any) -> TensorParallelAdaptiveMuon:
+    """The optimizer that Megatron makes of a config."""
+    entry = TABLE["adaptive_muon"]
+    params = [torch.nn.Parameter(torch.ones(4, 8))]
+    return entry.optimizer_cls(params, **entry.config_to_kwargs(config, [Chunk()], None))
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str, provider: Any = add_adaptive_muon_args) -> Any:
+    """What Megatron's own parser makes of a command line, and finds valid."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL.split(), *flags])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    args = arguments.parse_args(extra_args_provider=provider)
+    arguments.validate_args(args)
+    return args
+
+
+def test_in_four_processes() -> None:
+    run_in_processes(FOLDER, 4)
+
+
+def test_register_replaces_one_entry_in_place_and_keeps_its_routing() -> None:
+    others = {name: entry for name, entry in TABLE.items() if name != "adaptive_muon"}
+    register()
+    register()
+    entry = TABLE["adaptive_muon"]
+    assert emerging_optimizers._EMERGING_OPTIMIZERS is TABLE
+    assert {name: entry for name, entry in TABLE.items() if name != "adaptive_muon"} == others
+    assert entry.optimizer_cls is TensorParallelAdaptiveMuon
+    assert entry.default_param_overrides == STOCK.default_param_overrides
+    assert entry.init_state_fn is STOCK.init_state_fn
+
+
+@pytest.mark.parametrize("version", [(0, 18, 2), (0, 19, 0), (0, 19, 9)])
+def test_supported_versions(version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(("MAJOR", "MINOR", "PATCH"), version, strict=True):
+        monkeypatch.setattr(package_info, name, value)
+    register()
+
+
+@pytest.mark.parametrize("version", [(0, 17, 1), (0, 18, 1), (0, 20, 0), (1, 0, 0)])
+def test_other_versions_are_refused(version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(("MAJOR", "MINOR", "PATCH"), version, strict=True):
+        monkeypatch.setattr(package_info, name, value)
+    number = ".".join(map(str, version))
+    monkeypatch.setattr(package_info, "__shortversion__", number)
+    with pytest.raises(RuntimeError, match=rf">= 0\.18\.2 and < 0\.20\.0, got {number}: install"):
+        register()
+    assert TABLE["adaptive_muon"] is STOCK
+
+
+def test_every_field_about_muon_reaches_the_optimizer() -> None:
+    """Also those that a later version adds: this fails until they are in the table."""
+    about = {field.name for field in fields(OptimizerConfig) if "muon" in field.name}
+    assert about - set(megatron._FROM_CONFIG.values()) == {"muon_scalar_optimizer"}  # Megatron's own business
+    config = OptimizerConfig(
+        optimizer="adaptive_muon",
+        lr=0.5,
+        weight_decay=0.25,
+        muon_momentum=0.75,
+        muon_nesterov=True,
+        muon_fp32_matmul_prec="high",
+        muon_coefficient_type="polar_express",
+        muon_num_ns_steps=7,
+        muon_scale_mode="unit_rms_norm",
+        muon_extra_scale_factor=0.125,
+        muon_tp_mode="distributed",
+        adaptive_muon_moment2_method="namo_d",
+        adaptive_muon_beta2=0.875,
+        adaptive_muon_eps=1e-3,
+    )
+    register()
+    optimizer = built(config)
+    [group] = optimizer.param_groups
+    assert {key: group[key] for key in ("lr", "weight_decay", "momentum", "beta2", "eps", "moment2_method")} == {
+        "lr": 0.5,
+        "weight_decay": 0.25,
+        "momentum": 0.75,
+        "beta2": 0.875,
+        "eps": 1e-3,
+        "moment2_method": "namo_d",
+    }
+    alike = optimizer._sharding._alike
+    assert alike["tp_mode"] == "distributed" and alike["scale_mode"] == "unit_rms_norm"
+    assert alike["nesterov"] is True and alike["fp32_matmul_prec"] == "high"
+    assert alike["orthogonalization"].coefficient_type == "polar_express"
+    assert alike["orthogonalization"].num_steps == 7 and alike["extra_scale_factor"] == 0.125
+
+
+def qkv_blocks(**config: Any) -> list[int]:
+    """Rows of the matrices into which the optimizer splits a fused attention weight of two query groups."""
+    register()
+    kwargs = TABLE["adaptive_muon"].config_to_kwargs(
+        OptimizerConfig(optimizer="adaptive_muon", lr=0.1, **config), [Chunk()], None
+    )
+    p = torch.nn.Parameter(torch.ones(48, 8))
+    p.is_qkv, p.grad = True, torch.ones(48, 8)
+    optimizer = TensorParallelAdaptiveMuon([p], **kwargs)
+    optimizer._sharding.resolve(optimizer.param_groups)
+    return [matrix.of(p).size(0) for matrix in optimizer._sharding.matrices(p)]
+
+
+def test_split_qkv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameter does not say its blocks, as in Megatron 0.18; the model's config does."""
+    assert qkv_blocks() == [32, 8, 8]
+    assert qkv_blocks(muon_split_qkv=False) == [48]
+    monkeypatch.setattr(Chunk.config, "attention_output_gate", True, raising=False)
+    assert qkv_blocks() == [48]  # 40 rows a group, which the 48 are not
+    monkeypatch.setattr(Chunk.config, "kv_channels", 2)
+    assert qkv_blocks() == [48]
+    monkeypatch.setattr(Chunk.config, "num_query_groups", 4)
+    assert qkv_blocks() == [16, 16, 8, 8]
+
+
+def test_split_qkv_without_blocks_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(48, 8))
+    p.is_qkv = True
+    with pytest.raises(ValueError, match="must say its blocks.*qkv_split_shapes"):
+        TensorParallelAdaptiveMuon([p], split_qkv=True)
+
+
+@pytest.mark.parametrize("missing", ["muon_extra_scale_factor", "decoupled_weight_decay", "adaptive_muon_eps"])
+def test_fields_that_a_version_lacks_are_not_asked_for(missing: str) -> None:
+    config = vars(OptimizerConfig(optimizer="adaptive_muon", lr=0.5)).copy()
+    del config[missing]
+    register()
+    built(SimpleNamespace(**config))
+
+
+def test_coupled_weight_decay() -> None:
+    register()
+    coupled = dict(optimizer="adaptive_muon", lr=0.5, decoupled_weight_decay=False)
+    assert built(OptimizerConfig(optimizer="adaptive_muon", lr=0.5)).weight_decay_method == "decoupled"
+    assert built(OptimizerConfig(**coupled)).weight_decay_method == "l2"
+    with pytest.raises(ValueError, match='must not be "l2" with moment2_method="namo"'):
+        built(OptimizerConfig(**coupled, adaptive_muon_moment2_method="namo"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"adaptive_muon_moment2_method": "adam"}, {"muon_tp_mode": "sharded"}, {"muon_fp32_matmul_prec": "low"}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_wrong_names_are_refused_when_the_optimizer_is_made(wrong: dict[str, str]) -> None:
+    register()
+    [name] = wrong.values()
+    with pytest.raises(ValueError, match=f"got '{name}': choose from"):
+        built(OptimizerConfig(optimizer="adaptive_muon", lr=0.5, **wrong))
+
+
+NAMO_D = OptimizerConfig(optimizer="adaptive_muon", lr=0.5, adaptive_muon_moment2_method="namo_d")
+
+
+def test_options_that_the_config_lacks() -> None:
+    register()
+    plain = built(NAMO_D)
+    assert plain._sharding._alike["tp_mode"] == "layer_sharded"  # of the blockwise config: whole but for TP strips
+    assert plain.bias_correction and plain.weight_decay_method == "decoupled"
+    register(
+        tp_mode="duplicated",
+        weight_decay_method="adaptive",
+        bias_correction=False,
+        namo_d_clamp=0.5,
+        use_syrk=False,
+        max_bytes_in_flight=1000,
+    )
+    optimizer = built(NAMO_D)
+    assert optimizer._sharding._alike["tp_mode"] == "duplicated" and optimizer.weight_decay_method == "adaptive"
+    assert not optimizer.bias_correction and optimizer.max_bytes_in_flight == 1000
+    assert optimizer._moment2.namo_d_clamp == 0.5
+    register()
+    assert built(NAMO_D).bias_correction  # the last call's options
+
+
+def test_flags_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Megatron's own ways: its parser, its copy of the arguments into the config, its global arguments."""
+    flags = (
+        "--optimizer adaptive_muon --adaptive-muon-moment2-method namo_d --adaptive-muon-beta2 0.5 "
+        "--adaptive-muon-eps 1e-3 --adaptive-muon-namo-d-clamp 0.25 --no-adaptive-muon-bias-correction "
+        "--adaptive-muon-weight-decay-method adaptive --adaptive-muon-max-bytes-in-flight 1000 "
+        "--no-adaptive-muon-use-syrk --muon-tp-mode duplicated --muon-fp32-matmul-prec highest"
+    )
+    args = parsed(monkeypatch, *flags.split())
+    global_vars._GLOBAL_ARGS = args
+    config, _ = get_megatron_optimizer_config(args)
+    register()
+    optimizer = built(config)
+    [group] = optimizer.param_groups
+    assert (group["moment2_method"], group["beta2"], group["eps"]) == ("namo_d", 0.5, 1e-3)
+    assert optimizer._moment2.namo_d_clamp == 0.25 and not optimizer.bias_correction
+    assert optimizer.weight_decay_method == "adaptive" and optimizer.max_bytes_in_flight == 1000
+    assert optimizer._sharding._alike["tp_mode"] == "duplicated" and optimizer.fp32_matmul_prec == "highest"
+    register(bias_correction=True)  # which wins over the command line
+    assert built(config).bias_correction
+
+
+def test_defaults_of_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed(monkeypatch, "--optimizer", "adaptive_muon")
+    config, defaults = get_megatron_optimizer_config(args)[0], OptimizerConfig()
+    for name in ("adaptive_muon_moment2_method", "adaptive_muon_beta2", "adaptive_muon_eps"):
+        assert getattr(config, name) == getattr(defaults, name)
+    assert args.muon_tp_mode == config.muon_tp_mode == "layer_sharded"
+    assert args.adaptive_muon_bias_correction is None  # the method's own
+    assert parsed(monkeypatch, "--optimizer=adaptive_muon").muon_tp_mode == "layer_sharded"
+    assert (
+        parsed(monkeypatch, "--optimizer", "adaptive_muon", "--muon-tp-mode", "blockwise").muon_tp_mode == "blockwise"
+    )
+    assert parsed(monkeypatch, "--optimizer", "muon").muon_tp_mode == "blockwise"  # Megatron's, for its own Muon
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--adaptive-muon-moment2-method adam", "--muon-tp-mode sharded", "--adaptive-muon-weight-decay-method none"],
+)
+def test_wrong_choices_stop_the_command_line(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, *flags.split())
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_flags_are_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launcher and by the script, or by a Megatron that has them."""
+    args = parsed(monkeypatch, provider=lambda parser: add_adaptive_muon_args(add_adaptive_muon_args(parser)))
+    assert args.adaptive_muon_moment2_method == "adamuon"
+
+
+SCRIPT = """
+import sys
+from megatron.training.arguments import parse_args
+import beside_the_script
+
+if __name__ == "__main__":
+    args = parse_args()
+    print(sys.argv[0] == __file__, args.optimizer, args.adaptive_muon_moment2_method, args.muon_tp_mode)
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+    print(_EMERGING_OPTIMIZERS["adaptive_muon"].optimizer_cls.__module__)
+"""
+
+
+def launched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the launcher on a script that knows nothing of us."""
+    (folder / "pretrain.py").write_text(SCRIPT)
+    (folder / "beside_the_script.py").touch()
+    command = [sys.executable, "-m", "emerging_optimizers.adaptive_muon.launch", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
+
+
+def test_launcher_runs_an_unmodified_script(tmp_path: Path) -> None:
+    flags = ["--optimizer", "adaptive_muon", "--adaptive-muon-moment2-method", "namo_d"]
+    done = launched(tmp_path, str(tmp_path / "pretrain.py"), *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        "True adaptive_muon namo_d layer_sharded",
+        "emerging_optimizers.adaptive_muon.integrations.megatron",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["nowhere.py", "--lr", "1"]])
+def test_launcher_says_how_it_is_used(arguments: list[str], tmp_path: Path) -> None:
+    done = launched(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert "SCRIPT" in done.stderr or "the training script, got 'nowhere.py'" in done.stderr
