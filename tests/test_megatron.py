@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's table, configuration, command line and launcher; and the start of tests/megatron in four processes.
+"""Megatron's table, configuration, command line and launcher; and the start of tests/megatron_core in four processes.
 
-To run some of those by hand: ``torchrun --nproc_per_node 4 -m pytest -x tests/megatron -k layer_wise``.
+To run some of those by hand: ``torchrun --nproc_per_node 4 -m pytest -x tests/megatron_core -k layer_wise``.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron import (
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
 STOCK = TABLE["adaptive_muon"]
-FOLDER = Path(__file__).parent / "megatron"
+FOLDER = Path(__file__).parent / "megatron_core"
 
 
 @pytest.fixture(autouse=True)

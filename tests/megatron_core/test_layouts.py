@@ -105,3 +105,12 @@ def test_blockwise_keeps_what_gtp_cuts_together() -> None:
     TensorParallelAdaptiveMuon([p], pg_collection=groups, tp_mode="blockwise", moment2_method="namo", **OPTIONS).step()
     expected = held(strip.detach(), -1, groups.tp, groups.gtp_remat)[0]
     torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_piece_without_a_group_is_refused() -> None:
+    """But for blockwise, which needs nobody else."""
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    p.partition_dim = 0
+    with pytest.raises(ValueError, match="needs tp_group"):
+        TensorParallelAdaptiveMuon([p])
+    TensorParallelAdaptiveMuon([p], tp_mode="blockwise")

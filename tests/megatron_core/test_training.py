@@ -114,8 +114,9 @@ def test_weights_after_the_same_gradients(method: str, bf16: bool) -> None:
         with parallel(tp):
             model, mine = trained(tp)
             for name, p in model.module.named_parameters():
-                difference = (mine[name] - cut(whole[name], name, p)).norm()
-                assert difference < 1e-6 * (whole[name] - start[name]).norm() + 1e-6 * whole[name].norm(), name
+                moved, off = (whole[name] - start[name]).norm(), (mine[name] - cut(whole[name], name, p)).norm()
+                # adamuon divides by the smallest elements of O, and turns the sign of some that are mere rounding.
+                assert off <= moved * (1e-3 if method == "adamuon" else 5e-6), name
                 assert p.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
