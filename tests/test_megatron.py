@@ -76,8 +76,10 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *flags: str, provider: Any = add_ada
     return args
 
 
-def test_in_four_processes() -> None:
-    run_in_processes(FOLDER, 4)
+@pytest.mark.parametrize("tests", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
+def test_in_four_processes(tests: Path) -> None:
+    """One file after the other: process groups add up, and slow each other down."""
+    run_in_processes(tests, 4)
 
 
 def test_register_replaces_one_entry_in_place_and_keeps_its_routing() -> None:
