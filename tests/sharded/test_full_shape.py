@@ -62,6 +62,7 @@ def test_spread_state_is_cut_as_the_parameter_is(method: str, kind: str, group: 
     for pair in pairs:
         full = spread_state(pieces, pair.piece)
         assert full["moment2_buffer"].shape == full["momentum_buffer"].shape == pair.piece.shape
+        assert full.keys() <= {"momentum_buffer", "moment2_buffer", "step"}
         of_whole = spread_state(whole, pair.whole)
         for key in "moment2_buffer", "momentum_buffer":
             expected, rows = (
