@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent
 
 MEGATRON = ["megatron-core>=0.18.2,<0.20", "psutil"]
 NEMO = ["nemo-toolkit[core,asr]>=2.7,<4", "lightning<=2.4"]
+AUTOMODEL = ["nemo-automodel>=0.7,<0.8"]
 TEST = ["pytest>=8", "hypothesis>=6.100", "numpy", "ruff>=0.9.9", "mypy>=1.13", "build", "setuptools", "wheel"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "sphinx-copybutton>=0.5.2", "sphinxcontrib-katex>=0.9.11", "furo"]
 DEMO = ["tqdm", "matplotlib"]
@@ -33,10 +34,23 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.12",
-    # Upstream owns emerging_optimizers/__init__.py. A namespace search finds our sub-package only, so no wheel or
+    # Upstream owns emerging_optimizers/__init__.py. A namespace search finds our sub-packages only, so no wheel or
     # editable install of ours can ever replace that file.
     packages=find_namespace_packages(include=["emerging_optimizers.adaptive_muon*"]),
+    # How NeMo knows adaptive_muon without a line of code: Lightning calls it in every Trainer.
+    entry_points={
+        "lightning.pytorch.callbacks_factory": [
+            "adaptive_muon = emerging_optimizers.adaptive_muon_discovery:lightning_callbacks"
+        ]
+    },
     package_data={"emerging_optimizers.adaptive_muon": ["py.typed"]},
     install_requires=["torch>=2.6", "absl-py", "emerging-optimizers>=0.3,<1"],
-    extras_require={"megatron": MEGATRON, "nemo": NEMO, "test": TEST + DEMO, "docs": DOCS, "demo": DEMO},
+    extras_require={
+        "megatron": MEGATRON,
+        "nemo": NEMO,
+        "automodel": AUTOMODEL,
+        "test": TEST + DEMO,
+        "docs": DOCS,
+        "demo": DEMO,
+    },
 )

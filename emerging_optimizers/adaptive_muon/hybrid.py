@@ -67,6 +67,7 @@ class HybridAdaptiveMuon(Optimizer):
         **options: Any,
     ) -> None:
         self._routes: list[tuple[str, tuple[int, ...], Route]] = []
+        self._of_model: dict[torch.Tensor, tuple[str, Route]] = {}
         scalar: dict[str, Any] = {
             "lr": lr if scalar_lr is None else scalar_lr,
             "betas": betas,
@@ -93,6 +94,7 @@ class HybridAdaptiveMuon(Optimizer):
         weight_decay: float = 0.01,
         *,
         routes: Mapping[str, AlgorithmT] | None = None,
+        params: ParamsT | None = None,
         **options: Any,
     ) -> Self:
         """Makes the optimizer of a model, routing its parameters by the modules that own them.
@@ -109,21 +111,20 @@ class HybridAdaptiveMuon(Optimizer):
             weight_decay: Weight decay coefficient of the matrices. Default 0.01.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
                 pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``.
+            params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
+                :meth:`add_param_group` routes and names as the model says when it is added.
             **options: All other arguments of the class.
 
         Raises:
-            ValueError: As the class, and if a pattern matches no parameter.
+            ValueError: As the class, and if a pattern matches no parameter or a parameter is not the model's.
         """
-        routed = route_model(model, routes)
-        groups = [
-            {
-                "params": [(name, p) for name, p, route in routed if route.algorithm == algorithm],
-                "routes": [route for *_, route in routed if route.algorithm == algorithm],
-                "use_muon": algorithm == "adaptive_muon",
-            }
-            for algorithm in ("adaptive_muon", "adamw")
-        ]
-        return cls([group for group in groups if group["params"]], lr, momentum, weight_decay, **options)
+        of_model: dict[torch.Tensor, tuple[str, Route]] = {
+            p: (name, route) for name, p, route in route_model(model, routes)
+        }
+        groups = [_as_in(of_model, group) for group in _as_groups(model.parameters() if params is None else params)]
+        optimizer = cls(groups, lr, momentum, weight_decay, **options)
+        optimizer._of_model = of_model
+        return optimizer
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -141,12 +142,17 @@ class HybridAdaptiveMuon(Optimizer):
         )
         lengths = [len(entries) for entries in grown]
         try:
-            for part in _split(param_group):
+            for part in _split(self._as_in_model(param_group)):
                 self._add_part(part)
         except Exception:
             for entries, length in zip(grown, lengths, strict=True):
                 del entries[length:]
             raise
+
+    def _as_in_model(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group that is added later, with names and routes where the model is known and all of it is the model's."""
+        params = [_named(entry)[1] for entry in _entries(group)]
+        return _as_in(self._of_model, group) if all(p in self._of_model for p in params) else group
 
     def _add_part(self, part: dict[str, Any]) -> None:
         """Adds a group of one kind to the optimizer of its kind, and shares it."""
@@ -197,14 +203,16 @@ class HybridAdaptiveMuon(Optimizer):
         self._adamw.step()
         return loss
 
-    def describe(self) -> str:
-        """Returns a table of the parameters: where each went, its shape, its name where known, and why."""
+    def describe(self, *, each: bool = True) -> str:
+        """Returns a table of the parameters: how many went where and, of ``each``, its shape, its name and why."""
         lines = []
         for algorithm, title in (("adaptive_muon", f"AdaptiveMuon ({self._muon.moment2_method})"), ("adamw", "AdamW")):
             rows = [row for row in self._routes if row[2].algorithm == algorithm]
             elements = sum(math.prod(shape) for _, shape, _ in rows)
             lines.append(f"{title}: {len(rows)} parameters, {elements:,} elements")
-            lines += [f"  {' x '.join(map(str, shape)):>15}  {name}  ({route.reason})" for name, shape, route in rows]
+            lines += [
+                f"  {' x '.join(map(str, shape)):>15}  {name}  ({route.reason})" for name, shape, route in rows if each
+            ]
         return "\n".join(lines)
 
     @override
@@ -252,14 +260,9 @@ def _as_groups(params: ParamsT) -> list[dict[str, Any]]:
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
     """A group as one or two groups of one kind each, with ``use_muon`` and ``routes`` set and options resolved."""
-    if "params" not in group:
-        raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
-    params = group["params"]
-    if isinstance(params, set):
-        raise TypeError("the order of a set changes between runs; pass the parameters as a list")
+    entries = _entries(group)
     unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
     require(not unknown, "scalar_ options of a group must be known", unknown, f"choose from {', '.join(_SCALAR_KEYS)}")
-    entries = [params] if isinstance(params, torch.Tensor) else list(params)
     routes = group.get("routes") or [_route(entry, group.get("use_muon")) for entry in entries]
     parts = []
     for use_muon, algorithm in ((True, "adaptive_muon"), (False, "adamw")):
@@ -278,11 +281,36 @@ def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def _route(entry: Any, use_muon: bool | None) -> Route:
-    """The route of a group's entry, which the group may have decided."""
+def _as_in(of_model: Mapping[torch.Tensor, tuple[str, Route]], group: dict[str, Any]) -> dict[str, Any]:
+    """A group with the names of its parameters in a model and, where it has not decided itself, their routes."""
+    params = [_named(entry)[1] for entry in _entries(group)]
+    foreign = [tuple(p.shape) for p in params if p not in of_model]
+    require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
+    named = {**group, "params": [(of_model[p][0], p) for p in params]}
+    return named if group.get("use_muon") is not None else {**named, "routes": [of_model[p][1] for p in params]}
+
+
+def _entries(group: dict[str, Any]) -> list[Any]:
+    """A group's parameters, or pairs of name and parameter."""
+    if "params" not in group:
+        raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError("the order of a set changes between runs; pass the parameters as a list")
+    return [params] if isinstance(params, torch.Tensor) else list(params)
+
+
+def _named(entry: Any) -> tuple[str, torch.Tensor]:
+    """A group's entry as a pair of name, where it has one, and parameter."""
     name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else ("", entry)
     if not isinstance(name, str) or not isinstance(p, torch.Tensor):
         raise TypeError(f"a parameter must be a tensor or a (name, tensor) pair, got {type(entry).__name__}")
+    return name, p
+
+
+def _route(entry: Any, use_muon: bool | None) -> Route:
+    """The route of a group's entry, which the group may have decided."""
+    name, p = _named(entry)
     route = route_parameter(p, name)
     if use_muon is None:
         return route

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How ``optim.name: adaptive_muon`` is there in NeMo after ``pip install``: the entry point that Lightning calls.
+
+It stands beside the package ``emerging_optimizers.adaptive_muon`` and not in it, since Lightning calls it in every
+``Trainer``, of programs without NeMo also: importing this module imports nothing else.
+"""
+
+import logging
+import sys
+from typing import Any
+
+
+__all__ = ["lightning_callbacks"]
+
+
+def lightning_callbacks() -> list[Any]:
+    """Registers adaptive_muon where NeMo is in use: the entry point of ``lightning.pytorch.callbacks_factory``.
+
+    Returns:
+        The callbacks for Lightning to add to a ``Trainer``: none where NeMo has not been imported.
+    """
+    if "nemo.core.optim.optimizers" not in sys.modules:
+        return []
+    try:
+        from emerging_optimizers.adaptive_muon.integrations import nemo
+
+        nemo.register()
+    except Exception as error:  # a Trainer that never asked for adaptive_muon must not fail for it
+        logging.getLogger(__name__).warning("NeMo's optim.name adaptive_muon is not available: %s", error)
+        return []
+    return [nemo.RoutingCallback()]

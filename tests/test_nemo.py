@@ -1,0 +1,619 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NeMo's own flow, from the YAML to a trained model: a small Conformer-CTC on generated wavs, on the CPU."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import MISSING, fields
+from importlib.metadata import entry_points
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DistributedSampler
+
+
+pytest.importorskip("nemo.collections.asr", reason="needs pip install '.[nemo]'")
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from nemo.collections.asr.models import EncDecCTCModel
+from nemo.collections.asr.modules import (
+    ConvASRDecoderClassification,
+    LSTMDecoder,
+    RNNTDecoder,
+    RNNTJoint,
+    SpeakerDecoder,
+)
+from nemo.collections.asr.parts.submodules.token_classifier import TokenClassifier
+from nemo.core.config.optimizers import AVAILABLE_OPTIMIZER_PARAMS
+from nemo.core.optim import lr_scheduler, optimizers
+from nemo.utils.trainer_utils import resolve_trainer_cfg
+from omegaconf import DictConfig, OmegaConf
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.integrations import nemo
+from emerging_optimizers.adaptive_muon.integrations.nemo import AdaptiveMuonParams, RoutingCallback, register, remember
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon_discovery import lightning_callbacks
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "nemo"
+STOCK = {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 1e-3}
+# Rates at which 24 steps take the loss well down.
+RATES = {"adamuon": 4e-3, "normuon": 2e-2, "namo": 2e-2, "namo_d": 2e-2}
+assert RATES.keys() == METHODS.keys()
+
+
+def optim(method: str = "namo_d", **options: Any) -> dict[str, Any]:
+    """A YAML's ``optim`` block: a stock one, with the name changed and what adaptive_muon adds."""
+    ours = {"name": "adaptive_muon", "lr": RATES[method], "moment2_method": method, "scalar_lr": 2e-3}
+    return {**STOCK, **ours, "nesterov": True, "extra_scale_factor": 0.2, "fp32_matmul_prec": "highest", **options}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Manifests of utterances of equal length, of which a batch's mean does not depend on how it is put together."""
+    folder = tmp_path_factory.mktemp("wavs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLE))
+        from wavs import write_manifests
+    write_manifests(folder, train=32, validation=4, letters=(3, 3))
+    return folder
+
+
+@pytest.fixture
+def config(data: Path) -> DictConfig:
+    """The example's configuration, with these manifests."""
+    config = OmegaConf.load(EXAMPLE / "conformer_ctc.yaml")
+    assert isinstance(config, DictConfig)
+    config.model.train_ds.update({"manifest_filepath": str(data / "train.json"), "batch_size": 8, "shuffle": False})
+    config.model.validation_ds.manifest_filepath = str(data / "validation.json")
+    config.model.optim = optim()
+    config.trainer.update({"enable_progress_bar": False, "limit_val_batches": 0, "enable_model_summary": False})
+    return config
+
+
+class LossInFloat32(pl.Callback):
+    """Torch's CTC loss knows no bfloat16 on the CPU."""
+
+    def on_fit_start(self, trainer, model):
+        model.loss.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, "log_probs": kwargs["log_probs"].float()}), with_kwargs=True
+        )
+
+
+class Watch(pl.Callback):
+    """Losses, learning rates and gradient norms of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[list[float]] = []
+        self.norms: list[float] = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    def on_before_zero_grad(self, trainer, model, optimizer):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if grads:
+            self.norms.append(float(nn.utils.get_total_norm(grads)))
+
+    def on_train_batch_end(self, trainer, model, outputs, *_):
+        self.losses.append(float(outputs["loss"]))
+
+
+def trainer_of(config: DictConfig, **options: Any) -> pl.Trainer:
+    return pl.Trainer(**{**resolve_trainer_cfg(config.trainer), **options})
+
+
+def model_of(config: DictConfig, trainer: pl.Trainer | None) -> EncDecCTCModel:
+    torch.manual_seed(0)
+    return EncDecCTCModel(cfg=config.model, trainer=trainer)
+
+
+def fit(
+    config: DictConfig, steps: int, *callbacks: pl.Callback, resume: Path | None = None, **options: Any
+) -> tuple[EncDecCTCModel, Watch]:
+    """Trains as NeMo's scripts do."""
+    watch = Watch()
+    trainer = trainer_of(config, max_steps=steps, callbacks=[watch, *callbacks], **options)
+    model = model_of(config, trainer)
+    trainer.fit(model, ckpt_path=resume)
+    return model, watch
+
+
+def optimizer_of(config: DictConfig, prepare: Any = None) -> HybridAdaptiveMuon:
+    """The optimizer NeMo makes of a configuration, of a model of which ``prepare`` may freeze something."""
+    model = model_of(config, None)
+    if prepare is not None:
+        prepare(model)
+    remember(model)
+    optimizer, _ = model.setup_optimization(config.model.optim)
+    optimizer.model = model  # the caller keeps both
+    return optimizer
+
+
+# ---- discovery ----
+
+
+def test_discovery_is_lightnings_entry_point():
+    (found,) = entry_points(group="lightning.pytorch.callbacks_factory", name="adaptive_muon")
+    assert found.load() is lightning_callbacks
+
+
+def test_discovery_imports_nothing_where_nemo_is_not_in_use():
+    code = (
+        "import sys, lightning.pytorch as pl\n"
+        "trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator='cpu')\n"
+        "print([n for n in ('nemo', 'emerging_optimizers.adaptive_muon', 'absl') if n in sys.modules])\n"
+        "print('emerging_optimizers.adaptive_muon_discovery' in sys.modules)\n"
+        "print([type(c).__name__ for c in trainer.callbacks])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    imported, looked, callbacks = done.stdout.splitlines()[-3:]
+    assert (imported, looked) == ("[]", "True")
+    assert "RoutingCallback" not in callbacks
+    assert "adaptive_muon" not in done.stderr
+
+
+def test_discovery_registers_once_however_many_trainers(config):
+    for _ in range(2):
+        trainer = trainer_of(config)
+        assert sum(isinstance(callback, RoutingCallback) for callback in trainer.callbacks) == 1
+    register()
+    assert optimizers.AVAILABLE_OPTIMIZERS["adaptive_muon"] is nemo.adaptive_muon
+    assert AVAILABLE_OPTIMIZER_PARAMS["adaptive_muon_params"] is AdaptiveMuonParams
+
+
+def test_discovery_registers_what_was_not(config, monkeypatch):
+    monkeypatch.delitem(optimizers.AVAILABLE_OPTIMIZERS, "adaptive_muon", raising=False)
+    monkeypatch.delitem(AVAILABLE_OPTIMIZER_PARAMS, "adaptive_muon_params", raising=False)
+    trainer_of(config)
+    assert optimizers.AVAILABLE_OPTIMIZERS["adaptive_muon"] is nemo.adaptive_muon
+    assert AVAILABLE_OPTIMIZER_PARAMS["adaptive_muon_params"] is AdaptiveMuonParams
+
+
+def test_another_optimizer_of_that_name_stays_and_trainers_go_on(config, monkeypatch, caplog):
+    monkeypatch.setitem(optimizers.AVAILABLE_OPTIMIZERS, "adaptive_muon", torch.optim.SGD)
+    with pytest.raises(ValueError, match="adaptive_muon"):
+        register()
+    with caplog.at_level(logging.WARNING):
+        trainer = trainer_of(config)
+    assert not any(isinstance(callback, RoutingCallback) for callback in trainer.callbacks)
+    assert "adaptive_muon is not available" in caplog.text
+    assert optimizers.AVAILABLE_OPTIMIZERS["adaptive_muon"] is torch.optim.SGD
+
+
+# ---- what the YAML says ----
+
+
+def test_stock_keys_keep_their_meaning(config):
+    config.model.optim.update({"eps": 1e-6, "moment2_eps": 1e-7, "beta2": 0.97, "momentum": 0.9})
+    matrices, rest = optimizer_of(config).param_groups
+    wanted = {"lr": 2e-2, "weight_decay": 1e-3, "eps": 1e-7, "beta2": 0.97, "momentum": 0.9, "use_muon": True}
+    assert {key: matrices[key] for key in wanted} == wanted
+    wanted = {"lr": 2e-3, "weight_decay": 1e-3, "eps": 1e-6, "betas": (0.9, 0.98), "use_muon": False}
+    assert {key: tuple(rest[key]) if key == "betas" else rest[key] for key in wanted} == wanted
+
+
+def test_only_the_name_changed(config):
+    config.model.optim = {**STOCK, "name": "adaptive_muon"}
+    optimizer = optimizer_of(config)
+    assert isinstance(optimizer, HybridAdaptiveMuon)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 2e-3]
+    assert optimizer.param_groups[0]["moment2_method"] == "adamuon"
+
+
+def test_args_auto_is_the_same_as_keys(config):
+    flat = {key: value for key, value in optim("namo", bias_correction=True).items() if key not in ("name", "lr")}
+    by_keys = optimizer_of(OmegaConf.merge(config, {"model": {"optim": {**flat, "lr": 1e-2}}}))
+    config.model.optim = {"name": "adaptive_muon", "lr": 1e-2, "args": {"name": "auto", "params": flat}}
+    by_args = optimizer_of(config)
+    strip = ("params",)
+    of = [[{k: v for k, v in g.items() if k not in strip} for g in o.param_groups] for o in (by_keys, by_args)]
+    assert of[0] == of[1]
+    assert by_args._muon.bias_correction and by_args._muon.nesterov
+
+
+def test_params_have_the_constructors_options_and_defaults():
+    hybrid, muon = (signature(cls).parameters for cls in (HybridAdaptiveMuon, AdaptiveMuon))
+    arguments = {**muon, **hybrid}
+    for callables_and_groups in ("self", "params", "options", "lr", "tp_group", "layout_fn", "blocks_fn"):
+        arguments.pop(callables_and_groups, None)
+    names = {"eps": "moment2_eps", "scalar_eps": "eps"}
+    wanted = {names.get(name, name): argument.default for name, argument in arguments.items()} | {"routes": None}
+    ours = {field.name: field.default for field in fields(AdaptiveMuonParams) if field.name != "lr"}
+    assert ours == wanted and MISSING not in ours.values()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"beta_2": 0.9}, r"known keys, got 'beta_2': choose from lr, .*moment2_method.*, routes"),
+        ({"lr": None}, r"lr must be >= 0, got"),
+        ({"lr": "fast"}, r"lr must be >= 0, got 'fast'"),
+        ({"moment2_method": "muon"}, r"moment2_method must be .*adamuon, normuon, namo, namo_d"),
+        ({"betas": [0.9]}, r"betas must be two numbers"),
+        ({"eps": -1.0}, r"scalar_eps must be >= 0"),
+        ({"routes": {"encoder.*": "muon"}}, r"routes\['encoder.\*'\] must be .*adaptive_muon, adamw"),
+        ({"routes": {"nothing.*": "adamw"}}, r"a pattern of routes must match a parameter, got 'nothing.\*'"),
+    ],
+)
+def test_wrong_keys_and_values_are_refused(config, wrong, text):
+    config.model.optim.update(wrong)
+    with pytest.raises(ValueError, match=text):
+        optimizer_of(config)
+
+
+def test_unknown_model_is_refused_with_the_remedy(config):
+    model = model_of(config, None)
+    with pytest.raises(ValueError, match=r"must know the model.*remember\(model\)"):
+        model.setup_optimization(config.model.optim)
+
+
+def test_models_are_forgotten(config):
+    remember(model := model_of(config, None))
+    del model
+    import gc
+
+    gc.collect()
+    other = model_of(config, None)
+    assert other not in nemo._models
+
+
+# ---- what goes where ----
+
+
+def routes_of(optimizer: HybridAdaptiveMuon) -> dict[str, str]:
+    return {
+        name: "adaptive_muon" if group["use_muon"] else "adamw"
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+    }
+
+
+def test_conformer_is_routed_as_documented(config):
+    optimizer = optimizer_of(config)
+    routes = routes_of(optimizer)
+    shapes = {name: p.shape for name, p in optimizer.model.named_parameters()}
+    assert routes.keys() == shapes.keys()
+    for name, algorithm in routes.items():
+        linear = any(word in name for word in (".linear", "pre_encode.out")) and name.endswith("weight")
+        assert algorithm == ("adaptive_muon" if linear else "adamw"), name
+    for special in ("pos_bias_u", "decoder_layers.0.weight", "pre_encode.conv.0.weight", "norm_out.weight"):
+        assert {a for name, a in routes.items() if special in name} == {"adamw"}, special
+    assert len(shapes["encoder.layers.0.self_attn.pos_bias_u"]) == 2
+    assert Counter(routes.values())["adaptive_muon"] == 19
+
+
+class WithHead(nn.Module):
+    """A model with one of NeMo's modules."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Linear(12, 12, bias=False)
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+def transducer() -> WithHead:
+    vocabulary = ["a", "b", "c", "d", "e", "f"]
+    prediction = RNNTDecoder(prednet={"pred_hidden": 10, "pred_rnn_layers": 1}, vocab_size=6)
+    network = {"encoder_hidden": 12, "pred_hidden": 10, "joint_hidden": 8, "activation": "relu"}
+    joint = RNNTJoint(jointnet=network, num_classes=6, vocabulary=vocabulary)
+    return WithHead(decoder=prediction, joint=joint)
+
+
+HEADS = {
+    "joint": (
+        transducer,
+        {"body.weight", "joint.pred.weight", "joint.enc.weight"},
+        {"joint.joint_net.1.weight", "decoder.prediction.embed.weight"},
+    ),
+    "speaker": (
+        lambda: WithHead(top=SpeakerDecoder(12, 20, emb_sizes=[16, 14], pool_mode="xvector")),
+        {"body.weight"},
+        {"top.final.weight"},
+    ),
+    "classification": (
+        lambda: WithHead(top=ConvASRDecoderClassification(12, 20)),
+        {"body.weight"},
+        {"top.decoder_layers.0.weight"},
+    ),
+    "lstm": (
+        lambda: WithHead(top=LSTMDecoder(12, 5, 12, vocabulary=list("abcde"), bidirectional=False)),
+        {"body.weight"},
+        {"top.linear_layer.weight", "top.lstm_layer.weight_ih_l0"},
+    ),
+    "token classifier": (
+        lambda: WithHead(top=TokenClassifier(12, 20, num_layers=2)),
+        {"body.weight", "top.mlp.layer0.weight"},
+        {"top.mlp.layer2.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_nemos_modules_go_to_adamw(head):
+    make, matrices, rest = HEADS[head]
+    remember(model := make())
+    optimizer = nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
+    routes = routes_of(optimizer)
+    assert matrices <= {name for name, algorithm in routes.items() if algorithm == "adaptive_muon"}
+    assert rest <= {name for name, algorithm in routes.items() if algorithm == "adamw"}
+
+
+def test_an_adapter_is_not_a_head():
+    model = transducer()
+    model.joint.adapter_layer = nn.ModuleDict({"mine": nn.Linear(8, 8, bias=False)})
+    remember(model)
+    routes = routes_of(nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3))
+    assert routes["joint.joint_net.1.weight"] == "adamw"
+    assert routes["joint.adapter_layer.mine.weight"] == "adaptive_muon"
+
+
+def test_yaml_overrides_routes(config):
+    config.model.optim.routes = {"encoder.layers.1.*": "adamw", "*.pos_bias_u": "adaptive_muon"}
+    routes = routes_of(optimizer_of(config))
+    assert {a for name, a in routes.items() if "layers.1." in name} == {"adamw"}
+    assert routes["encoder.layers.0.self_attn.pos_bias_u"] == "adaptive_muon"
+    assert routes["encoder.layers.0.self_attn.linear_q.weight"] == "adaptive_muon"
+
+
+def test_modules_have_their_own_rates(config):
+    config.model.optim_param_groups = {
+        "decoder": {"lr": 5e-4},
+        "encoder": {"lr": 1e-3, "betas": [0.8, 0.9], "eps": 1e-5, "scalar_weight_decay": 0.0},
+    }
+    optimizer = optimizer_of(config)
+    by_name = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    assert by_name["decoder.decoder_layers.0.weight"]["lr"] == 5e-4
+    matrix, norm = by_name["encoder.layers.0.self_attn.linear_q.weight"], by_name["encoder.layers.0.norm_out.weight"]
+    assert (matrix["lr"], norm["lr"], matrix["eps"], norm["eps"]) == (1e-3, 1e-3, 1e-8, 1e-5)
+    assert (matrix["weight_decay"], norm["weight_decay"]) == (1e-3, 0.0)
+    assert norm["betas"] == [0.8, 0.9] and type(norm["betas"]) is list
+    config.model.optim_param_groups.encoder.rate = 1
+    with pytest.raises(
+        ValueError, match=r"optim_param_groups of adaptive_muon must have known keys, got 'rate'.*lr, "
+    ):
+        optimizer_of(config)
+
+
+def test_frozen_parameters_are_left_out_and_said_to_be(config, caplog):
+    from nemo.utils import logging as nemo_logging
+
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nemo_logging, "info", lambda text, *rest: said.append(text % rest if rest else text))
+        optimizer = optimizer_of(config, freeze_first)
+    frozen = [name for name, p in optimizer.model.named_parameters() if not p.requires_grad]
+    assert len(frozen) > 20 and not set(frozen) & routes_of(optimizer).keys()
+    (line,) = (text for text in said if text.startswith("adaptive_muon:"))
+    held = {
+        use: [p for g in optimizer.param_groups if g["use_muon"] is use for p in g["params"]] for use in (True, False)
+    }
+    for use, title in ((True, "AdaptiveMuon (namo_d)"), (False, "AdamW")):
+        assert f"{title}: {len(held[use])} parameters, {sum(p.numel() for p in held[use]):,} elements" in line
+    assert f"left out: {len(frozen)} frozen parameters" in line
+
+
+def freeze_first(model: EncDecCTCModel) -> None:
+    """Freezes the encoder's first layer."""
+    for p in model.encoder.layers[0].parameters():
+        p.requires_grad_(False)
+
+
+def test_everything_of_a_group_frozen(config):
+    config.model.optim_param_groups = {"decoder": {"lr": 5e-4}}
+    optimizer = optimizer_of(config, lambda model: model.decoder.freeze())
+    assert not any("decoder" in name for name in routes_of(optimizer))
+
+
+class Unfreeze(BaseFinetuning):
+    """Lightning's own way to train a part later on."""
+
+    def freeze_before_training(self, model):
+        self.freeze(model.encoder.layers[0])
+
+    def finetune_function(self, model, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(model.encoder.layers[0], optimizer, lr=1e-3)
+
+
+def test_what_is_unfrozen_later_is_routed_as_the_model_says(config):
+    config.model.optim.pop("sched", None)
+    model, _ = fit(config, 6, Unfreeze())
+    optimizer = model.trainer.optimizers[0]
+    layer = model.encoder.layers[0]
+    for group in optimizer.param_groups[2:]:
+        for p in group["params"]:
+            (name,) = (name for name, of_layer in layer.named_parameters() if of_layer is p)
+            assert group["use_muon"] == (".linear" in "." + name and name.endswith("weight")), name
+    assert sum(len(group["params"]) for group in optimizer.param_groups[2:]) == len(list(layer.parameters()))
+    assert all(optimizer.state[p] for p in layer.parameters())
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_learn(config, method):
+    config.model.optim = optim(method, sched={"name": "CosineAnnealing", "warmup_steps": 4, "min_lr": 1e-6})
+    config.trainer.gradient_clip_val = 1.0
+    model, watch = fit(config, 24)
+    assert isinstance(model.trainer.optimizers[0], HybridAdaptiveMuon)
+    assert sum(watch.losses[-4:]) < 0.5 * sum(watch.losses[:4])
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def checkpoint_of(config: DictConfig, folder: Path, steps: int) -> Path:
+    """The checkpoint that Lightning wrote after the first epoch, of four steps, of a run of ``steps``."""
+    # Where there is no validation, Lightning 2.4 trains on a batch once more after it has loaded such a checkpoint.
+    config.trainer.update({"limit_val_batches": 1, "check_val_every_n_epoch": 1})
+    saver = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+    fit(config, steps, saver, enable_checkpointing=True)
+    return folder / "epoch=0.ckpt"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_equals_the_uninterrupted_run(config, tmp_path, method):
+    config.model.optim = optim(method, sched={"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-6})
+    saved = checkpoint_of(config, tmp_path, steps=8)
+    whole, _ = fit(config, 8)
+    resumed, watch = fit(config, 8, resume=saved)
+    assert len(watch.losses) == 4
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    states = [model.trainer.optimizers[0].state_dict()["state"] for model in (resumed, whole)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_resume_as_another_method_is_refused(config, tmp_path):
+    config.model.optim = optim("normuon")
+    saved = checkpoint_of(config, tmp_path, steps=4)
+    config.model.optim = optim("namo")
+    with pytest.raises(ValueError, match=r'moment2_method, "namo"; for parameter .encoder.* it is of, got .normuon'):
+        fit(config, 8, resume=saved)
+
+
+def test_nemo_file_round_trip(config, tmp_path):
+    model, _ = fit(config, 3)
+    model.save_to(str(tmp_path / "model.nemo"))
+    trainer = trainer_of(config, max_steps=2)
+    restored = EncDecCTCModel.restore_from(str(tmp_path / "model.nemo"), trainer=trainer)
+    torch.testing.assert_close(weights(restored), weights(model), rtol=0, atol=0)
+    assert restored.cfg.optim.moment2_method == "namo_d"
+    restored.setup_training_data(restored.cfg.train_ds)
+    trainer.fit(restored)
+    assert isinstance(trainer.optimizers[0], HybridAdaptiveMuon)
+    assert not torch.equal(restored.decoder.decoder_layers[0].weight, model.decoder.decoder_layers[0].weight)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16(config, precision):
+    config.trainer.precision = precision
+    model, watch = fit(config, 16, LossInFloat32())
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    optimizer = model.trainer.optimizers[0]
+    buffers = [optimizer.state[p] for p in optimizer.param_groups[0]["params"]]
+    assert {state[key].dtype for state in buffers for key in ("momentum_buffer", "moment2_buffer")} == {torch.float32}
+    assert sum(watch.losses[-4:]) < 0.7 * sum(watch.losses[:4])
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_gradient_clipping_counts_both_parts(config, clip):
+    _, watch = fit(config, 4, gradient_clip_val=clip)
+    assert len(watch.norms) == 3
+    assert all(abs(norm - 0.1) < 1e-4 for norm in watch.norms) if clip else min(watch.norms) > 1
+
+
+SCHEDULES = {
+    "CosineAnnealing": {"warmup_steps": 2, "min_lr": 1e-5},
+    "NoamAnnealing": {"warmup_steps": 2, "min_lr": 1e-7, "d_model": 64},
+    "InverseSquareRootAnnealing": {"warmup_steps": 2},
+    "PolynomialDecayAnnealing": {"warmup_steps": 2, "power": 2.0},
+    "SquareAnnealing": {"warmup_steps": 2},
+    "NoamHoldAnnealing": {"warmup_steps": 2, "hold_steps": 4},
+}
+# One rate for all groups, says NeMo's code: of the first group, or none of the groups'.
+ONE_RATE = {
+    "CosineAnnealing with constant_steps": {"warmup_steps": 2, "constant_steps": 2, "min_lr": 1e-5},
+    "WarmupAnnealing": {"warmup_steps": 2},
+    "T5InverseSquareRootAnnealing": {"constant_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, *ONE_RATE])
+def test_schedulers_see_both_parts(config, name):
+    arguments = {**SCHEDULES, **ONE_RATE}[name]
+    config.model.optim.sched = {"name": name.split()[0], **arguments}
+    _, watch = fit(config, 8)
+    # NeMo's scheduler on torch's AdamW with the same two rates.
+    plain = torch.optim.AdamW([{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in (2e-2, 2e-3)])
+    scheduler = lr_scheduler.get_scheduler(name.split()[0], **arguments, max_steps=8)(plain)
+    expected = []
+    for _ in range(8):
+        expected.append([group["lr"] for group in plain.param_groups])
+        plain.step()
+        scheduler.step()
+    torch.testing.assert_close(torch.tensor(watch.rates), torch.tensor(expected))
+    shared = {a == b for a, b in watch.rates[4:]}
+    assert shared == {name in ONE_RATE}, "the documentation says which schedulers give both parts one rate"
+
+
+@pytest.mark.parametrize("name", ["CosineAnnealing", "NoamAnnealing"])
+def test_min_lr_above_a_rate_is_refused_by_nemo(config, name):
+    sched = {"name": name, "warmup_steps": 0, "min_lr": 5e-3, **({"d_model": 64} if name == "NoamAnnealing" else {})}
+    config.model.optim.sched = sched  # below the matrices' 2e-2, above the AdamW part's 2e-3
+    with pytest.raises(ValueError, match="lower than the minimum learning rate"):
+        fit(config, 2)
+
+
+def run_script(config: DictConfig, folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Runs the example's script, which does not know of adaptive_muon, as users do."""
+    OmegaConf.save(config, folder / "config.yaml")
+    command = [sys.executable, str(EXAMPLE / "speech_to_text_ctc.py"), "--config-path", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*command, "--config-name", "config", f"exp_manager.exp_dir={folder}", *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=environment,
+    )
+
+
+def test_script_with_hydra_overrides_in_two_processes(config, tmp_path):
+    """A stock YAML, adaptive_muon from the command line, ddp: two halves of a batch do what the whole batch does."""
+    whole = copy.deepcopy(config)
+    lines = Path(config.model.train_ds.manifest_filepath).read_text().splitlines()
+    shuffled = DistributedSampler(lines, num_replicas=1, rank=0)  # as Lightning does under ddp, whatever the YAML says
+    (tmp_path / "shuffled.json").write_text("\n".join(lines[index] for index in shuffled))
+    whole.model.train_ds.manifest_filepath = str(tmp_path / "shuffled.json")
+    whole.model.optim = {**STOCK, "name": "adaptive_muon", "lr": 1e-3, "moment2_method": "namo_d", "scalar_lr": 2e-3}
+    whole.model.optim.fp32_matmul_prec = "highest"
+    expected, _ = fit(whole, 4)
+
+    config.model.optim = STOCK
+    config.model.train_ds.batch_size //= 2
+    torch.manual_seed(0)
+    EncDecCTCModel(cfg=config.model).save_to(str(tmp_path / "start.nemo"))
+    saver = {
+        "create_checkpoint_callback": True,
+        "checkpoint_callback_params": {"monitor": "train_loss", "save_last": True},
+    }
+    config.exp_manager.update(saver)
+    done = run_script(
+        config,
+        tmp_path,
+        "model.optim.name=adaptive_muon",
+        "model.optim.lr=1e-3",
+        "+model.optim.moment2_method=namo_d",
+        "+model.optim.scalar_lr=2e-3",
+        "+model.optim.fp32_matmul_prec=highest",
+        "trainer.devices=2",
+        "+trainer.strategy=ddp",
+        "trainer.use_distributed_sampler=true",
+        "trainer.max_steps=4",
+        f"+init_from_nemo_model={tmp_path / 'start.nemo'}",
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "AdaptiveMuon (namo_d): 19 parameters" in done.stdout + done.stderr
+    assert "distributed_backend=gloo" in done.stdout + done.stderr
+    (saved,) = tmp_path.rglob("*last.ckpt")
+    loaded = torch.load(saved, weights_only=False)
+    start = weights(model_of(config, None))
+    for name, p in weights(expected).items():
+        if not name.endswith("linear_k.bias"):  # the same for all keys, it cancels: its gradient is rounding
+            assert (loaded["state_dict"][name] - p).norm() <= 1e-4 * (p - start[name]).norm(), name
