@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo: train the six optimizers on real text.   make test: lint, types, tests.   make docs: the documentation.
+# make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
+# make test: lint, types, tests.   make docs: the documentation.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
@@ -7,18 +8,21 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo sweep test lint docs clean
+.PHONY: venv demo demo-nemo sweep test lint docs clean
 
 venv: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, got " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,megatron]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,megatron,nemo,automodel]'
 	@touch $@
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_gpt.py $(ARGS)
+
+demo-nemo: $(STAMP)
+	$(BIN)/python examples/nemo/compare.py $(ARGS)
 
 sweep: $(STAMP)
 	$(BIN)/python examples/sweep_learning_rates.py $(ARGS)

@@ -22,7 +22,8 @@ html_theme = "furo"
 html_title = "Adaptive Muon"
 
 autodoc_typehints = "description"
-autodoc_mock_imports = ["megatron"]  # the integration's page needs its docstrings only
+# The integrations' pages need their docstrings only.
+autodoc_mock_imports = ["megatron", "nemo", "nemo_automodel", "lightning", "omegaconf"]
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist"]

@@ -472,3 +472,61 @@ def test_one_cycle_schedule_and_gradient_scaler():
         schedule.step()
     assert all(p.isfinite().all() for p in model.parameters())
     assert optimizer.param_groups[0]["lr"] != optimizer.param_groups[1]["lr"]
+
+
+def test_model_groups_keep_their_options_and_the_models_routes():
+    model = Model()
+    groups = [
+        {"params": [model.embed.weight, *model.blocks[0].parameters()], "lr": 0.5},
+        {"params": [("mine", model.blocks[1].query.weight), model.scores.weight], "beta2": 0.5},
+        {"params": model.blocks[1].out_proj.weight, "use_muon": False},
+    ]
+    optimizer = HybridAdaptiveMuon.from_model(model, 0.25, params=groups)
+    of = {name: group for group in optimizer.param_groups for name in group["param_names"]}
+    left_out = {name for name, _ in model.named_parameters()} - of.keys()
+    assert left_out == {
+        name
+        for name, _ in model.named_parameters()
+        if name.split(".")[0] in ("positions", "table", "conv", "lstm") or name.startswith("blocks.1.norm")
+    } | {"blocks.1.query.bias", "blocks.1.pos_bias_u"}
+    assert {name: group["use_muon"] for name, group in of.items() if "weight" in name and "norm" not in name} == {
+        "embed.weight": False,
+        "blocks.0.query.weight": True,
+        "blocks.0.out_proj.weight": True,
+        "blocks.1.query.weight": True,
+        "scores.weight": False,
+        "blocks.1.out_proj.weight": False,
+    }
+    assert (of["embed.weight"]["lr"], of["blocks.0.query.weight"]["lr"], of["scores.weight"]["lr"]) == (0.5, 0.5, 0.25)
+    assert (of["blocks.0.query.weight"]["beta2"], of["blocks.1.query.weight"]["beta2"]) == (0.95, 0.5)
+
+
+def test_model_groups_must_be_of_the_model():
+    foreign = nn.Parameter(torch.ones(3, 7))
+    with pytest.raises(ValueError, match=r"parameters of the model, got \[\(3, 7\)\]"):
+        HybridAdaptiveMuon.from_model(Model(), params=[foreign])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_added_later_routed_and_named_as_the_model_says(copied):
+    model = Model()
+    optimizer = HybridAdaptiveMuon.from_model(
+        model, params=model.blocks[0].parameters(), routes={"blocks.1.query.weight": "adamw"}
+    )
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    held = len(optimizer.param_groups)
+    optimizer.add_param_group({"params": [*model.blocks[1].parameters(), model.embed.weight], "lr": 0.5})
+    added = {name: group for group in optimizer.param_groups[held:] for name in group["param_names"]}
+    assert added.keys() == {"embed.weight"} | {f"blocks.1.{name}" for name, _ in model.blocks[1].named_parameters()}
+    assert {name for name, group in added.items() if group["use_muon"]} == {"blocks.1.out_proj.weight"}
+    assert all(group["lr"] == 0.5 for group in added.values())
+    assert "pattern 'blocks.1.query.weight'" in optimizer.describe()
+    with pytest.raises(ValueError, match="names"):  # torch's rule
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+
+
+def test_description_in_short():
+    _, optimizer = model_and_optimizer()
+    lines = optimizer.describe().splitlines()
+    assert optimizer.describe(each=False).splitlines() == [line for line in lines if not line.startswith(" ")]

@@ -2,10 +2,14 @@
 """NeMo's own flow, from the YAML to a trained model: a small Conformer-CTC on generated wavs, on the CPU."""
 
 import copy
+import gc
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
@@ -32,7 +36,9 @@ from nemo.collections.asr.modules import (
     SpeakerDecoder,
 )
 from nemo.collections.asr.parts.submodules.token_classifier import TokenClassifier
+from nemo.core.classes import NeuralModule
 from nemo.core.config.optimizers import AVAILABLE_OPTIMIZER_PARAMS
+from nemo.core.neural_types import LogitsType, NeuralType
 from nemo.core.optim import lr_scheduler, optimizers
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
@@ -134,6 +140,7 @@ def optimizer_of(config: DictConfig, prepare: Any = None) -> HybridAdaptiveMuon:
     model = model_of(config, None)
     if prepare is not None:
         prepare(model)
+    register()
     remember(model)
     optimizer, _ = model.setup_optimization(config.model.optim)
     optimizer.model = model  # the caller keeps both
@@ -253,6 +260,7 @@ def test_wrong_keys_and_values_are_refused(config, wrong, text):
 
 
 def test_unknown_model_is_refused_with_the_remedy(config):
+    register()
     model = model_of(config, None)
     with pytest.raises(ValueError, match=r"must know the model.*remember\(model\)"):
         model.setup_optimization(config.model.optim)
@@ -260,12 +268,10 @@ def test_unknown_model_is_refused_with_the_remedy(config):
 
 def test_models_are_forgotten(config):
     remember(model := model_of(config, None))
+    forgotten = weakref.ref(model)
     del model
-    import gc
-
     gc.collect()
-    other = model_of(config, None)
-    assert other not in nemo._models
+    assert forgotten() is None
 
 
 # ---- what goes where ----
@@ -293,12 +299,18 @@ def test_conformer_is_routed_as_documented(config):
     assert Counter(routes.values())["adaptive_muon"] == 19
 
 
+class ManyOutputs(NeuralModule):
+    """A module of NeMo's whose outputs are lists."""
+
+    output_types = {"many": [NeuralType(("B", "D"), LogitsType())]}
+
+
 class WithHead(nn.Module):
     """A model with one of NeMo's modules."""
 
     def __init__(self, **modules: nn.Module) -> None:
         super().__init__()
-        self.body = nn.Linear(12, 12, bias=False)
+        self.body, self.untyped, self.many = nn.Linear(12, 12, bias=False), NeuralModule(), ManyOutputs()
         for name, module in modules.items():
             self.add_module(name, module)
 
@@ -617,3 +629,46 @@ def test_script_with_hydra_overrides_in_two_processes(config, tmp_path):
     for name, p in weights(expected).items():
         if not name.endswith("linear_k.bias"):  # the same for all keys, it cancels: its gradient is rounding
             assert (loaded["state_dict"][name] - p).norm() <= 1e-4 * (p - start[name]).norm(), name
+
+
+def test_target_is_refused_by_nemo(config):
+    """As the documentation says; should NeMo's list open, it can say otherwise."""
+    config.model.optim = {"_target_": "emerging_optimizers.adaptive_muon.HybridAdaptiveMuon", "lr": 1e-3}
+    with pytest.raises(Exception, match="_target_|allow"):
+        optimizer_of(config)
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "apidocs" / "nemo.md").read_text()
+
+
+def test_documented_block_works(config):
+    block = next(b for b in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "name: adaptive_muon" in b)
+    config.model.optim = OmegaConf.create(block).model.optim
+    config.model.optim.fp32_matmul_prec = "highest"
+    matrices, rest = optimizer_of(config).param_groups
+    assert (matrices["moment2_method"], matrices["lr"], rest["lr"]) == ("namo_d", 4e-2, 4e-3)
+
+
+def test_documented_keys_are_all_keys_with_their_defaults():
+    table = PAGE[PAGE.index("## Keys") : PAGE.index("## What goes where")]
+    documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE))
+    numbers = {"2^30": 2**30, "[0.9, 0.999]": (0.9, 0.999), "`null`": None, "`false`": False}
+    of = {field.name: field.default for field in fields(AdaptiveMuonParams)}
+    assert documented.keys() == of.keys()
+    for key, text in documented.items():
+        if key != "lr":
+            value = numbers[text] if text in numbers else text.strip("`")
+            assert of[key] == (type(of[key])(value) if isinstance(value, str) else value), key
+
+
+def test_demo(tmp_path):
+    command = [sys.executable, str(EXAMPLE / "compare.py"), "--steps", "2", "--seeds", "1", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert all(method in done.stdout for method in ("adamw", *METHODS)) and "WER" in done.stdout
+    runs = json.loads((tmp_path / "compare.json").read_text())
+    assert {len(run["losses"]) for of_method in runs.values() for run in of_method} == {2}
+    assert len({of_method[0]["losses"][0] for of_method in runs.values()}) == 1  # the same weights, the same batch
+    assert len({of_method[0]["losses"][1] for of_method in runs.values()}) == len(runs)
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")

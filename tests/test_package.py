@@ -47,7 +47,8 @@ def wheel(tmp_path_factory):
 def test_wheel_never_holds_upstreams_file(wheel):
     assert "emerging_optimizers/__init__.py" not in wheel
     assert all(
-        re.match(r"emerging_optimizers(/adaptive_muon/|_adaptive_muon-[^/]+\.dist-info/)", name) for name in wheel
+        re.match(r"emerging_optimizers(/adaptive_muon(_discovery)?/|_adaptive_muon-[^/]+\.dist-info/)", name)
+        for name in wheel
     )
 
 
@@ -55,6 +56,7 @@ def test_wheel_holds_every_source_and_the_type_marker(wheel):
     sources = {str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*") if path.suffix in (".py", ".typed")}
     sources |= {"py.typed"}
     assert {f"emerging_optimizers/adaptive_muon/{name}" for name in sources} <= wheel.keys()
+    assert "emerging_optimizers/adaptive_muon_discovery/__init__.py" in wheel
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
 
@@ -63,7 +65,26 @@ def test_wheel_metadata(wheel):
     assert "Name: emerging-optimizers-adaptive-muon\n" in metadata
     required = set(re.findall(r"Requires-Dist: ([^;\n]+)\n", metadata))
     assert required == {"torch>=2.6", "absl-py", "emerging-optimizers<1,>=0.3"}
-    assert {"megatron", "nemo", "test", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", metadata))
+    assert {"megatron", "nemo", "automodel", "test", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", metadata))
+
+
+def test_wheel_is_found_by_lightning(wheel):
+    (entry_points,) = (text.decode() for name, text in wheel.items() if name.endswith("entry_points.txt"))
+    assert entry_points.split("\n")[:2] == [
+        "[lightning.pytorch.callbacks_factory]",
+        "adaptive_muon = emerging_optimizers.adaptive_muon_discovery:lightning_callbacks",
+    ]
+
+
+def test_discovery_imports_next_to_nothing():
+    code = "import sys; before = set(sys.modules); from emerging_optimizers import adaptive_muon_discovery as found\n"
+    code += "assert found.lightning_callbacks() == []\n"
+    code += "print(sorted(n for n in set(sys.modules) - before if '.' not in n or n.startswith('emerging')))"
+    imported = set(eval(run_python(code)))
+    ours = {"emerging_optimizers", "emerging_optimizers.package_info", "emerging_optimizers.adaptive_muon_discovery"}
+    assert ours <= imported
+    assert not imported & {"torch", "absl", "numpy", "nemo", "lightning"}
+    assert {name for name in imported if name.startswith("emerging")} == ours
 
 
 def test_checkout_has_no_init_at_the_top():

@@ -62,13 +62,19 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
         name: Its dotted name in the model.
 
     Raises:
-        ValueError: If the parameter has no shape yet (a lazy module before its first forward).
+        ValueError: If the parameter has no shape yet (a lazy module before its first forward), or none any more (FSDP1).
     """
     require(
         not is_lazy(p),
         "a parameter must have a shape to be routed",
         name or "an uninitialized parameter",
         "run the model once before making the optimizer",
+    )
+    require(
+        not getattr(p, "_fsdp_flattened", False),
+        "a parameter must keep its rows and columns to be routed",
+        f"{name or 'a parameter'} flattened by FullyShardedDataParallel",
+        "use FSDP2, torch.distributed.fsdp.fully_shard",
     )
     *path, leaf = name.split(".")
     if getattr(p, "is_embedding_or_output_parameter", False):

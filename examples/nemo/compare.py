@@ -143,6 +143,8 @@ def draw(rates: Rates, runs: dict[str, list[dict[str, Any]]], path: Path) -> Non
         right.plot(losses.keys(), losses.values(), label=f"{method}  {rates.chosen(method):g}", **style)
     left.set(xlabel="step", ylabel="CTC loss, mean of the seeds", yscale="log")
     right.set(xlabel="learning rate of the matrices", ylabel="tuning loss", xscale="log", yscale="log")
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     left.legend(frameon=False)
     right.legend(title="best rate", frameon=False)
     for axes in (left, right):

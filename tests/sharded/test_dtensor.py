@@ -11,6 +11,7 @@ from pieces import OPTIONS, difference
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
@@ -110,3 +111,13 @@ def test_hooks_see_dtensors(method: str) -> None:
         Hooked([p], moment2_method=method, **OPTIONS).step()
     assert difference(seen[1], seen[0]) <= 1e-6
     assert difference(full(sharded.down.weight), whole.down.weight) <= 1e-6
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_what_fsdp1_has_flattened_is_refused(use_orig_params):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    model = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel.: use FSDP2"):
+        HybridAdaptiveMuon.from_model(model)
+    with pytest.raises(ValueError, match="use FSDP2"):
+        HybridAdaptiveMuon(list(model.parameters()))

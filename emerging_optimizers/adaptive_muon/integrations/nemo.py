@@ -92,8 +92,7 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
     groups = list(params)
     model = _owner({p for group in groups for p in group["params"]})
     _tag_heads(model)
-    trained = [group for group in map(_trained, groups) if group["params"]]
-    optimizer = options.make_optimizer(model, trained, options.lr)
+    optimizer = options.make_optimizer(model, map(_trained, groups), options.lr)
     frozen = sum(not p.requires_grad for group in groups for p in group["params"])
     logging.info(f"adaptive_muon: {optimizer.describe(each=False)}\nleft out: {frozen} frozen parameters")
     return optimizer
@@ -129,10 +128,9 @@ def _known(key: str, valid: Iterable[str], place: str) -> str:
 def _tag_heads(model: nn.Module) -> None:
     """Tags the output heads that NeMo's modules show: the last linear layer of one that returns logits."""
     for module in model.modules():
-        if module is model or not isinstance(module, NeuralModule):
-            continue
-        types = [output for output in (module.output_types or {}).values() if isinstance(output, NeuralType)]
-        if any(isinstance(output.elements_type, LogitsType | LogprobsType) for output in types):
+        outputs = (module.output_types or {}).values() if isinstance(module, NeuralModule) else ()
+        types = [output.elements_type for output in outputs if isinstance(output, NeuralType)]
+        if any(isinstance(of_output, LogitsType | LogprobsType) for of_output in types):
             linears = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and "adapter" not in name]
             for head in linears[-1:]:
                 head.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
