@@ -127,7 +127,7 @@ def test_one_optimizer_a_part():
 
 def test_scheduler_keeps_the_ratios():
     """Automodel's scheduler knows one base rate, the first group's, and a multiplier of it for each group."""
-    overrides = [{"pattern": r"layers\.1\.", "lr_mult": 0.5, "wd_mult": 0.0}]
+    overrides = [{"pattern": r"layers\.1\.", "lr_mult": 0.5, "wd_mult": 0.25}]
     config = yaml(weight_decay=0.1, scalar_lr=1e-3, scalar_weight_decay=0.2, param_group_overrides=overrides)
     (optimizer,) = config.build(llama())
     schedule = SimpleNamespace(epoch_len=10, num_epochs=1, max_steps=None)
@@ -142,8 +142,14 @@ def test_scheduler_keeps_the_ratios():
     for step in seen:
         rates, decays = zip(*(step[of[name]] for name in names), strict=True)
         assert rates == pytest.approx([rates[0] * factor for factor in (1, 1e-3 / 2e-2, 0.5, 0.5 * 1e-3 / 2e-2)])
-        assert decays == pytest.approx([0.1, 0.2, 0, 0])
+        assert decays == pytest.approx([0.1, 0.2, 0.025, 0.05])
     assert len({step[0][0] for step in seen}) == 6
+
+
+def test_multipliers_without_weight_decay():
+    config = yaml(weight_decay=0.0, param_group_overrides=[{"pattern": "norm", "wd_mult": 2.0}])
+    (optimizer,) = config.build(llama())
+    assert [group.get("wd_mult") for group in optimizer.param_groups] == [None, None, 2.0]
 
 
 def test_documented_block_works():
