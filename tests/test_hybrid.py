@@ -477,7 +477,7 @@ def test_one_cycle_schedule_and_gradient_scaler():
 def test_model_groups_keep_their_options_and_the_models_routes():
     model = Model()
     groups = [
-        {"params": [model.embed.weight, *model.blocks[0].parameters()], "lr": 0.5},
+        {"params": [model.embed.weight, *model.blocks[0].parameters()], "lr": 0.5, "use_muon": None},
         {"params": [("mine", model.blocks[1].query.weight), model.scores.weight], "beta2": 0.5},
         {"params": model.blocks[1].out_proj.weight, "use_muon": False},
     ]
@@ -522,8 +522,11 @@ def test_added_later_routed_and_named_as_the_model_says(copied):
     assert {name for name, group in added.items() if group["use_muon"]} == {"blocks.1.out_proj.weight"}
     assert all(group["lr"] == 0.5 for group in added.values())
     assert "pattern 'blocks.1.query.weight'" in optimizer.describe()
+    foreign = nn.Parameter(torch.ones(2, 2))
     with pytest.raises(ValueError, match="names"):  # torch's rule
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+        optimizer.add_param_group({"params": [foreign]})
+    optimizer.add_param_group({"params": [("conv", model.conv.weight), ("extra", foreign)]})
+    assert "extra" in names_of(optimizer, True) and "conv" in names_of(optimizer, False)
 
 
 def test_description_in_short():
