@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """For conftest.py of tests that run in every process of a torchrun: hooks and fixtures that all of them share."""
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ def pytest_sessionfinish(exitstatus: int) -> None:
 def pytest_unconfigure() -> None:
     """Ends a rank without Python's clean-up, in which a gloo group that something still refers to may abort."""
     if "RANK" in os.environ:
+        for child in multiprocessing.active_children():  # Megatron's checkpoint writers, which would stay
+            child.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(_status[-1] if _status else 2)
