@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT, orthogonalizer
-from emerging_optimizers.adaptive_muon.orthogonalizer import NewtonSchulz
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT, newton_schulz
+from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz
 from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon as Upstream
 
 
@@ -372,11 +372,11 @@ def test_syrk_is_used_where_the_kernel_takes_the_matrix(monkeypatch, matrix, tak
         asked.append(use_syrk)
         return x
 
-    monkeypatch.setattr(orthogonalizer.muon_utils, "newton_schulz", listen)
+    monkeypatch.setattr(newton_schulz.muon_utils, "newton_schulz", listen)
     x = torch.ones(matrix).as_subclass(OnGpu)
-    NewtonSchulz("quintic", 5, use_syrk=True)(x)
-    NewtonSchulz("quintic", 5, use_syrk=True)(torch.ones(matrix))
-    NewtonSchulz("quintic", 5, use_syrk=False)(x)
+    NewtonSchulz("quintic", 5, True, "standard")(x)
+    NewtonSchulz("quintic", 5, True, "standard")(torch.ones(matrix))
+    NewtonSchulz("quintic", 5, False, "standard")(x)
     assert asked == [taken, False, False]
 
 
@@ -385,7 +385,7 @@ def test_syrk_is_trusted_where_upstream_trusts_it(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     optimizer = AdaptiveMuon(matrices(), use_syrk=True)
-    assert optimizer.scaled_orthogonalize_fn.use_syrk is (capability == (9, 0) and orthogonalizer.HAS_TRITON_340)
+    assert optimizer.scaled_orthogonalize_fn.use_syrk is (capability == (9, 0) and newton_schulz.HAS_TRITON_340)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from emerging_optimizers.adaptive_muon.layout import Layout, Rectangle, ShardedLayout
 from emerging_optimizers.adaptive_muon.orthogonalizer import Distributed, Duplicated, LayerSharded
-from emerging_optimizers.adaptive_muon.plan import Plan, make_plan
+from emerging_optimizers.adaptive_muon.plan import Ready, make_plan
 from emerging_optimizers.adaptive_muon.sharding import Matrix
 
 
@@ -75,7 +75,21 @@ def made(group: Group, of: list[Any], rank: int = 0) -> Matrices:
     return dict(parameter(group, *each, rank) for each in of)
 
 
-def told(plan: Plan, matrices: Matrices) -> tuple[list[list[int]], list[int | None]]:
+class Laid(NamedTuple):
+    """A plan whose stacks are laid out."""
+
+    rounds: list[list[torch.Tensor]]
+    homes: dict[Matrix, int]
+
+
+def plan_of(matrices: Matrices, mode: type | None, most: int) -> "Laid":
+    """The rounds, their stacks laid out, and the homes."""
+    ready = [Ready(tuple(of), 0, p.dtype, p.device, p) for p, of in matrices.items()]
+    plan = make_plan(ready, mode, most)
+    return Laid([[p for stack in each for p in stack.params] for each in plan.rounds], plan.homes)
+
+
+def told(plan: Laid, matrices: Matrices) -> tuple[list[list[int]], list[int | None]]:
     """A plan in words that fit on every rank: numbers of parameters, and a home or None for every matrix."""
     numbers = {p: i for i, p in enumerate(matrices)}
     return [[numbers[p] for p in each] for each in plan.rounds], [
@@ -83,7 +97,7 @@ def told(plan: Plan, matrices: Matrices) -> tuple[list[list[int]], list[int | No
     ]
 
 
-def bytes_of(p: torch.Tensor, matrices: list[Matrix], plan: Plan, mode: type, rank: int) -> int:
+def bytes_of(p: torch.Tensor, matrices: list[Matrix], plan: Laid, mode: type, rank: int) -> int:
     """What a rank sends, its piece, and receives, the whole matrix where it is the one to orthogonalize it."""
     total = 0
     for matrix in matrices:
@@ -103,7 +117,7 @@ def test_rounds(drawn: tuple[int, list[Any]], mode: type, most: int) -> None:
     """Every parameter once; no more than allowed but alone; and no round before the last has had its fill."""
     ranks, of = drawn
     matrices = made(Group(ranks), of)
-    plan = make_plan(matrices, mode, most)
+    plan = plan_of(matrices, mode, most)
     assert sorted(id(p) for each in plan.rounds for p in each) == sorted(map(id, matrices)) and all(plan.rounds)
 
     def worst(params: list[torch.Tensor]) -> int:
@@ -121,7 +135,7 @@ def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode
     plans = []
     for rank in [*range(ranks), 0]:
         matrices = made(Group(ranks), of, rank)
-        plans.append(told(make_plan(matrices, mode, most), matrices))
+        plans.append(told(plan_of(matrices, mode, most), matrices))
     assert all(plan == plans[0] for plan in plans)
     assert all(home in range(ranks) for home in plans[0][1])
 
@@ -139,7 +153,7 @@ def test_work_is_shared_fairly(drawn: tuple[int, list[Any]], mode: type) -> None
     """The greatest share is within 4/3 of the least that there could be."""
     ranks, of = drawn
     matrices = made(Group(ranks), of)
-    plan = make_plan(matrices, mode, NO_LIMIT)
+    plan = plan_of(matrices, mode, NO_LIMIT)
     costs = {
         matrix: math.prod(p.shape[:-2]) * math.prod(matrix.layout.whole) * min(matrix.layout.whole)
         for p, each in matrices.items()
@@ -164,7 +178,7 @@ def test_a_hundred_matrices_on_eight_ranks() -> None:
         [([(64, 64), (16, 64), (16, 64)], 0), ([(64, 64)], 1), ([(256, 64)], 0), ([(64, 256)], 1)],
     )
     matrices = made(group, [(shapes, dim, [1] * 8, ()) for shapes, dim in layers] * 16)
-    plan = make_plan(matrices, LayerSharded, NO_LIMIT)
+    plan = plan_of(matrices, LayerSharded, NO_LIMIT)
     shares = [0] * 8
     for each in matrices.values():
         for matrix in each:
@@ -176,9 +190,9 @@ def test_a_hundred_matrices_on_eight_ranks() -> None:
 @pytest.mark.parametrize("most", [1, NO_LIMIT])
 def test_whole_parameters_go_one_by_one(mode: Any, most: int) -> None:
     whole = {torch.empty(4, 6): [Matrix(Layout())], torch.empty(8, 6): [Matrix(Layout(), i, slice(0)) for i in (0, 1)]}
-    plan = make_plan(whole, mode, most)
+    plan = plan_of(whole, mode, most)
     assert [[id(p) for p in each] for each in plan.rounds] == [[id(p)] for p in whole] and plan.homes == {}
-    assert make_plan({}, mode, most) == Plan([], {})
+    assert plan_of({}, mode, most) == ([], {})
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -195,15 +209,15 @@ def test_groups_are_kept_apart(mode: type, most: int) -> None:
         else:
             p, of = parameter(group, [(6, 6)], index % 2, [1] * group.ranks, (), 1)
         matrices[p], owner[p] = of, group
-    plan = make_plan(matrices, mode, most)
+    plan = plan_of(matrices, mode, most)
     assert all(len({owner[p] for p in each}) == 1 for each in plan.rounds)
-    assert [len(each) for each in plan.rounds if owner[each[0]] is None] == [1] * 4
+    assert [len(each) for each in plan.rounds if owner[each[0]] is None] == [4]  # one stack
     if most == NO_LIMIT:
-        assert len(plan.rounds) == 4 + 2
+        assert len(plan.rounds) == 1 + 2
     for group in groups[:2]:
         homes = [plan.homes[matrices[p][0]] for p in matrices if owner[p] is group]
         assert sorted(homes) == {2: [0, 0, 1, 1], 3: [0, 0, 1, 2]}[group.ranks]
-        alone = make_plan({p: of for p, of in matrices.items() if owner[p] is group}, mode, most)
+        alone = plan_of({p: of for p, of in matrices.items() if owner[p] is group}, mode, most)
         assert [[id(p) for p in each] for each in alone.rounds] == [
             [id(p) for p in each] for each in plan.rounds if owner[each[0]] is group
         ]

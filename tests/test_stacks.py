@@ -12,9 +12,9 @@ import torch
 from side_by_side import assert_resumes, assert_same, each_dtype, each_method, legal, normal, saved
 from torch import nn
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, orthogonalizer
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, newton_schulz
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
-from emerging_optimizers.adaptive_muon.orthogonalizer import NewtonSchulz
+from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz
 
 
 TALL, WIDE, SQUARE, SINGLE = (4, 18, 7), (4, 7, 18), (5, 9, 9), (1, 12, 8)
@@ -204,8 +204,8 @@ def test_the_kernel_for_symmetric_products_is_not_asked_of_a_stack(monkeypatch: 
         assert not (use_syrk and x.ndim > 2), "use_syrk does not support N-d input."
         return x
 
-    monkeypatch.setattr(orthogonalizer.muon_utils, "newton_schulz", upstreams)
-    NewtonSchulz("quintic", 5, use_syrk=True)(torch.ones(8, 16, 16).as_subclass(OnGpu))
+    monkeypatch.setattr(newton_schulz.muon_utils, "newton_schulz", upstreams)
+    NewtonSchulz("quintic", 5, True, "standard")(torch.ones(8, 16, 16).as_subclass(OnGpu))
 
 
 # --------------------------------------------------------------------------------------------------------------- state

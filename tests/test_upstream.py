@@ -35,7 +35,8 @@ def problem(shape: tuple[int, int], steps: int) -> tuple[torch.Tensor, list[torc
 
 
 def new(kind: type, initial: torch.Tensor, **hyper: Any) -> torch.optim.Optimizer:
-    return kind([torch.nn.Parameter(initial.clone())], **HYPER | hyper)
+    ours = {"ns_algorithm": "standard"} if issubclass(kind, AdaptiveMuon) else {}
+    return kind([torch.nn.Parameter(initial.clone())], **HYPER | ours | hyper)
 
 
 # ---------------------------------------------------------------------------------------------------- the same path

@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Callable, Iterable
+from collections.abc import Set as Collection
+from functools import partial
 from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
 
@@ -13,22 +15,18 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon import checkpoint
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of, within
 from emerging_optimizers.adaptive_muon.dtensor import gradient_of, local_of, wrapped_like
-from emerging_optimizers.adaptive_muon.layout import Layout, ShardedLayout
+from emerging_optimizers.adaptive_muon.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
-from emerging_optimizers.adaptive_muon.orthogonalizer import (
-    NewtonSchulz,
-    TensorParallelModeT,
-    syrk_is_usable,
-    tensor_parallel_mode,
-)
+from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, stacked, syrk_is_usable
+from emerging_optimizers.adaptive_muon.orthogonalizer import TensorParallelModeT, tensor_parallel_mode
 from emerging_optimizers.adaptive_muon.parameters import (
     check_gradients,
     check_matrices,
     in_work_dtype,
     round_into,
 )
-from emerging_optimizers.adaptive_muon.plan import Plan, make_plan
-from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Matrix, Sharding, joined
+from emerging_optimizers.adaptive_muon.plan import Plan, Ready, Stack, make_plan
+from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Sharding, joined
 from emerging_optimizers.adaptive_muon.state import MomentAverage, new_buffers
 from emerging_optimizers.adaptive_muon.together import run, together
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -86,6 +84,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
             "deepseekv4".
         num_ns_steps: Number of Newton-Schulz iterations, >= 1.
+        ns_algorithm: How they are computed. "standard" is upstream's function for one matrix after the other, to the
+            last bit; "gram" takes two steps at once on the smaller Gram matrix, of a stack of matrices of one shape;
+            "auto" is what is fastest for the shape and device. The last two round differently, not more than a few
+            times as much; at "medium" precision less than "standard", see
+            :class:`~emerging_optimizers.adaptive_muon.newton_schulz.NewtonSchulz`.
         scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
             :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
         extra_scale_factor: Further factor on the update; 0.2 with "spectral" gives Muon the update size of AdamW
@@ -114,6 +117,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             sum to less than the rows, they repeat down the matrix, as Megatron's query groups do.
         max_bytes_in_flight: What a rank may send and receive at once, in bytes. A step with more takes more rounds of
             the same messages; a parameter that is larger has a round of its own. Default 1 GiB.
+        capturable: Whether a step may be captured in a CUDA graph, as with torch's own optimizers: the step count is
+            kept on the device, and ``lr`` may be a tensor there, for replays to follow a schedule.
 
     Raises:
         ValueError: If an argument, a group's option or a parameter breaks one of the rules above. Nothing is changed.
@@ -131,6 +136,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         fp32_matmul_prec: FP32MatmulPrecT = "medium",
         coefficient_type: NSCoeffT = "quintic",
         num_ns_steps: int = 5,
+        ns_algorithm: NSAlgorithmT = "auto",
         scale_mode: MuonScaleT = "spectral",
         extra_scale_factor: float = 1.0,
         moment2_method: Moment2MethodT = "adamuon",
@@ -144,9 +150,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         layout_fn: LayoutFn | None = None,
         blocks_fn: BlocksFn | None = None,
         max_bytes_in_flight: int = 2**30,
+        capturable: bool = False,
     ) -> None:
         self._moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
-        orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk=use_syrk and syrk_is_usable())
+        orthogonalize = NewtonSchulz(
+            coefficient_type, num_ns_steps, use_syrk=use_syrk and syrk_is_usable(), algorithm=ns_algorithm
+        )
         require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
         require_one_of("fp32_matmul_prec", fp32_matmul_prec, get_args(FP32MatmulPrecT))
         require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
@@ -174,6 +183,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         )
         self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
         self.max_bytes_in_flight = max_bytes_in_flight
+        self.capturable = capturable
         alike = {
             "moment2_method": self._moment2,
             "orthogonalization": orthogonalize,
@@ -187,7 +197,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             "max_bytes_in_flight": max_bytes_in_flight,
         }
         self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn, alike)
-        self._plan: tuple[list[tuple[Matrix, ...]], Plan] | None = None
+        self._plan: tuple[list[Ready], Plan] | None = None
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
         super().__init__(
             params,
@@ -237,86 +247,140 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
-        groups = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
-        plan = self._plan_of(groups)
+        plan = self._plan_of()
+        fresh = {p for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         for group in self.param_groups:
             self._init_group(group)
         with fp32_matmul_precision(self.fp32_matmul_prec):
             for at_once in plan.rounds:
-                run(self._update(p, groups[p], plan.homes) for p in at_once)
+                run(self._update(stack, fresh) for stack in at_once)
         return loss
 
-    def _plan_of(self, params: Iterable[torch.Tensor]) -> Plan:
+    def _plan_of(self) -> Plan:
         """Returns the plan for the parameters that have a gradient, which rarely change."""
-        matrices = {p: self._sharding.matrices(p) for p in params if not self._sharding.is_empty(p)}
-        key = list(matrices.values())
-        if self._plan is None or self._plan[0] != key:
+        ready = [
+            Ready(self._sharding.matrices(p), index, p.dtype, p.device, p)
+            for index, group in enumerate(self.param_groups)
+            for p in group["params"]
+            if p.grad is not None and not self._sharding.is_empty(p)
+        ]
+        if self._plan is None or self._plan[0] != ready:
             self._sharding.compare_gradients(self.param_groups)
-            self._plan = key, make_plan(matrices, self._mode, self.max_bytes_in_flight)
+            self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
         return self._plan[1]
 
-    async def _update(self, p: torch.Tensor, group: dict[str, Any], homes: dict[Matrix, int]) -> None:
-        """Updates one parameter and its state in place: the algorithm, in the order and letters of the paper."""
-        state, lr, momentum, weight_decay = self.state[p], group["lr"], group["momentum"], group["weight_decay"]
-        matrices = self._sharding.matrices(p)
-        local = local_of(p)
-        W, G = in_work_dtype(local), in_work_dtype(gradient_of(p))
-        if lr == 0 and not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in matrices)):
-            return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
+    async def _update(self, stack: Stack, fresh: Collection[torch.Tensor]) -> None:
+        """Updates a stack of parameters and their state in place: the algorithm, in the paper's order and letters.
+
+        Tensors with a letter of their own are stacks, lists of tensors have an s.
+        """
+        group = self.param_groups[stack.group]
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        states, locals_ = [self.state[p] for p in stack.params], [local_of(p) for p in stack.params]
+        Ws, Gs = [in_work_dtype(p) for p in locals_], [in_work_dtype(gradient_of(p)) for p in stack.params]
+        if not isinstance(lr, torch.Tensor) and lr == 0 and not fresh.isdisjoint(stack.params):
+            G = stacked(Gs)
+            if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
+                return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
         decay_method: str = self.weight_decay_method
         if decay_method == "l2":
-            G = G.clone()  # upstream's mixin adds the decay to it in place; the user's gradient stays as it is
+            Gs = [G.clone() for G in Gs]  # the decay is added to it in place; the user's gradient stays as it is
         if decay_method != "adaptive":
-            self._apply_weight_decay_inplace(W, G, lr, weight_decay)
+            self._decay(Ws, Gs, lr, weight_decay)
 
-        M = local_of(state["momentum_buffer"]).lerp_(G, 1 - momentum)
+        Ms = [local_of(state["momentum_buffer"]) for state in states]
+        torch._foreach_lerp_(Ms, Gs, 1 - momentum)
+        G, M = stacked(Gs), stacked(Ms)
         if self.nesterov:
             M = G.lerp(M, momentum)
         DO = await together(
-            self._adapted(p, matrix, matrix.of(G), matrix.of(M), group, homes.get(matrix, 0)) for matrix in matrices
+            self._adapted(stack, index, matrix.of(G), matrix.of(M)) for index, matrix in enumerate(stack.matrices)
         )
         if self.bias_correction:
-            state["step"] += 1
-            correction = self._moment2.correction(float(state["step"]), momentum=momentum, beta2=group["beta2"])
-            for D, _ in DO:
-                D *= correction
+            self._correct([D for D, _ in DO], states, momentum, group["beta2"])
         if decay_method == "adaptive" and weight_decay:
-            W.addcmul_(W, joined(matrices, [D for D, _ in DO], W), value=-lr * weight_decay)
+            D = joined(stack.matrices, [D for D, _ in DO], G) * (lr * weight_decay)
+            torch._foreach_addcmul_(Ws, Ws, D.unbind(0), value=-1)
         U = joined(
-            matrices,
-            [D.mul_(self._scale(matrix.layout.shape(O))) * O for matrix, (D, O) in zip(matrices, DO, strict=True)],
-            W,
+            stack.matrices,
+            [D.mul_(self._scale(each.layout.shape(O))) * O for each, (D, O) in zip(stack.matrices, DO, strict=True)],
+            G,
         )
 
         if self._has_pre_hook():
-            round_into(local, W)  # the hook sees the decayed weight,
-            self.pre_weight_update_fn_inplace(p, wrapped_like(p, U))
-            if W is not local and not torch.equal(W.to(local.dtype), local):
-                W = in_work_dtype(local)  # and may change it
-        W.add_(U, alpha=-lr)
-        round_into(local, W)
-        self.post_weight_update_fn_inplace(p)
+            Ws = [self._hooked(*each) for each in zip(stack.params, locals_, Ws, U, strict=True)]
+        if isinstance(lr, torch.Tensor):
+            torch._foreach_addcmul_(Ws, U.unbind(0), [lr] * len(Ws), value=-1)
+        else:
+            torch._foreach_add_(Ws, U.unbind(0), alpha=-lr)
+        for p, local, W in zip(stack.params, locals_, Ws, strict=True):
+            round_into(local, W)
+            self.post_weight_update_fn_inplace(p)
 
     async def _adapted(
-        self, p: torch.Tensor, matrix: Matrix, G: torch.Tensor, M: torch.Tensor, group: dict[str, Any], home: int
+        self, stack: Stack, index: int, G: torch.Tensor, M: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the adaptive scale D, without bias correction, and the orthogonalized momentum O of one matrix."""
+        """Returns the adaptive scale D, without bias correction, and O, of one matrix of every parameter of a stack."""
+        matrix, group = stack.matrices[index], self.param_groups[stack.group]
         L = matrix.layout
-        options = {key: value for key, value in group.items() if key != "params"}
-        O = await self._orthogonalized(M, L, home, lambda whole: self.orthogonalize(p, whole, **options))
-        average = MomentAverage(self.state[p], matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
+        O = await self._orthogonalized(stack, index, M)
+        states = [self.state[p] for p in stack.params]
+        average = MomentAverage(states, matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
         return await self._moment2.scale(average, Seen(G, M, O), L, eps=group["eps"]), O
 
-    async def _orthogonalized(
-        self, M: torch.Tensor, layout: Layout, home: int, of_whole: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """Returns O, of a matrix in pieces the piece at hand."""
-        if not isinstance(layout, ShardedLayout):
-            return of_whole(M)
-        assert self._mode is not None  # "blockwise" has no matrix in pieces
-        return await self._mode(
-            layout.group, M, layout, home, of_whole, cast(NewtonSchulz, self.scaled_orthogonalize_fn)
-        )
+    async def _orthogonalized(self, stack: Stack, index: int, M: torch.Tensor) -> torch.Tensor:
+        """Returns O, of matrices in pieces the pieces at hand."""
+        layout, functions = stack.matrices[index].layout, [self._of_whole(p, stack.group) for p in stack.params]
+        if isinstance(layout, ShardedLayout):
+            assert self._mode is not None  # "blockwise" has no matrix in pieces
+            newton_schulz = cast(NewtonSchulz, self.scaled_orthogonalize_fn)
+            return stacked(
+                await together(
+                    self._mode(layout.group, piece, layout, home, of_whole, newton_schulz).answer()
+                    for piece, home, of_whole in zip(M, stack.homes[index], functions, strict=True)
+                )
+            )
+        if isinstance(functions[0], NewtonSchulz):
+            return functions[0](M)
+        return stacked([of_whole(whole) for of_whole, whole in zip(functions, M, strict=True)])
+
+    def _of_whole(self, p: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns what orthogonalizes a whole matrix of a parameter; where a subclass has no say, the iteration itself."""
+        if type(self).orthogonalize is AdaptiveMuon.orthogonalize:
+            return self.scaled_orthogonalize_fn
+        options = {key: value for key, value in self.param_groups[group].items() if key != "params"}
+        return partial(self.orthogonalize, p, **options)
+
+    def _decay(self, Ws: list[torch.Tensor], Gs: list[torch.Tensor], lr: float | torch.Tensor, decay: float) -> None:
+        """Applies a weight decay of upstream's in place: to the weights, or the gradients' copies."""
+        if isinstance(lr, torch.Tensor):  # upstream's would have to know its value
+            factors = {"decoupled": lr * decay, "palm": lr * lr * decay}
+            if self.weight_decay_method in factors and decay:
+                factor = factors[self.weight_decay_method]
+                torch._foreach_addcmul_(Ws, Ws, [factor] * len(Ws), value=-1)
+                return
+            lr = math.nan  # does not matter to the others
+        for W, G in zip(Ws, Gs, strict=True):
+            self._apply_weight_decay_inplace(W, G, lr, decay)
+
+    def _correct(
+        self, Ds: Iterable[torch.Tensor], states: list[dict[str, torch.Tensor]], momentum: float, beta2: float
+    ) -> None:
+        """Counts the step, and corrects D in place for the averages having started at zero."""
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        # on the host; with capturable, where the graph's replays count, on the device
+        known = torch.stack(steps).double() if self.capturable else map(float, steps)
+        corrections = [self._moment2.correction(step, momentum=momentum, beta2=beta2) for step in known]
+        for D in Ds:
+            torch._foreach_mul_(D.unbind(0), corrections)
+
+    def _hooked(self, p: torch.Tensor, local: torch.Tensor, W: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Calls the function that may change the update and the weight, and returns the weight to work on."""
+        round_into(local, W)  # it sees the decayed weight,
+        self.pre_weight_update_fn_inplace(p, wrapped_like(p, U))
+        # and may change it
+        return W if W is local or torch.equal(W.to(local.dtype), local) else in_work_dtype(local)
 
     def _scale(self, shape: tuple[int, int]) -> float:
         """Returns s, the factor for the shape of a whole matrix."""
@@ -355,7 +419,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             self._sharding.resolve(self.param_groups)
             state.update(new_buffers(p, self._sharding.matrices(p), self._moment2))
             if self.bias_correction:
-                state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                device = local_of(p).device if self.capturable else None
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

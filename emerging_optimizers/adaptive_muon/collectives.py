@@ -31,6 +31,10 @@ class GroupRequest[Answer](Request[Answer]):
 
     group: ProcessGroup
 
+    async def answer(self) -> Answer:
+        """Returns the answer, as a coroutine."""
+        return await self
+
     @classmethod
     @override
     def answer_all(cls, requests: Sequence[Self]) -> Sequence[Answer]:

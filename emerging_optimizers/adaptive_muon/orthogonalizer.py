@@ -1,106 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Newton-Schulz orthogonalization: returns the (approximate) polar factor and never scales it.
-
-Of a matrix in pieces it is asked for by a request of the class that the ``tp_mode`` names.
-"""
+"""Orthogonalization of matrices in pieces: asked for by a request of the class that the ``tp_mode`` names."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, override
+from functools import reduce
+from typing import Literal, Self, get_args, override
 
 import torch
-from absl import logging
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
 from emerging_optimizers.adaptive_muon.collectives import GroupRequest, all_gather, all_to_all
 from emerging_optimizers.adaptive_muon.layout import Rectangle, ShardedLayout
-from emerging_optimizers.orthogonalized_optimizers import muon_utils
-from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
-from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[attr-defined]
+from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, orthogonalized
 
 
 __all__ = [
     "Distributed",
     "Duplicated",
     "LayerSharded",
-    "NewtonSchulz",
     "Orthogonalize",
     "TensorParallelModeT",
-    "syrk_is_usable",
     "tensor_parallel_mode",
 ]
 
 TensorParallelModeT = Literal["layer_sharded", "duplicated", "distributed", "blockwise"]
-
-# The GPU generations for which upstream's Muon vouches for its Triton kernel.
-_SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
-
-
-@dataclass(frozen=True)
-class NewtonSchulz:
-    """Orthogonalizes a matrix by upstream's Newton-Schulz iteration.
-
-    The precision of the products is torch's float32 matmul precision at the time of the call ("medium" iterates in
-    bfloat16), as in upstream.
-
-    Args:
-        coefficient_type: A coefficient set of upstream's table, see
-            :func:`~emerging_optimizers.orthogonalized_optimizers.muon_utils.newton_schulz`.
-        num_steps: Number of iterations, at least 1.
-        use_syrk: Whether bfloat16 iterations on CUDA use upstream's Triton kernel for symmetric products.
-
-    Raises:
-        ValueError: If ``coefficient_type`` is unknown or ``num_steps`` is not a positive whole number.
-    """
-
-    coefficient_type: NSCoeffT
-    num_steps: int
-    use_syrk: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        # "custom" stands in upstream's alias for a function argument that no optimizer has.
-        require_one_of("coefficient_type", self.coefficient_type, (c for c in get_args(NSCoeffT) if c != "custom"))
-        require(
-            isinstance(self.num_steps, int) and self.num_steps >= 1,
-            "num_ns_steps must be a whole number >= 1",
-            self.num_steps,
-            "upstream's default is 5",
-        )
-
-    def __call__(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Returns the orthogonalized matrix, in the shape and dtype of ``matrix``.
-
-        Args:
-            matrix: Shape ``(rows, columns)``, or ``(stack, rows, columns)`` for a stack of matrices; any floating
-                dtype (iterated in float32 or, at "medium" precision, in bfloat16).
-        """
-        return self._iterate(matrix)
-
-    def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
-        """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
-
-        Every iteration sums the strips' Gram matrices over the group; the strips stay where they are.
-
-        Args:
-            strip: Shape ``(rows, columns)``, of which one is spread over the group.
-            dim: The dimension that is spread, -2 or -1.
-            group: The ranks that hold the strips.
-        """
-        return self._iterate(strip, transpose=dim == -2, tp_group=group)
-
-    def _iterate(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
-        """Calls upstream's iteration; ``spread`` says how a matrix in strips lies."""
-        orthogonalized: torch.Tensor = muon_utils.newton_schulz(
-            matrix.float(),
-            steps=self.num_steps,
-            coefficient_type=self.coefficient_type,
-            use_syrk=self.use_syrk and _syrk_takes(matrix),
-            **spread,
-        )
-        return orthogonalized.to(matrix.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +37,7 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
         piece: The piece of the matrix, or of the stack of matrices, at hand.
         layout: Who holds which piece.
         home: The rank that orthogonalizes the matrix, where one does it for all.
-        of_whole: Orthogonalizes a whole float32 matrix.
+        of_whole: Orthogonalizes a whole float32 matrix, or a stack of them: the next, or a function that uses it.
         newton_schulz: Orthogonalizes a matrix in strips.
     """
 
@@ -142,6 +67,25 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
             _cut(whole, rectangle).copy_(piece)
         return whole
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the orthogonalized matrix is exact."""
+        known = isinstance(self.of_whole, NewtonSchulz)
+        return self.newton_schulz.dtype(self.piece.device) if known else torch.float32
+
+    @staticmethod
+    def orthogonalized(
+        requests: "Sequence[Orthogonalize]", arrived: Sequence[Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """Returns the whole orthogonalized matrices.
+
+        Args:
+            requests: The requests that this rank orthogonalizes.
+            arrived: For each rank of the group, its pieces of these matrices.
+        """
+        wholes = [request.assembled(pieces) for request, *pieces in zip(requests, *arrived, strict=True)]
+        return orthogonalized([request.of_whole for request in requests], wholes)
+
 
 class LayerSharded(Orthogonalize):
     """Every matrix goes to its home, is orthogonalized there, and its pieces come back: two all-to-alls for all."""
@@ -160,12 +104,15 @@ class LayerSharded(Orthogonalize):
         held_by = [[request.shape_of(request.layout.rectangles[rank]) for request in at_home] for rank in ranks]
 
         arrived = all_to_all([[pieces[i] for i in indices] for indices in of_home], held_by, group, pieces[0])
-        whole = [request.of_whole(request.assembled(parts)) for request, *parts in zip(at_home, *arrived, strict=True)]
+        whole = cls.orthogonalized(at_home, arrived)
+        # An all-to-all carries the result in the dtype of its iteration, which loses nothing.
+        dtype = reduce(torch.promote_types, (request.dtype for request in requests))
+        whole, like = [matrix.to(dtype) for matrix in whole], pieces[0].new_empty(0, dtype=dtype)
         parts = [
             [_cut(matrix, r.layout.rectangles[rank]) for r, matrix in zip(at_home, whole, strict=True)]
             for rank in ranks
         ]
-        returned = all_to_all(parts, [[pieces[i].shape for i in indices] for indices in of_home], group, pieces[0])
+        returned = all_to_all(parts, [[pieces[i].shape for i in indices] for indices in of_home], group, like)
 
         answers = dict(zip(sum(of_home, []), sum(returned, []), strict=True))
         return [answers[index].to(request.piece.dtype) for index, request in enumerate(requests)]
@@ -186,8 +133,8 @@ class Duplicated(Orthogonalize):
         shapes = [[request.shape_of(request.layout.rectangles[rank]) for request in requests] for rank in ranks]
         arrived = all_gather([request.piece.float() for request in requests], shapes, group)
         return [
-            _cut(request.of_whole(request.assembled(parts)), request.layout.own).to(request.piece.dtype, copy=True)
-            for request, *parts in zip(requests, *arrived, strict=True)
+            _cut(whole, request.layout.own).to(request.piece.dtype, copy=True)
+            for request, whole in zip(requests, cls.orthogonalized(requests, arrived), strict=True)
         ]
 
 
@@ -242,22 +189,3 @@ def tensor_parallel_mode(name: TensorParallelModeT) -> type[Orthogonalize] | Non
 def _cut(whole: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
     """The view of a whole matrix that a rectangle of it is."""
     return whole[..., rectangle.top : rectangle.bottom, rectangle.left : rectangle.right]
-
-
-def syrk_is_usable() -> bool:
-    """Tells whether upstream's Triton kernel for symmetric products can be trusted here; logs why where it can't."""
-    if not HAS_TRITON_340:
-        logging.error("use_syrk needs Triton 3.4.0 or newer; going on without it.")
-        return False
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    if capability not in _SYRK_CAPABILITIES:
-        logging.error("use_syrk is not known to be right on CUDA capability %s; going on without it.", capability)
-        return False
-    return True
-
-
-def _syrk_takes(matrix: torch.Tensor) -> bool:
-    """Whether the kernel takes this matrix: its bfloat16 rows and columns must start on multiples of 16 bytes."""
-    return (
-        matrix.is_cuda and matrix.ndim == 2 and matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
-    )

@@ -2,23 +2,51 @@
 """Who orthogonalizes what, and how much at a time."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.dtensor import local_of
 from emerging_optimizers.adaptive_muon.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.newton_schulz import in_stacks
 from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.sharding import Matrix
 
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "Ready", "Stack", "make_plan"]
 
 _BYTES = 4  # pieces travel in float32
+
+
+class Ready(NamedTuple):
+    """A parameter with a gradient, after all that a plan depends on: its matrices, its group's number, where it is."""
+
+    matrices: tuple[Matrix, ...]
+    group: int
+    dtype: torch.dtype
+    device: torch.device
+    p: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Parameters alike in all but their values, to be worked on as one.
+
+    Args:
+        params: The parameters.
+        group: The number of their group.
+        matrices: The logical matrices of the first; the others' lie like them.
+        homes: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
+    """
+
+    params: list[torch.Tensor]
+    group: int
+    matrices: tuple[Matrix, ...]
+    homes: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -26,40 +54,58 @@ class Plan:
     """How to go through the parameters of a step.
 
     Args:
-        rounds: The parameters, those of a round to be worked on side by side.
+        rounds: The parameters in stacks, those of a round to be worked on side by side.
         homes: For each matrix in pieces, the rank of its group that orthogonalizes it where one does it for all.
     """
 
-    rounds: list[list[torch.Tensor]]
+    rounds: list[list[Stack]]
     homes: dict[Matrix, int]
 
 
-def make_plan(
-    parameters: Mapping[torch.Tensor, Sequence[Matrix]], mode: type[Orthogonalize] | None, max_bytes_in_flight: int
-) -> Plan:
+def make_plan(ready: Sequence[Ready], mode: type[Orthogonalize] | None, max_bytes_in_flight: int) -> Plan:
     """Returns the plan of a step, the same on all ranks that hold the same parameters.
 
     Args:
-        parameters: The parameters of the step and their matrices.
+        ready: The parameters of the step.
         mode: How matrices in pieces are orthogonalized.
         max_bytes_in_flight: What a rank may have to send and to receive at once. A round ends where it would be more;
             a parameter that is beyond it by itself has a round of its own.
     """
-    by_group: dict[ProcessGroup | None, list[torch.Tensor]] = {}
-    for p, matrices in parameters.items():
-        [group] = {matrix.layout.group if isinstance(matrix.layout, ShardedLayout) else None for matrix in matrices}
-        by_group.setdefault(group, []).append(p)
-    plan = Plan([[p] for p in by_group.pop(None, [])], {})
+    by_group: dict[ProcessGroup | None, list[Ready]] = {}
+    for each in ready:
+        layouts = [matrix.layout for matrix in each.matrices]
+        [group] = {layout.group if isinstance(layout, ShardedLayout) else None for layout in layouts}
+        by_group.setdefault(group, []).append(each)
+    plan = Plan([[stack] for stack in _stacks(by_group.pop(None, []), {})], {})
     for group, held in by_group.items():
         assert group is not None and mode is not None
-        shared = [_Shared(p, matrix) for p in held for matrix in parameters[p]]
+        shared = [_Shared(each.p, matrix) for each in held for matrix in each.matrices]
         plan.homes.update(_homes(shared, group.size()))
-        loads = {p: [0] * group.size() for p in held}
-        for each in shared:
-            receivers = mode.receivers(plan.homes[each.matrix], group.size())
-            loads[each.p] = list(map(add, loads[each.p], each.load(receivers)))
-        plan.rounds.extend(_rounds(loads, max_bytes_in_flight))
+        loads = {each.p: [0] * group.size() for each in held}
+        for one in shared:
+            receivers = mode.receivers(plan.homes[one.matrix], group.size())
+            loads[one.p] = list(map(add, loads[one.p], one.load(receivers)))
+        by_p = {each.p: each for each in held}
+        plan.rounds.extend(
+            _stacks([by_p[p] for p in at_once], plan.homes) for at_once in _rounds(loads, max_bytes_in_flight)
+        )
     return plan
+
+
+def _stacks(ready: Sequence[Ready], homes: Mapping[Matrix, int]) -> list[Stack]:
+    """The parameters in stacks, each of no more than keep the device busy."""
+    alike: dict[Hashable, list[Ready]] = {}
+    for each in ready:
+        kinds = tuple(matrix.kind for matrix in each.matrices)
+        alike.setdefault((kinds, *each[1:-1], local_of(each.p).shape), []).append(each)
+    stacks = []
+    for members in alike.values():
+        local = local_of(members[0].p)
+        for some in in_stacks(members, local.shape, local.device):
+            same = zip(*(one.matrices for one in some), strict=True)
+            of_homes = [[homes.get(matrix, 0) for matrix in each] for each in same]
+            stacks.append(Stack([one.p for one in some], some[0].group, some[0].matrices, of_homes))
+    return stacks
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From parameters to logical matrices: which matrices a parameter holds, and who holds which piece of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -46,6 +46,11 @@ class Matrix:
     def is_all(self) -> bool:
         """Whether all local rows of the parameter belong to it."""
         return isinstance(self.rows, slice) and self.rows == slice(None)
+
+    @property
+    def kind(self) -> Hashable:
+        """What matrices of other parameters have in common with it that lie in them as it does."""
+        return self.layout, self.block, self.rows if isinstance(self.rows, slice) else id(self.rows)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the matrix's part of a tensor that lies like the parameter: a view where its rows are adjacent."""

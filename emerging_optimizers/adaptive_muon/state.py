@@ -13,6 +13,7 @@ import torch
 
 from emerging_optimizers.adaptive_muon.dtensor import local_of, placements_like, wrapped_like
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
+from emerging_optimizers.adaptive_muon.newton_schulz import stacked
 from emerging_optimizers.adaptive_muon.parameters import work_dtype
 from emerging_optimizers.adaptive_muon.sharding import Matrix
 
@@ -60,28 +61,34 @@ def new_buffers(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -
 
 @dataclass(frozen=True)
 class MomentAverage:
-    """V of one matrix: takes a statistic, averages it into V in place and returns V.
+    """V of a stack of matrices: takes a statistic, averages it into V in place and returns V.
 
     Args:
-        state: The parameter's state.
-        matrix: The matrix.
+        states: The states of a stack of parameters.
+        matrix: The matrix, of each of them.
         dims: Along which of its rows (-2) and columns (-1) V has entries of its own.
         beta2: Decay rate of V.
     """
 
-    state: dict[str, torch.Tensor]
+    states: Sequence[dict[str, torch.Tensor]]
     matrix: Matrix
     dims: tuple[int, ...]
     beta2: float
 
     def __call__(self, statistic: torch.Tensor) -> torch.Tensor:
         """Returns V, in the shape of ``statistic``, after its update."""
-        buffer = local_of(self.state[buffer_key(self.matrix, self.dims)])
-        average = self.matrix.of(buffer) if -2 in self.dims else buffer
-        average = average.view_as(statistic).lerp_(statistic, 1 - self.beta2)
-        if -2 in self.dims and isinstance(self.matrix.rows, torch.Tensor):
-            buffer[..., self.matrix.rows, :] = average  # rows that are not adjacent were a copy
-        return average
+        key, by_row = buffer_key(self.matrix, self.dims), -2 in self.dims
+        buffers = [local_of(state[key]) for state in self.states]
+        statistics = statistic.unbind(0)
+        averages = [
+            (self.matrix.of(buffer) if by_row else buffer).view_as(each)
+            for buffer, each in zip(buffers, statistics, strict=True)
+        ]
+        torch._foreach_lerp_(averages, statistics, 1 - self.beta2)
+        if by_row and isinstance(self.matrix.rows, torch.Tensor):
+            for buffer, average in zip(buffers, averages, strict=True):
+                buffer[..., self.matrix.rows, :] = average  # rows that are not adjacent were a copy
+        return stacked(averages)
 
 
 def buffer_key(matrix: Matrix, dims: tuple[int, ...]) -> str:

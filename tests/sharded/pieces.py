@@ -60,9 +60,10 @@ def set_gradients(pairs: list[Pair], step: int) -> None:
 class Recording(AdaptiveMuon):
     """Keeps the last orthogonalized momentum of every matrix."""
 
-    async def _adapted(self, p: torch.Tensor, matrix: Any, *args: Any) -> Any:
-        D, O = await super()._adapted(p, matrix, *args)
-        self.__dict__.setdefault("orthogonalized", {})[p, matrix.block] = O.clone()
+    async def _adapted(self, stack: Any, index: int, *args: Any) -> Any:
+        D, O = await super()._adapted(stack, index, *args)
+        for p, each in zip(stack.params, O, strict=True):
+            self.__dict__.setdefault("orthogonalized", {})[p, stack.matrices[index].block] = each.clone()
         return D, O
 
 

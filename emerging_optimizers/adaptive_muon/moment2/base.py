@@ -77,16 +77,17 @@ class Moment2(ABC):
         """
 
     @final
-    def correction(self, step: float, *, momentum: float, beta2: float) -> float:
+    def correction[Step: (float, torch.Tensor)](self, step: Step, *, momentum: float, beta2: float) -> Step:
         """Returns the factor on D that corrects the bias of the moving averages D is made of.
 
         After ``step`` updates an average that began at zero is short by the factor ``1 - decay**step``; D inherits
         that to the power of its degree in the average.
 
         Args:
-            step: Number of updates of the averages, counted from 1.
+            step: Number of updates of the averages, counted from 1; a float64 tensor gives a tensor.
             momentum: Decay rate of the momentum.
             beta2: Decay rate of V.
         """
         short_of_momentum, short_of_moment2 = 1 - momentum**step, 1 - beta2**step
-        return float(short_of_momentum**-self.momentum_degree * short_of_moment2**-self.moment2_degree)
+        correction: Step = short_of_momentum**-self.momentum_degree * short_of_moment2**-self.moment2_degree
+        return correction

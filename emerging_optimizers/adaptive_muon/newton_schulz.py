@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Newton-Schulz orthogonalization of whole matrices: returns the (approximate) polar factor and never scales it."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import batched
+from typing import Any, Literal, get_args
+
+import torch
+from absl import logging
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.checks import require, require_one_of
+from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
+from emerging_optimizers.orthogonalized_optimizers import muon_utils
+from emerging_optimizers.orthogonalized_optimizers.muon_utils import CoeffIterMode, NSCoeffT
+from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[attr-defined]
+
+
+__all__ = ["NSAlgorithmT", "NewtonSchulz", "in_stacks", "iterated", "orthogonalized", "stacked", "syrk_is_usable"]
+
+NSAlgorithmT = Literal["standard", "gram", "auto"]
+
+Coefficients = tuple[float, float, float]
+
+# The GPU generations for which upstream's Muon vouches for its Triton kernel.
+_SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+# Two steps at a time save products from this ratio of a matrix's sides on, see _pairs_pay.
+_PAIRS_FROM = 1.2
+
+# Matrices with a longer short side keep a device busy one at a time; benchmarks/growth.py measures it.
+_STACK_UP_TO = {"cpu": 128, "cuda": 1024}
+# Float32 bytes of a stack: enough to keep a device busy, and a step's temporary memory is a small multiple of it.
+_STACK_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """Orthogonalizes a matrix by Newton-Schulz iteration with upstream's coefficients.
+
+    One step is :math:`X \\leftarrow (a I + b A + c A^2) X` with :math:`A = X X^\\top`. Two steps can be taken at once on
+    the smaller Gram matrix A, since both polynomials are polynomials in the same A:
+
+    .. math::
+        B_1 = b_1 A + c_1 A^2, \\quad A' = (a_1 I + B_1) A (a_1 I + B_1), \\quad B_2 = b_2 A' + c_2 A'^2, \\quad
+        X \\leftarrow (a_2 I + B_2)(a_1 I + B_1) X,
+
+    which replaces two products of A's with X's size by two among matrices of A's size, all of them symmetric. A is made
+    anew from X after every second step, and the identity's part of the polynomials is kept apart: the rounding of A,
+    which every step on it amplifies, then stays in the order of the plain iteration's own.
+
+    The precision of the products is torch's float32 matmul precision at the time of the call, as in upstream.
+
+    Args:
+        coefficient_type: A coefficient set of upstream's table, see
+            :func:`~emerging_optimizers.orthogonalized_optimizers.muon_utils.newton_schulz`.
+        num_steps: Number of iterations, at least 1.
+        use_syrk: Whether iterations on CUDA in 16 bit use a Triton kernel for symmetric products: upstream's.
+        algorithm: "standard" is upstream's function, one matrix after the other, and gives its numbers to the last bit
+            ("medium" precision iterates in bfloat16). "gram" takes two steps at once, of a whole stack of matrices. At
+            "medium" precision it iterates in float16 on CUDA, which is as fast as bfloat16 and more exact, and in
+            float32 elsewhere. "auto" is the fastest of both for the shape and the device, in the same precisions.
+
+    Raises:
+        ValueError: If a name is unknown or ``num_steps`` is not a positive whole number.
+    """
+
+    coefficient_type: NSCoeffT
+    num_steps: int
+    use_syrk: bool = False
+    algorithm: NSAlgorithmT = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        # "custom" stands in upstream's alias for a function argument that no optimizer has.
+        require_one_of("coefficient_type", self.coefficient_type, (c for c in get_args(NSCoeffT) if c != "custom"))
+        require(
+            isinstance(self.num_steps, int) and self.num_steps >= 1,
+            "num_ns_steps must be a whole number >= 1",
+            self.num_steps,
+            "upstream's default is 5",
+        )
+        require_one_of("ns_algorithm", self.algorithm, get_args(NSAlgorithmT))
+
+    def __call__(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Returns the orthogonalized matrices, in the shape and dtype of ``matrices``.
+
+        Args:
+            matrices: Shape ``(..., rows, columns)``, a matrix or a stack of them; any floating dtype.
+        """
+        if not matrices.numel():
+            return torch.zeros_like(matrices)
+        stack = matrices.reshape(-1, *matrices.shape[-2:]).float()
+        return _ALGORITHMS[self.algorithm](self, stack).view(matrices.shape).to(matrices.dtype)
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """Returns the dtype of the iteration on a device, in which the result is exact, at the precision of the time."""
+        return _half(device, self.algorithm == "standard") if _precision() == "medium" else torch.float32
+
+    def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
+        """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
+
+        Every iteration sums the strips' Gram matrices over the group; the strips stay where they are.
+
+        Args:
+            strip: Shape ``(rows, columns)``, of which one is spread over the group.
+            dim: The dimension that is spread, -2 or -1.
+            group: The ranks that hold the strips.
+        """
+        return self._upstreams(strip.float(), transpose=dim == -2, tp_group=group).to(strip.dtype)
+
+    def _standard(self, stack: torch.Tensor) -> torch.Tensor:
+        """Upstream's iteration, a matrix at a time."""
+        return stacked([self._upstreams(matrix) for matrix in stack])
+
+    def _gram(self, stack: torch.Tensor) -> torch.Tensor:
+        """Two steps at once."""
+        return self._iterated(stack, in_pairs=True)
+
+    def _auto(self, stack: torch.Tensor) -> torch.Tensor:
+        """The fastest of both, in the fastest dtype that is at least as exact as upstream's."""
+        if self.dtype(stack.device) == torch.bfloat16:
+            return self._standard(stack)  # two steps at once are not safe in it
+        return self._iterated(stack, in_pairs=_pairs_pay(stack))
+
+    def _iterated(self, stack: torch.Tensor, *, in_pairs: bool) -> torch.Tensor:
+        """Our own iteration of a whole stack."""
+        return iterated(
+            stack, _coefficients(self.coefficient_type, self.num_steps), self.dtype(stack.device), in_pairs=in_pairs
+        )
+
+    def _upstreams(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
+        """Upstream's iteration of a float32 matrix; ``spread`` says how a matrix in strips lies."""
+        orthogonalized: torch.Tensor = muon_utils.newton_schulz(
+            matrix,
+            steps=self.num_steps,
+            coefficient_type=self.coefficient_type,
+            use_syrk=self.use_syrk and _syrk_takes(matrix),
+            **spread,
+        )
+        return orthogonalized
+
+
+_ALGORITHMS: dict[str, Callable[[NewtonSchulz, torch.Tensor], torch.Tensor]] = {
+    "standard": NewtonSchulz._standard,
+    "gram": NewtonSchulz._gram,
+    "auto": NewtonSchulz._auto,
+}
+
+
+def in_stacks[Member](
+    members: Sequence[Member], shape: Sequence[int], device: torch.device
+) -> Iterator[tuple[Member, ...]]:
+    """Yields what has tensors of one shape, matrices or stacks of them, in parts to work on as one stack each."""
+    alone = min(shape[-2:]) > _STACK_UP_TO.get(device.type, 0)
+    most = 1 if alone else max(_STACK_BYTES // max(4 * math.prod(shape), 1), 1)
+    return batched(members, min(most, len(members)))
+
+
+def iterated(
+    stack: torch.Tensor, coefficients: Iterable[Coefficients], dtype: torch.dtype, *, in_pairs: bool
+) -> torch.Tensor:
+    """Returns the stack of matrices after Newton-Schulz iteration from each divided by its Frobenius norm, in float32.
+
+    Args:
+        stack: Shape ``(stack, rows, columns)``, float32.
+        coefficients: ``(a, b, c)`` of every step.
+        dtype: The dtype to iterate in.
+        in_pairs: Whether to take two steps at once, see :class:`NewtonSchulz`.
+    """
+    X = torch.nn.functional.normalize(stack, p=2.0, dim=(-2, -1), eps=1e-7).to(dtype)  # type: ignore[arg-type]
+    if tall := X.size(-2) > X.size(-1):
+        X = X.mT
+    steps = iter(coefficients)
+    for a, b, c in steps:
+        A = symmetric_product(X, X.mT)
+        B = symmetric_product(A, A, plus=A, beta=b, alpha=c)
+        if in_pairs and (second := next(steps, None)):
+            T = torch.baddbmm(A, B, A, beta=a)
+            A = symmetric_product(T, B, plus=T, beta=a)
+            first, (a2, b, c) = B, second
+            B = symmetric_product(A, A, plus=A, beta=b, alpha=c)
+            B = symmetric_product(B, first, plus=torch.add(a * B, first, alpha=a2))
+            a *= a2
+        # of a tall matrix the transposed equation, so that its memory stays as it lies
+        X = torch.baddbmm(X.mT, X.mT, B, beta=a).mT if tall else torch.baddbmm(X, B, X, beta=a)
+    return (X.mT if tall else X).float()
+
+
+def orthogonalized(
+    functions: Sequence[Callable[[torch.Tensor], torch.Tensor]], matrices: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Returns each function of its matrix; a :class:`NewtonSchulz` of all matrices of one shape at once.
+
+    Args:
+        functions: A function for each matrix.
+        matrices: Matrices, or stacks of them.
+    """
+    alike: dict[Any, list[int]] = {}
+    for index, (function, matrix) in enumerate(zip(functions, matrices, strict=True)):
+        known = isinstance(function, NewtonSchulz) and matrix.numel()
+        alike.setdefault((function, matrix.shape, matrix.dtype) if known else index, []).append(index)
+    results: dict[int, torch.Tensor] = {}
+    for indices in alike.values():
+        first = matrices[indices[0]]
+        for some in in_stacks(indices, first.shape, first.device):
+            results |= zip(some, functions[some[0]](stacked([matrices[i] for i in some])), strict=True)
+    return [results[index] for index in range(len(matrices))]
+
+
+@cache
+def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficients, ...]:
+    """Upstream's coefficients for this number of steps; what follows the last of a set is upstream's rule too."""
+    repeats_last = coefficient_type in ("polar_express", "cans", "deepseekv4")
+    mode: CoeffIterMode = "repeat_last" if repeats_last else "cycle"
+    sets = muon_utils._COEFFICIENT_SETS[coefficient_type]
+    return tuple(muon_utils.get_coefficient_iterator(num_steps, sets, mode=mode))
+
+
+def _pairs_pay(stack: torch.Tensor) -> bool:
+    """Whether two steps at once save products.
+
+    In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, two
+    steps cost 3r + 5 at once and 6r + 2 one by one; at full price 4r + 10 and 8r + 4.
+    """
+    if stack.device.type == "cuda" and _precision() == "high":
+        return False  # TF32 rounds the Gram matrix too coarsely for two steps on it
+    rows, columns = stack.shape[-2:]
+    return max(rows, columns) >= _PAIRS_FROM * min(rows, columns)
+
+
+def _precision() -> str:
+    """Torch's float32 matmul precision."""
+    return torch.get_float32_matmul_precision()
+
+
+def _half(device: torch.device, standard: bool) -> torch.dtype:
+    """The dtype of "medium" precision."""
+    if standard or not (device.type == "cuda" or device.type == "cpu"):
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if _cpu_has_bfloat16_units() else torch.float32
+
+
+@cache
+def _cpu_has_bfloat16_units() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices faster than float32; others are 10 times slower at it."""
+    return any(
+        bool(getattr(torch.cpu, name, bool)()) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the tensors as one with a further first dimension, of a single one without a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def syrk_is_usable() -> bool:
+    """Tells whether upstream's Triton kernel for symmetric products can be trusted here; logs why where it can't."""
+    if not HAS_TRITON_340:
+        logging.error("use_syrk needs Triton 3.4.0 or newer; going on without it.")
+        return False
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if capability not in _SYRK_CAPABILITIES:
+        logging.error("use_syrk is not known to be right on CUDA capability %s; going on without it.", capability)
+        return False
+    return True
+
+
+def _syrk_takes(matrix: torch.Tensor) -> bool:
+    """Whether the kernel takes this matrix: its bfloat16 rows and columns must start on multiples of 16 bytes."""
+    return (
+        matrix.is_cuda and matrix.ndim == 2 and matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
+    )
