@@ -278,7 +278,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         states, locals_ = [self.state[p] for p in stack.params], [local_of(p) for p in stack.params]
         Ws, Gs = [in_work_dtype(p) for p in locals_], [in_work_dtype(gradient_of(p)) for p in stack.params]
-        if not isinstance(lr, torch.Tensor) and lr == 0 and not fresh.isdisjoint(stack.params):
+        if not self.capturable and lr == 0 and not fresh.isdisjoint(stack.params):
             G = stacked(Gs)
             if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
                 return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change

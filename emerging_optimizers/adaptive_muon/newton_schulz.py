@@ -200,14 +200,15 @@ def orthogonalized(
         matrices: Matrices, or stacks of them.
     """
     alike: dict[Any, list[int]] = {}
-    for index, (function, matrix) in enumerate(zip(functions, matrices, strict=True)):
-        known = isinstance(function, NewtonSchulz) and matrix.numel()
-        alike.setdefault((function, matrix.shape, matrix.dtype) if known else index, []).append(index)
     results: dict[int, torch.Tensor] = {}
-    for indices in alike.values():
-        first = matrices[indices[0]]
-        for some in in_stacks(indices, first.shape, first.device):
-            results |= zip(some, functions[some[0]](stacked([matrices[i] for i in some])), strict=True)
+    for index, (function, matrix) in enumerate(zip(functions, matrices, strict=True)):
+        if isinstance(function, NewtonSchulz):
+            alike.setdefault((function, matrix.shape, matrix.dtype), []).append(index)
+        else:
+            results[index] = function(matrix)
+    for (function, shape, _), indices in alike.items():
+        for some in in_stacks(indices, shape, matrices[indices[0]].device):
+            results |= zip(some, function(stacked([matrices[i] for i in some])), strict=True)
     return [results[index] for index in range(len(matrices))]
 
 

@@ -7,8 +7,8 @@ import torch
 __all__ = ["symmetric_product"]
 
 # A CPU gains from here on (rows of the product), in panels of about this many rows; benchmarks/products.py measures it.
-_CPU_FROM = 512
-_CPU_PANEL = 128
+_CPU_FROM = 384
+_CPU_PANEL = 192
 
 
 def symmetric_product(
