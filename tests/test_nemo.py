@@ -36,7 +36,9 @@ from nemo.collections.asr.modules import (
     SampledRNNTJoint,
     SpeakerDecoder,
 )
+from nemo.collections.asr.modules.sortformer_modules import SortformerModules
 from nemo.collections.asr.parts.submodules.token_classifier import TokenClassifier
+from nemo.collections.common.parts import MultiLayerPerceptron
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
 from nemo.core.classes import ModelPT, NeuralModule
 from nemo.core.classes.common import UnsafeTargetError
@@ -55,6 +57,7 @@ from emerging_optimizers.adaptive_muon_discovery import lightning_callbacks
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "nemo"
+PAGE = (Path(__file__).parent.parent / "docs" / "apidocs" / "nemo.md").read_text()
 STOCK = {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 1e-3}
 # Rates at which 24 steps take the loss well down.
 RATES = {"adamuon": 4e-3, "normuon": 2e-2, "namo": 2e-2, "namo_d": 2e-2}
@@ -433,6 +436,32 @@ def test_heads_of_nemos_modules_go_to_adamw(head):
     assert rest <= {name for name, algorithm in routes.items() if algorithm == "adamw"}
 
 
+def sortformer() -> WithHead:
+    return WithHead(sortformer_modules=SortformerModules(fc_d_model=12, tf_d_model=12))
+
+
+def frame_vad() -> WithHead:
+    return WithHead(decoder=MultiLayerPerceptron(hidden_size=12, num_classes=2, num_layers=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "heads"),
+    [
+        (sortformer, "Sortformer", {f"sortformer_modules.{w}hidden_to_spks.weight" for w in ("", "single_")}),
+        (frame_vad, "frame-VAD", {"decoder.layer0.weight"}),
+    ],
+)
+def test_documented_routes_are_for_the_heads_that_nothing_shows(make, kind, heads):
+    register()
+    block = {"name": "adaptive_muon", "lr": 1e-3}
+    before, _ = make().setup_optimization(block)
+    (line,) = re.findall(rf"^(routes: .*)    # {kind}$", PAGE, re.MULTILINE)
+    after, _ = make().setup_optimization({**block, **OmegaConf.create(line)})
+    routes = routes_of(before)
+    assert {routes[name] for name in heads} == {"adaptive_muon"}, "say so on the page no more"
+    assert routes_of(after) == {**routes, **{name: "adamw" for name in heads}}
+
+
 def test_yaml_overrides_routes(config):
     config.model.optim.routes = {"encoder.layers.1.*": "adamw", "*.pos_bias_u": "adaptive_muon"}
     routes = routes_of(optimizer_of(config))
@@ -684,9 +713,9 @@ def test_script_with_hydra_overrides_in_two_processes(config, tmp_path):
         tmp_path,
         "model.optim.name=adaptive_muon",
         "model.optim.lr=1e-3",
-        "+model.optim.moment2_method=namo_d",
-        "+model.optim.scalar_lr=2e-3",
-        "+model.optim.fp32_matmul_prec=highest",
+        "++model.optim.moment2_method=namo_d",
+        "++model.optim.scalar_lr=2e-3",
+        "++model.optim.fp32_matmul_prec=highest",
         "trainer.devices=2",
         "+trainer.strategy=ddp",
         "trainer.use_distributed_sampler=true",
@@ -709,9 +738,6 @@ def test_target_is_refused_by_nemo(config):
     config.model.optim = {"_target_": "emerging_optimizers.adaptive_muon.HybridAdaptiveMuon", "lr": 1e-3}
     with pytest.raises(UnsafeTargetError):
         optimizer_of(config)
-
-
-PAGE = (Path(__file__).parent.parent / "docs" / "apidocs" / "nemo.md").read_text()
 
 
 def test_documented_block_works(config):
