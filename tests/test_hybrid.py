@@ -533,3 +533,20 @@ def test_description_in_short():
     _, optimizer = model_and_optimizer()
     lines = optimizer.describe().splitlines()
     assert optimizer.describe(each=False).splitlines() == [line for line in lines if not line.startswith(" ")]
+
+
+def test_what_is_frozen_is_counted_by_itself_and_learns_once_it_is_not():
+    model, optimizer = model_and_optimizer(weight_decay=0.5)
+    trained, start = optimizer.describe(each=False), copy.deepcopy(model.blocks[0])
+    model.blocks[0].requires_grad_(False)
+    counts = [line.split(": ")[1] for line in optimizer.describe(each=False).splitlines()]
+    assert counts[0] == "2 parameters, 128 elements"
+    assert counts[2] == f"6 parameters, {sum(p.numel() for p in model.blocks[0].parameters())} elements"
+    train(model, optimizer, range(2))
+    for p, q in zip(model.blocks[0].parameters(), start.parameters(), strict=True):
+        assert torch.equal(p, q) and p not in optimizer.state
+    model.blocks[0].requires_grad_(True)
+    assert optimizer.describe(each=False) == trained and trained.endswith("frozen: 0 parameters, 0 elements")
+    train(model, optimizer, range(2, 4))
+    for p, q in zip(model.blocks[0].parameters(), start.parameters(), strict=True):
+        assert not torch.equal(p, q) and optimizer.state[p]

@@ -2,14 +2,12 @@
 """NeMo's own flow, from the YAML to a trained model: a small Conformer-CTC on generated wavs, on the CPU."""
 
 import copy
-import gc
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
-import weakref
 from collections import Counter
 from dataclasses import MISSING, fields
 from importlib.metadata import entry_points
@@ -29,28 +27,37 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from nemo.collections.asr.models import EncDecCTCModel
 from nemo.collections.asr.modules import (
+    ConvASRDecoder,
     ConvASRDecoderClassification,
+    HATJoint,
     LSTMDecoder,
     RNNTDecoder,
     RNNTJoint,
+    SampledRNNTJoint,
     SpeakerDecoder,
 )
+from nemo.collections.asr.modules.sortformer_modules import SortformerModules
 from nemo.collections.asr.parts.submodules.token_classifier import TokenClassifier
-from nemo.core.classes import NeuralModule
+from nemo.collections.common.parts import MultiLayerPerceptron
+from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
+from nemo.core.classes import ModelPT, NeuralModule
+from nemo.core.classes.common import UnsafeTargetError
 from nemo.core.config.optimizers import AVAILABLE_OPTIMIZER_PARAMS
 from nemo.core.neural_types import LogitsType, NeuralType
 from nemo.core.optim import lr_scheduler, optimizers
+from nemo.utils import logging as nemo_logging
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.integrations import nemo
-from emerging_optimizers.adaptive_muon.integrations.nemo import AdaptiveMuonParams, RoutingCallback, register, remember
+from emerging_optimizers.adaptive_muon.integrations.nemo import AdaptiveMuonParams, register
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon_discovery import lightning_callbacks
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "nemo"
+PAGE = (Path(__file__).parent.parent / "docs" / "apidocs" / "nemo.md").read_text()
 STOCK = {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 1e-3}
 # Rates at which 24 steps take the loss well down.
 RATES = {"adamuon": 4e-3, "normuon": 2e-2, "namo": 2e-2, "namo_d": 2e-2}
@@ -141,7 +148,6 @@ def optimizer_of(config: DictConfig, prepare: Any = None) -> HybridAdaptiveMuon:
     if prepare is not None:
         prepare(model)
     register()
-    remember(model)
     optimizer, _ = model.setup_optimization(config.model.optim)
     optimizer.model = model  # the caller keeps both
     return optimizer
@@ -160,28 +166,32 @@ def test_discovery_imports_nothing_where_nemo_is_not_in_use():
         "import sys, lightning.pytorch as pl\n"
         "trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator='cpu')\n"
         "print([n for n in ('nemo', 'emerging_optimizers.adaptive_muon', 'absl') if n in sys.modules])\n"
-        "print('emerging_optimizers.adaptive_muon_discovery' in sys.modules)\n"
-        "print([type(c).__name__ for c in trainer.callbacks])"
+        "print('emerging_optimizers.adaptive_muon_discovery' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    imported, looked, callbacks = done.stdout.splitlines()[-3:]
+    imported, looked = done.stdout.splitlines()[-2:]
     assert (imported, looked) == ("[]", "True")
-    assert "RoutingCallback" not in callbacks
     assert "adaptive_muon" not in done.stderr
 
 
 def test_discovery_registers_once_however_many_trainers(config):
-    for _ in range(2):
-        trainer = trainer_of(config)
-        assert sum(isinstance(callback, RoutingCallback) for callback in trainer.callbacks) == 1
+    trainer_of(config)
+    wrapped = ModelPT.setup_optimization
+    trainer_of(config)
     register()
+    assert ModelPT.setup_optimization is wrapped
     assert optimizers.AVAILABLE_OPTIMIZERS["adaptive_muon"] is nemo.adaptive_muon
     assert AVAILABLE_OPTIMIZER_PARAMS["adaptive_muon_params"] is AdaptiveMuonParams
 
 
-def test_discovery_registers_what_was_not(config, monkeypatch):
-    monkeypatch.delitem(optimizers.AVAILABLE_OPTIMIZERS, "adaptive_muon", raising=False)
-    monkeypatch.delitem(AVAILABLE_OPTIMIZER_PARAMS, "adaptive_muon_params", raising=False)
+def unregister(patch: pytest.MonkeyPatch) -> None:
+    """As where no Trainer was made yet."""
+    patch.delitem(optimizers.AVAILABLE_OPTIMIZERS, "adaptive_muon", raising=False)
+    patch.delitem(AVAILABLE_OPTIMIZER_PARAMS, "adaptive_muon_params", raising=False)
+
+
+def test_a_trainer_registers_what_was_not(config, monkeypatch):
+    unregister(monkeypatch)
     trainer_of(config)
     assert optimizers.AVAILABLE_OPTIMIZERS["adaptive_muon"] is nemo.adaptive_muon
     assert AVAILABLE_OPTIMIZER_PARAMS["adaptive_muon_params"] is AdaptiveMuonParams
@@ -192,10 +202,61 @@ def test_another_optimizer_of_that_name_stays_and_trainers_go_on(config, monkeyp
     with pytest.raises(ValueError, match="adaptive_muon"):
         register()
     with caplog.at_level(logging.WARNING):
-        trainer = trainer_of(config)
-    assert not any(isinstance(callback, RoutingCallback) for callback in trainer.callbacks)
+        trainer_of(config)
     assert "adaptive_muon is not available" in caplog.text
     assert optimizers.AVAILABLE_OPTIMIZERS["adaptive_muon"] is torch.optim.SGD
+
+
+# ---- where an optimizer is made ----
+
+
+def test_set_up_before_fit_as_nemos_scripts_for_fine_tuning_do(config, tmp_path, monkeypatch):
+    """speech_to_text_finetune.py: Trainer, restored model, set_trainer, its data, its optimizer, fit."""
+    OmegaConf.resolve(config)
+    model_of(config, None).save_to(str(tmp_path / "pretrained.nemo"))
+    unregister(monkeypatch)
+    watch = Watch()
+    trainer = trainer_of(config, max_steps=4, callbacks=[watch])
+    model = EncDecCTCModel.restore_from(str(tmp_path / "pretrained.nemo"))
+    model.set_trainer(trainer)
+    model.setup_training_data(config.model.train_ds)
+    before = weights(model)
+    config.model.optim.lr = 1e-2
+    optimizer, _ = model.setup_optimization(config.model.optim)
+    assert isinstance(optimizer, HybridAdaptiveMuon)
+    trainer.fit(model)
+    assert isinstance(trainer.optimizers[0], HybridAdaptiveMuon) and watch.rates[0] == [1e-2, 2e-3]
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_model_set_up_before_the_first_trainer_needs_register(config, monkeypatch):
+    unregister(monkeypatch)
+    model = model_of(config, None)
+    with pytest.raises(ValueError, match="Cannot resolve optimizer 'adaptive_muon'"):
+        model.setup_optimization(config.model.optim)
+    register()
+    assert isinstance(model.setup_optimization(config.model.optim)[0], HybridAdaptiveMuon)
+
+
+def test_the_model_being_set_up_is_the_one_that_counts(config):
+    """A part of a model, trained by itself: patterns are matched against its own names, not the larger model's."""
+    register()
+    part = model_of(config, None)
+    whole = WithHead(part=part)
+    for model, prefix in ((part, ""), (whole, "part."), (part, "")):
+        optim_config = {**config.model.optim, "routes": {f"{prefix}encoder.layers.0.*": "adamw"}}
+        optimizer, _ = model.setup_optimization(optim_config)
+        assert f"{prefix}encoder.layers.1.self_attn.linear_q.weight" in routes_of(optimizer)
+
+
+def test_a_call_without_a_model_is_refused_with_the_remedy(config):
+    model = model_of(config, None)
+    with pytest.raises(ValueError, match=r"must know the model.*from_model\(model\)"):
+        nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
+    with pytest.raises(ValueError, match="known keys"):  # which leaves no model behind
+        optimizer_of(OmegaConf.merge(config, {"model": {"optim": {"wrong": 1}}}))
+    with pytest.raises(ValueError, match="must know the model"):
+        nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
 
 
 # ---- what the YAML says ----
@@ -259,21 +320,6 @@ def test_wrong_keys_and_values_are_refused(config, wrong, text):
         optimizer_of(config)
 
 
-def test_unknown_model_is_refused_with_the_remedy(config):
-    register()
-    model = model_of(config, None)
-    with pytest.raises(ValueError, match=r"must know the model.*remember\(model\)"):
-        model.setup_optimization(config.model.optim)
-
-
-def test_models_are_forgotten(config):
-    remember(model := model_of(config, None))
-    forgotten = weakref.ref(model)
-    del model
-    gc.collect()
-    assert forgotten() is None
-
-
 # ---- what goes where ----
 
 
@@ -305,29 +351,57 @@ class ManyOutputs(NeuralModule):
     output_types = {"many": [NeuralType(("B", "D"), LogitsType())]}
 
 
-class WithHead(nn.Module):
-    """A model with one of NeMo's modules."""
+class WithHead(ModelPT):
+    """A model of NeMo's with one of its modules."""
 
     def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
+        super().__init__(OmegaConf.create({}))
         self.body, self.untyped, self.many = nn.Linear(12, 12, bias=False), NeuralModule(), ManyOutputs()
         for name, module in modules.items():
             self.add_module(name, module)
 
+    def setup_training_data(self, train_data_config):
+        pass
 
-def transducer() -> WithHead:
-    vocabulary = ["a", "b", "c", "d", "e", "f"]
+    def setup_validation_data(self, val_data_config):
+        pass
+
+    @classmethod
+    def list_available_models(cls):
+        return []
+
+
+def with_adapter(module: nn.Module, width: int) -> nn.Module:
+    """One of NeMo's modules with NeMo's adapter in it."""
+    module.add_adapter("mine", OmegaConf.structured(LinearAdapterConfig(in_features=width, dim=4)))
+    return module
+
+
+def transducer(kind: type[RNNTJoint] = RNNTJoint, *, adapter: bool = False, **options: Any) -> WithHead:
+    """The embedding's width, 10, is not the head's, 8, so that the head is not known by its shape."""
     prediction = RNNTDecoder(prednet={"pred_hidden": 10, "pred_rnn_layers": 1}, vocab_size=6)
     network = {"encoder_hidden": 12, "pred_hidden": 10, "joint_hidden": 8, "activation": "relu"}
-    joint = RNNTJoint(jointnet=network, num_classes=6, vocabulary=vocabulary)
-    return WithHead(decoder=prediction, joint=joint)
+    joint = kind(jointnet=network, num_classes=6, vocabulary=list("abcdef"), **options)
+    return WithHead(decoder=prediction, joint=with_adapter(joint, 8) if adapter else joint)
 
 
+FUSED = {"fuse_loss_wer": True, "fused_batch_size": 4}
+OF_JOINT = {"body.weight", "joint.pred.weight", "joint.enc.weight"}
+OF_ADAPTER = {"joint.adapter_layer.mine.module.1.weight", "joint.adapter_layer.mine.module.3.weight"}
+HEAD_OF_JOINT = {"joint.joint_net.1.weight", "decoder.prediction.embed.weight"}
 HEADS = {
-    "joint": (
-        transducer,
-        {"body.weight", "joint.pred.weight", "joint.enc.weight"},
-        {"joint.joint_net.1.weight", "decoder.prediction.embed.weight"},
+    "joint": (transducer, OF_JOINT, HEAD_OF_JOINT),
+    "fused joint": (lambda: transducer(**FUSED), OF_JOINT, HEAD_OF_JOINT),
+    "fused TDT joint": (lambda: transducer(num_extra_outputs=5, **FUSED), OF_JOINT, HEAD_OF_JOINT),
+    "joint with adapter": (lambda: transducer(adapter=True), OF_JOINT | OF_ADAPTER, HEAD_OF_JOINT),
+    "fused joint with adapter": (lambda: transducer(adapter=True, **FUSED), OF_JOINT | OF_ADAPTER, HEAD_OF_JOINT),
+    "HAT joint": (lambda: transducer(HATJoint), OF_JOINT, HEAD_OF_JOINT | {"joint.blank_pred.2.weight"}),
+    "fused HAT joint": (lambda: transducer(HATJoint, **FUSED), OF_JOINT, HEAD_OF_JOINT),
+    "sampled joint": (lambda: transducer(SampledRNNTJoint, n_samples=4, **FUSED), OF_JOINT, HEAD_OF_JOINT),
+    "CTC with adapter": (
+        lambda: WithHead(top=with_adapter(ConvASRDecoder(12, 6, vocabulary=list("abcdef")), 12)),
+        {"body.weight", "top.adapter_layer.mine.module.1.weight", "top.adapter_layer.mine.module.3.weight"},
+        {"top.decoder_layers.0.weight"},
     ),
     "speaker": (
         lambda: WithHead(top=SpeakerDecoder(12, 20, emb_sizes=[16, 14], pool_mode="xvector")),
@@ -355,20 +429,37 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_of_nemos_modules_go_to_adamw(head):
     make, matrices, rest = HEADS[head]
-    remember(model := make())
-    optimizer = nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
+    register()
+    optimizer, _ = make().setup_optimization({"name": "adaptive_muon", "lr": 1e-3})
     routes = routes_of(optimizer)
     assert matrices <= {name for name, algorithm in routes.items() if algorithm == "adaptive_muon"}
     assert rest <= {name for name, algorithm in routes.items() if algorithm == "adamw"}
 
 
-def test_an_adapter_is_not_a_head():
-    model = transducer()
-    model.joint.adapter_layer = nn.ModuleDict({"mine": nn.Linear(8, 8, bias=False)})
-    remember(model)
-    routes = routes_of(nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3))
-    assert routes["joint.joint_net.1.weight"] == "adamw"
-    assert routes["joint.adapter_layer.mine.weight"] == "adaptive_muon"
+def sortformer() -> WithHead:
+    return WithHead(sortformer_modules=SortformerModules(fc_d_model=12, tf_d_model=12))
+
+
+def frame_vad() -> WithHead:
+    return WithHead(decoder=MultiLayerPerceptron(hidden_size=12, num_classes=2, num_layers=1))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "heads"),
+    [
+        (sortformer, "Sortformer", {f"sortformer_modules.{w}hidden_to_spks.weight" for w in ("", "single_")}),
+        (frame_vad, "frame-VAD", {"decoder.layer0.weight"}),
+    ],
+)
+def test_documented_routes_are_for_the_heads_that_nothing_shows(make, kind, heads):
+    register()
+    block = {"name": "adaptive_muon", "lr": 1e-3}
+    before, _ = make().setup_optimization(block)
+    (line,) = re.findall(rf"^(routes: .*)    # {kind}$", PAGE, re.MULTILINE)
+    after, _ = make().setup_optimization({**block, **OmegaConf.create(line)})
+    routes = routes_of(before)
+    assert {routes[name] for name in heads} == {"adaptive_muon"}, "say so on the page no more"
+    assert routes_of(after) == {**routes, **{name: "adamw" for name in heads}}
 
 
 def test_yaml_overrides_routes(config):
@@ -398,37 +489,51 @@ def test_modules_have_their_own_rates(config):
         optimizer_of(config)
 
 
-def test_frozen_parameters_are_left_out_and_said_to_be(config, caplog):
-    from nemo.utils import logging as nemo_logging
-
-    said = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nemo_logging, "info", lambda text, *rest: said.append(text % rest if rest else text))
-        optimizer = optimizer_of(config, freeze_first)
-    frozen = [name for name, p in optimizer.model.named_parameters() if not p.requires_grad]
-    assert len(frozen) > 20 and not set(frozen) & routes_of(optimizer).keys()
-    (line,) = (text for text in said if text.startswith("adaptive_muon:"))
-    held = {
-        use: [p for g in optimizer.param_groups if g["use_muon"] is use for p in g["params"]] for use in (True, False)
-    }
-    for use, title in ((True, "AdaptiveMuon (namo_d)"), (False, "AdamW")):
-        assert f"{title}: {len(held[use])} parameters, {sum(p.numel() for p in held[use]):,} elements" in line
-    assert f"left out: {len(frozen)} frozen parameters" in line
-
-
 def freeze_first(model: EncDecCTCModel) -> None:
     """Freezes the encoder's first layer."""
     for p in model.encoder.layers[0].parameters():
         p.requires_grad_(False)
 
 
-def test_everything_of_a_group_frozen(config):
-    config.model.optim_param_groups = {"decoder": {"lr": 5e-4}}
-    optimizer = optimizer_of(config, lambda model: model.decoder.freeze())
-    assert not any("decoder" in name for name in routes_of(optimizer))
+def test_the_log_counts_what_is_trained_and_what_is_frozen(config, monkeypatch):
+    said = []
+    monkeypatch.setattr(nemo_logging, "info", lambda text, *rest: said.append(text % rest if rest else text))
+    optimizer = optimizer_of(config, freeze_first)
+    (line,) = (text for text in said if text.startswith("adaptive_muon:"))
+    routes = routes_of(optimizer)
+    kinds: dict[str, list[nn.Parameter]] = {"AdaptiveMuon (namo_d)": [], "AdamW": [], "frozen": []}
+    for name, p in optimizer.model.named_parameters():
+        title = "AdaptiveMuon (namo_d)" if routes[name] == "adaptive_muon" else "AdamW"
+        kinds["frozen" if "layers.0." in name and "encoder" in name else title].append(p)
+    assert len(kinds["frozen"]) > 20
+    for title, held in kinds.items():
+        assert f"{title}: {len(held)} parameters, {sum(p.numel() for p in held):,} elements" in line
 
 
-class Unfreeze(BaseFinetuning):
+class Unfreeze(pl.Callback):
+    """Trains the encoder from the second epoch on, as ``encoder.unfreeze()`` does with any optimizer of NeMo's."""
+
+    def on_train_epoch_start(self, trainer, model):
+        if trainer.current_epoch == 0:
+            self.start = weights(model.encoder)
+        else:
+            torch.testing.assert_close(weights(model.encoder), self.start, rtol=0, atol=0)
+            assert not trainer.optimizers[0].state.keys() & set(model.encoder.parameters())
+            model.encoder.unfreeze()
+
+
+def test_what_is_frozen_stays_as_it_is_and_learns_once_it_is_unfrozen(config):
+    config.model.optim.weight_decay = 0.5
+    unfreeze = Unfreeze()
+    trainer = trainer_of(config, max_steps=8, callbacks=[unfreeze])
+    model = model_of(config, trainer)
+    model.encoder.freeze()
+    trainer.fit(model)
+    for name, p in model.encoder.named_parameters():
+        assert trainer.optimizers[0].state[p] and not torch.equal(p, unfreeze.start[name]), name
+
+
+class Finetuning(BaseFinetuning):
     """Lightning's own way to train a part later on."""
 
     def freeze_before_training(self, model):
@@ -439,17 +544,14 @@ class Unfreeze(BaseFinetuning):
             self.unfreeze_and_add_param_group(model.encoder.layers[0], optimizer, lr=1e-3)
 
 
-def test_what_is_unfrozen_later_is_routed_as_the_model_says(config):
+def test_lightnings_finetuning_trains_what_it_unfreezes(config):
     config.model.optim.pop("sched", None)
-    model, _ = fit(config, 6, Unfreeze())
+    start = weights(model_of(config, None))
+    model, watch = fit(config, 6, Finetuning())
     optimizer = model.trainer.optimizers[0]
-    layer = model.encoder.layers[0]
-    for group in optimizer.param_groups[2:]:
-        for p in group["params"]:
-            (name,) = (name for name, of_layer in layer.named_parameters() if of_layer is p)
-            assert group["use_muon"] == (".linear" in "." + name and name.endswith("weight")), name
-    assert sum(len(group["params"]) for group in optimizer.param_groups[2:]) == len(list(layer.parameters()))
-    assert all(optimizer.state[p] for p in layer.parameters())
+    assert watch.rates[-1] == [2e-2, 2e-3]  # it finds the layer in the optimizer and adds no group
+    for name, p in model.encoder.layers[0].named_parameters():
+        assert optimizer.state[p] and not torch.equal(p, start[f"encoder.layers.0.{name}"]), name
 
 
 # ---- training ----
@@ -611,9 +713,9 @@ def test_script_with_hydra_overrides_in_two_processes(config, tmp_path):
         tmp_path,
         "model.optim.name=adaptive_muon",
         "model.optim.lr=1e-3",
-        "+model.optim.moment2_method=namo_d",
-        "+model.optim.scalar_lr=2e-3",
-        "+model.optim.fp32_matmul_prec=highest",
+        "++model.optim.moment2_method=namo_d",
+        "++model.optim.scalar_lr=2e-3",
+        "++model.optim.fp32_matmul_prec=highest",
         "trainer.devices=2",
         "+trainer.strategy=ddp",
         "trainer.use_distributed_sampler=true",
@@ -634,11 +736,8 @@ def test_script_with_hydra_overrides_in_two_processes(config, tmp_path):
 def test_target_is_refused_by_nemo(config):
     """As the documentation says; should NeMo's list open, it can say otherwise."""
     config.model.optim = {"_target_": "emerging_optimizers.adaptive_muon.HybridAdaptiveMuon", "lr": 1e-3}
-    with pytest.raises(Exception, match="_target_|allow"):
+    with pytest.raises(UnsafeTargetError):
         optimizer_of(config)
-
-
-PAGE = (Path(__file__).parent.parent / "docs" / "apidocs" / "nemo.md").read_text()
 
 
 def test_documented_block_works(config):

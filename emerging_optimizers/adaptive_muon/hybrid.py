@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, overload, override
 
@@ -66,7 +65,7 @@ class HybridAdaptiveMuon(Optimizer):
         scalar_weight_decay: float | None = None,
         **options: Any,
     ) -> None:
-        self._routes: list[tuple[str, tuple[int, ...], Route]] = []
+        self._routes: list[tuple[str, torch.Tensor, Route]] = []
         self._of_model: dict[torch.Tensor, tuple[str, Route]] = {}
         scalar: dict[str, Any] = {
             "lr": lr if scalar_lr is None else scalar_lr,
@@ -169,8 +168,7 @@ class HybridAdaptiveMuon(Optimizer):
         require(not repeated, "a parameter must be in one group only", repeated, "remove it from the other group")
         self.param_groups.append(group)
         names = group.get("param_names", [""] * len(routes))
-        shapes = [tuple(p.shape) for p in group["params"]]
-        self._routes += zip(names, shapes, routes, strict=True)
+        self._routes += zip(names, group["params"], routes, strict=True)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -204,14 +202,17 @@ class HybridAdaptiveMuon(Optimizer):
         return loss
 
     def describe(self, *, each: bool = True) -> str:
-        """Returns a table of the parameters: how many went where and, of ``each``, its shape, its name and why."""
+        """Returns a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
+
+        Those that are frozen now, which no step changes before they are unfrozen, are counted by themselves.
+        """
+        titles = {"adaptive_muon": f"AdaptiveMuon ({self._muon.moment2_method})", "adamw": "AdamW", "frozen": "frozen"}
         lines = []
-        for algorithm, title in (("adaptive_muon", f"AdaptiveMuon ({self._muon.moment2_method})"), ("adamw", "AdamW")):
-            rows = [row for row in self._routes if row[2].algorithm == algorithm]
-            elements = sum(math.prod(shape) for _, shape, _ in rows)
-            lines.append(f"{title}: {len(rows)} parameters, {elements:,} elements")
+        for kind, title in titles.items():
+            rows = [row for row in self._routes if kind == (row[2].algorithm if row[1].requires_grad else "frozen")]
+            lines.append(f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements")
             lines += [
-                f"  {' x '.join(map(str, shape)):>15}  {name}  ({route.reason})" for name, shape, route in rows if each
+                f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
             ]
         return "\n".join(lines)
 

@@ -17,15 +17,13 @@ def lightning_callbacks() -> list[Any]:
     """Registers adaptive_muon where NeMo is in use: the entry point of ``lightning.pytorch.callbacks_factory``.
 
     Returns:
-        The callbacks for Lightning to add to a ``Trainer``: none where NeMo has not been imported.
+        The callbacks for Lightning to add to a ``Trainer``: none.
     """
-    if "nemo.core.optim.optimizers" not in sys.modules:
-        return []
-    try:
-        from emerging_optimizers.adaptive_muon.integrations import nemo
+    if "nemo.core.optim.optimizers" in sys.modules:
+        try:
+            from emerging_optimizers.adaptive_muon.integrations.nemo import register
 
-        nemo.register()
-    except Exception as error:  # a Trainer that never asked for adaptive_muon must not fail for it
-        logging.getLogger(__name__).warning("NeMo's optim.name adaptive_muon is not available: %s", error)
-        return []
-    return [nemo.RoutingCallback()]
+            register()
+        except Exception as error:  # a Trainer that never asked for adaptive_muon must not fail for it
+            logging.getLogger(__name__).warning("NeMo's optim.name adaptive_muon is not available: %s", error)
+    return []

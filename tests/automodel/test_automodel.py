@@ -146,6 +146,21 @@ def test_scheduler_keeps_the_ratios():
     assert len({step[0][0] for step in seen}) == 6
 
 
+def test_multipliers_where_no_matrix_is_trained():
+    """The first group is then of the AdamW part, whose own rate and decay the multipliers are beside."""
+    model = llama()
+    model.model.layers.requires_grad_(False)
+    options = {"weight_decay": 0.1, "scalar_lr": 1e-3, "scalar_weight_decay": 0.2}
+    (optimizer,) = yaml(**options, param_group_overrides=[{"pattern": "norm", "lr_mult": 0.5}]).build(model)
+    rest, norm = optimizer.param_groups
+    assert not rest["use_muon"] and norm["param_names"] == ["model.norm.weight"]
+    schedule = SimpleNamespace(epoch_len=10, num_epochs=1, max_steps=None)
+    (scheduler,) = LRSchedulerConfig(lr_warmup_steps=2, min_lr=0.0).build(optimizer, schedule)
+    scheduler.step(1)
+    assert rest["lr"] > 0 and norm["lr"] == pytest.approx(0.5 * rest["lr"])
+    assert (rest["weight_decay"], norm["weight_decay"]) == pytest.approx((0.2, 0.2))
+
+
 def test_multipliers_without_weight_decay():
     config = yaml(weight_decay=0.0, param_group_overrides=[{"pattern": "norm", "wd_mult": 2.0}])
     (optimizer,) = config.build(llama())

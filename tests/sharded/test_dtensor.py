@@ -68,6 +68,28 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_frozen_first(way: Callable[[nn.Module], None]) -> None:
+    """A layer that is frozen is passed over on all ranks, decay included, and trained once it is not."""
+    whole, sharded, _ = models(way)
+    for model in (whole, sharded):
+        frozen = [model.up.weight, model.up.bias]
+        start = [full(p).clone() for p in frozen]
+        model.up.requires_grad_(False)
+        optimizer = HybridAdaptiveMuon.from_model(model, **OPTIONS, moment2_method="namo_d", scalar_lr=1e-3)
+        train(model, optimizer, range(3))
+        assert all(p.equal(full(q)) for p, q in zip(start, frozen, strict=True))
+        assert not optimizer.state.keys() & set(frozen)
+        model.up.requires_grad_(True)
+        train(model, optimizer, range(3, 6))
+        assert not any(p.equal(full(q)) for p, q in zip(start, frozen, strict=True))
+    within = 1e-5 if way in (fsdp, hsdp) else 1e-2
+    assert all(
+        difference(full(q), p.detach()) <= within
+        for p, q in zip(whole.parameters(), sharded.parameters(), strict=True)
+    )
+
+
 def test_pieces_of_dtensors_are_no_matrices_of_their_own(group: ProcessGroup) -> None:
     """But what every rank holds all of is one."""
     mesh = mesh_of((dist.get_world_size(),), ("dp",))

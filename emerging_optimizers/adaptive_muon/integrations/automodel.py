@@ -49,10 +49,11 @@ class AdaptiveMuonConfig(AdaptiveMuonOptions, OptimizerConfig):
     def _of_part(self, part: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of one part."""
         optimizer = self.make_optimizer(part, _trainable_params_or_groups(part, self.param_group_overrides), self.lr)
+        first = optimizer.param_groups[0]
         for group in optimizer.param_groups:
             # Automodel's scheduler sets each group's rate to lr_mult times that of the first group.
-            _scale(group, "lr_mult", group["lr"], self.lr)
-            _scale(group, "wd_mult", group["weight_decay"], self.weight_decay)
+            _scale(group, "lr_mult", group["lr"], first["lr"])
+            _scale(group, "wd_mult", group["weight_decay"], first["weight_decay"])
         logging.info("adaptive_muon: %s", optimizer.describe(each=False))
         return optimizer
 

@@ -2,12 +2,12 @@
 """NeMo: ``optim.name: adaptive_muon``, its dataclass of parameters, and its parameters routed by NeMo's modules."""
 
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import Any, override
-from weakref import WeakSet
+from functools import cache, wraps
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from nemo.core.classes import NeuralModule
+from nemo.core.classes import ModelPT, NeuralModule
 from nemo.core.config.optimizers import OptimizerParams
 from nemo.core.neural_types import LogitsType, LogprobsType, NeuralType
 from nemo.core.optim import optimizers
@@ -20,7 +20,7 @@ from emerging_optimizers.adaptive_muon.checks import refusal, require
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
 
 
-__all__ = ["AdaptiveMuonParams", "RoutingCallback", "adaptive_muon", "register", "remember"]
+__all__ = ["AdaptiveMuonParams", "adaptive_muon", "register"]
 
 # Keys that a module may have in ``optim_param_groups``, and the names HybridAdaptiveMuon has for them in a group.
 _GROUP_KEYS = {
@@ -34,8 +34,8 @@ _GROUP_KEYS = {
     "scalar_weight_decay": "scalar_weight_decay",
 }
 
-# The models an optimizer may be asked for. NeMo hands over parameters only, without their names or modules.
-_models: WeakSet[nn.Module] = WeakSet()
+# The model whose optimizer is being made. NeMo hands over its parameters only, without their names or modules.
+_model: ContextVar[nn.Module | None] = ContextVar("model", default=None)
 
 
 @dataclass
@@ -48,75 +48,68 @@ class AdaptiveMuonParams(AdaptiveMuonOptions, OptimizerParams):
 
 
 def register() -> None:
-    """Makes NeMo know the optimizer ``adaptive_muon``. Where the package is installed, it happens by itself.
+    """Makes NeMo know the optimizer ``adaptive_muon``. Every ``Trainer`` does it where the package is installed.
+
+    From then on ``ModelPT.setup_optimization`` tells :func:`adaptive_muon` the model.
 
     Raises:
         ValueError: If NeMo has another optimizer of that name.
     """
     if optimizers.AVAILABLE_OPTIMIZERS.get("adaptive_muon") is not adaptive_muon:
         optimizers.register_optimizer("adaptive_muon", adaptive_muon, AdaptiveMuonParams)
+    _let_models_be_known()
 
 
-def remember(model: nn.Module) -> None:
-    """Lets :func:`adaptive_muon` route a model's parameters by its modules. A ``Trainer`` does it by itself.
+@cache
+def _let_models_be_known() -> None:
+    """Has NeMo's models say, while one makes its optimizer, which of them it is. Once."""
+    of_nemo = ModelPT.setup_optimization
 
-    Args:
-        model: The model, for as long as it lives.
-    """
-    _models.add(model)
+    @wraps(of_nemo)
+    def setup_optimization(self: nn.Module, *args: Any, **options: Any) -> Any:
+        before = _model.set(self)
+        try:
+            return of_nemo(self, *args, **options)
+        finally:
+            _model.reset(before)
 
-
-class RoutingCallback(Callback):
-    """Lightning's callback that remembers the model a ``Trainer`` is about to make an optimizer for."""
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remembers the model."""
-        remember(pl_module)
+    ModelPT.setup_optimization = setup_optimization
 
 
 def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdaptiveMuon:
     """Makes the optimizer: what NeMo calls for ``optim.name: adaptive_muon``.
 
-    Frozen parameters are left out. A line in NeMo's log says how many parameters and elements went where.
+    A line in NeMo's log says how many parameters and elements went where, and how many are frozen. Those are in the
+    optimizer too, as in NeMo's others, and are trained if they are unfrozen later.
 
     Args:
         params: NeMo's parameter groups.
         **optim: Keys of :class:`AdaptiveMuonParams`.
 
     Raises:
-        ValueError: If a key is unknown, a value is out of its range, or the parameters' model was not remembered.
+        ValueError: If a key is unknown, a value is out of its range, or no model is making its optimizer.
     """
     valid = [field.name for field in fields(AdaptiveMuonParams)]
     options = AdaptiveMuonParams(**{key: optim[_known(key, valid, "optim")] for key in optim})
-    groups = list(params)
-    model = _owner({p for group in groups for p in group["params"]})
+    model = _model.get()
+    if model is None:
+        raise refusal(
+            "adaptive_muon must know the model, to route its parameters by their modules",
+            "a call from elsewhere than ModelPT.setup_optimization",
+            "make the optimizer with HybridAdaptiveMuon.from_model(model)",
+        )
     _tag_heads(model)
-    optimizer = options.make_optimizer(model, map(_trained, groups), options.lr)
-    frozen = sum(not p.requires_grad for group in groups for p in group["params"])
-    logging.info(f"adaptive_muon: {optimizer.describe(each=False)}\nleft out: {frozen} frozen parameters")
+    optimizer = options.make_optimizer(model, map(_in_our_words, params), options.lr)
+    logging.info(f"adaptive_muon: {optimizer.describe(each=False)}")
     return optimizer
 
 
-def _owner(params: set[nn.Parameter]) -> nn.Module:
-    """The remembered model that has all these parameters."""
-    for model in _models:
-        if params <= set(model.parameters()):
-            return model
-    raise refusal(
-        "adaptive_muon must know the model, to route its parameters by their modules",
-        f"{len(params)} parameters of a model that no Trainer has set up",
-        "train it with a Lightning Trainer, "
-        "or call emerging_optimizers.adaptive_muon.integrations.nemo.remember(model) before",
-    )
-
-
-def _trained(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of NeMo's, of ``optim_param_groups`` perhaps, without frozen parameters, in HybridAdaptiveMuon's words."""
+def _in_our_words(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of NeMo's, of ``optim_param_groups`` perhaps, in HybridAdaptiveMuon's words."""
     # A list of the YAML's is a ListConfig here, which does not belong in an optimizer's state.
     options = OmegaConf.to_container(OmegaConf.create({key: group[key] for key in group if key != "params"}))
     renamed = {_GROUP_KEYS[_known(key, _GROUP_KEYS, "optim_param_groups")]: value for key, value in options.items()}
-    return {**renamed, "params": [p for p in group["params"] if p.requires_grad]}
+    return {**renamed, "params": group["params"]}
 
 
 def _known(key: str, valid: Iterable[str], place: str) -> str:
@@ -126,11 +119,15 @@ def _known(key: str, valid: Iterable[str], place: str) -> str:
 
 
 def _tag_heads(model: nn.Module) -> None:
-    """Tags the output heads that NeMo's modules show: the last linear layer of one that returns logits."""
+    """Tags the output heads that NeMo's modules show: the last linear layer of one that returns logits, or of a joint.
+
+    A transducer's joint returns the loss where it is fused with it, and has other linear layers behind its joint_net.
+    """
     for module in model.modules():
         outputs = (module.output_types or {}).values() if isinstance(module, NeuralModule) else ()
         types = [output.elements_type for output in outputs if isinstance(output, NeuralType)]
-        if any(isinstance(of_output, LogitsType | LogprobsType) for of_output in types):
-            linears = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and "adapter" not in name]
+        net = getattr(module, "joint_net", module)
+        if net is not module or any(isinstance(of_output, LogitsType | LogprobsType) for of_output in types):
+            linears = [m for name, m in net.named_modules() if isinstance(m, nn.Linear) and "adapter" not in name]
             for head in linears[-1:]:
                 head.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
