@@ -43,7 +43,7 @@ def by_turns(
 ) -> dict[str, list[float]]:
     """Returns the seconds of every round of every contestant, who take turns: drift of the machine meets them all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for index in tqdm(range(warm_up + rounds), desc="rounds", leave=False):
+    for index in tqdm(range(warm_up + rounds), desc="rounds", leave=False, disable=None):
         for name, step in steps.items():
             _wait(device)
             start = time.perf_counter()

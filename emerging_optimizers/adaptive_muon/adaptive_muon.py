@@ -301,18 +301,18 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if decay_method == "adaptive" and weight_decay:
             D = joined(stack.matrices, [D for D, _ in DO], G) * (lr * weight_decay)
             torch._foreach_addcmul_(Ws, Ws, D.unbind(0), value=-1)
-        U = joined(
+        D = joined(
             stack.matrices,
-            [D.mul_(self._scale(each.layout.shape(O))) * O for each, (D, O) in zip(stack.matrices, DO, strict=True)],
+            [D.mul_(self._scale(each.layout.shape(O))) for each, (D, O) in zip(stack.matrices, DO, strict=True)],
             G,
         )
-
+        O = joined(stack.matrices, [O for _, O in DO], G)
         if self._has_pre_hook():
-            Ws = [self._hooked(*each) for each in zip(stack.params, locals_, Ws, U, strict=True)]
+            D, O = torch.ones_like(D), D * O
+            Ws = [self._hooked(*each) for each in zip(stack.params, locals_, Ws, O, strict=True)]
         if isinstance(lr, torch.Tensor):
-            torch._foreach_addcmul_(Ws, U.unbind(0), [lr] * len(Ws), value=-1)
-        else:
-            torch._foreach_add_(Ws, U.unbind(0), alpha=-lr)
+            D, lr = D * lr, 1.0
+        torch._foreach_addcmul_(Ws, O.unbind(0), D.unbind(0), value=-lr)
         for p, local, W in zip(stack.params, locals_, Ws, strict=True):
             round_into(local, W)
             self.post_weight_update_fn_inplace(p)

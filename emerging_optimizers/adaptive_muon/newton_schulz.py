@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import batched
@@ -17,6 +18,7 @@ from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
 from emerging_optimizers.orthogonalized_optimizers import muon_utils
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import CoeffIterMode, NSCoeffT
 from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[attr-defined]
+from emerging_optimizers.utils import fp32_matmul_precision
 
 
 __all__ = ["NSAlgorithmT", "NewtonSchulz", "in_stacks", "iterated", "orthogonalized", "stacked", "syrk_is_usable"]
@@ -28,29 +30,30 @@ Coefficients = tuple[float, float, float]
 # The GPU generations for which upstream's Muon vouches for its Triton kernel.
 _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
-# Two steps at a time save products from this ratio of a matrix's sides on, see _pairs_pay.
-_PAIRS_FROM = 1.2
+# Several steps at once save products from this ratio of a matrix's sides on, see _several_pay.
+_SEVERAL_FROM = 1.25
+# And the first three are as exact as two from this short side on, see _at_once.
+_THREE_FROM = 512
 
-# Matrices with a longer short side keep a device busy one at a time; benchmarks/growth.py measures it.
-_STACK_UP_TO = {"cpu": 128, "cuda": 1024}
-# Float32 bytes of a stack: enough to keep a device busy, and a step's temporary memory is a small multiple of it.
-_STACK_BYTES = 2**27
+# By device: the longest short side of matrices that are worked on as a stack, since longer ones keep it busy one at a
+# time, and the float32 bytes of a stack, which bound a step's temporary memory and on a CPU should fit its caches.
+_STACKS = {"cpu": (256, 2**24), "cuda": (1024, 2**27)}
 
 
 @dataclass(frozen=True)
 class NewtonSchulz:
     """Orthogonalizes a matrix by Newton-Schulz iteration with upstream's coefficients.
 
-    One step is :math:`X \\leftarrow (a I + b A + c A^2) X` with :math:`A = X X^\\top`. Two steps can be taken at once on
-    the smaller Gram matrix A, since both polynomials are polynomials in the same A:
+    One step is :math:`X \\leftarrow (a I + b A + c A^2) X` with :math:`A = X X^\\top`. Several steps can be taken at once
+    on the smaller Gram matrix A, since all polynomials are polynomials of the same A:
 
     .. math::
         B_1 = b_1 A + c_1 A^2, \\quad A' = (a_1 I + B_1) A (a_1 I + B_1), \\quad B_2 = b_2 A' + c_2 A'^2, \\quad
         X \\leftarrow (a_2 I + B_2)(a_1 I + B_1) X,
 
-    which replaces two products of A's with X's size by two among matrices of A's size, all of them symmetric. A is made
-    anew from X after every second step, and the identity's part of the polynomials is kept apart: the rounding of A,
-    which every step on it amplifies, then stays in the order of the plain iteration's own.
+    which replaces products of X's size by products of A's size that are all symmetric. A is made anew from X after two
+    steps (after the first three of a large matrix), and the identity's part of the polynomials is kept apart: the
+    rounding of A, which every step on it amplifies, then stays in the order of the plain iteration's own.
 
     The precision of the products is torch's float32 matmul precision at the time of the call, as in upstream.
 
@@ -60,7 +63,7 @@ class NewtonSchulz:
         num_steps: Number of iterations, at least 1.
         use_syrk: Whether iterations on CUDA in 16 bit use a Triton kernel for symmetric products: upstream's.
         algorithm: "standard" is upstream's function, one matrix after the other, and gives its numbers to the last bit
-            ("medium" precision iterates in bfloat16). "gram" takes two steps at once, of a whole stack of matrices. At
+            ("medium" precision iterates in bfloat16). "gram" takes several steps at once, of a whole stack of matrices. At
             "medium" precision it iterates in float16 on CUDA, which is as fast as bfloat16 and more exact, and in
             float32 elsewhere. "auto" is the fastest of both for the shape and the device, in the same precisions.
 
@@ -117,20 +120,20 @@ class NewtonSchulz:
         return stacked([self._upstreams(matrix) for matrix in stack])
 
     def _gram(self, stack: torch.Tensor) -> torch.Tensor:
-        """Two steps at once."""
-        return self._iterated(stack, in_pairs=True)
+        """Several steps at once, always in full precision where TF32 would round the Gram matrix too coarsely."""
+        with fp32_matmul_precision("highest") if _precision() == "high" else nullcontext():
+            return self._iterated(stack, _at_once(stack))
 
     def _auto(self, stack: torch.Tensor) -> torch.Tensor:
         """The fastest of both, in the fastest dtype that is at least as exact as upstream's."""
         if self.dtype(stack.device) == torch.bfloat16:
-            return self._standard(stack)  # two steps at once are not safe in it
-        return self._iterated(stack, in_pairs=_pairs_pay(stack))
+            return self._standard(stack)  # several steps at once are not safe in it
+        return self._iterated(stack, _at_once(stack) if _several_pay(stack) else (1, 1))
 
-    def _iterated(self, stack: torch.Tensor, *, in_pairs: bool) -> torch.Tensor:
-        """Our own iteration of a whole stack."""
-        return iterated(
-            stack, _coefficients(self.coefficient_type, self.num_steps), self.dtype(stack.device), in_pairs=in_pairs
-        )
+    def _iterated(self, stack: torch.Tensor, at_once: tuple[int, int]) -> torch.Tensor:
+        """Our own iteration of a whole stack, with so many steps at once in the first block and in the others."""
+        steps, (first, others) = _coefficients(self.coefficient_type, self.num_steps), at_once
+        return iterated(stack, [steps[:first], *batched(steps[first:], others)], self.dtype(stack.device))
 
     def _upstreams(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
         """Upstream's iteration of a float32 matrix; ``spread`` says how a matrix in strips lies."""
@@ -155,39 +158,37 @@ def in_stacks[Member](
     members: Sequence[Member], shape: Sequence[int], device: torch.device
 ) -> Iterator[tuple[Member, ...]]:
     """Yields what has tensors of one shape, matrices or stacks of them, in parts to work on as one stack each."""
-    alone = min(shape[-2:]) > _STACK_UP_TO.get(device.type, 0)
-    most = 1 if alone else max(_STACK_BYTES // max(4 * math.prod(shape), 1), 1)
-    return batched(members, min(most, len(members)))
+    longest, most = _STACKS.get(device.type, (0, 0))
+    fit = most // max(4 * math.prod(shape), 1) if min(shape[-2:]) <= longest else 0
+    return batched(members, min(max(fit, 1), len(members)))
 
 
-def iterated(
-    stack: torch.Tensor, coefficients: Iterable[Coefficients], dtype: torch.dtype, *, in_pairs: bool
-) -> torch.Tensor:
+def iterated(stack: torch.Tensor, blocks: Iterable[Sequence[Coefficients]], dtype: torch.dtype) -> torch.Tensor:
     """Returns the stack of matrices after Newton-Schulz iteration from each divided by its Frobenius norm, in float32.
 
     Args:
         stack: Shape ``(stack, rows, columns)``, float32.
-        coefficients: ``(a, b, c)`` of every step.
+        blocks: ``(a, b, c)`` of every step, in blocks of steps to take at once, see :class:`NewtonSchulz`.
         dtype: The dtype to iterate in.
-        in_pairs: Whether to take two steps at once, see :class:`NewtonSchulz`.
     """
     X = torch.nn.functional.normalize(stack, p=2.0, dim=(-2, -1), eps=1e-7).to(dtype)  # type: ignore[arg-type]
-    if tall := X.size(-2) > X.size(-1):
-        X = X.mT
-    steps = iter(coefficients)
-    for a, b, c in steps:
-        A = symmetric_product(X, X.mT)
-        B = symmetric_product(A, A, plus=A, beta=b, alpha=c)
-        if in_pairs and (second := next(steps, None)):
-            T = torch.baddbmm(A, B, A, beta=a)
-            A = symmetric_product(T, B, plus=T, beta=a)
-            first, (a2, b, c) = B, second
-            B = symmetric_product(A, A, plus=A, beta=b, alpha=c)
-            B = symmetric_product(B, first, plus=torch.add(a * B, first, alpha=a2))
-            a *= a2
-        # of a tall matrix the transposed equation, so that its memory stays as it lies
-        X = torch.baddbmm(X.mT, X.mT, B, beta=a).mT if tall else torch.baddbmm(X, B, X, beta=a)
-    return (X.mT if tall else X).float()
+    tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
+    A, B, C, T = X.new_empty(4, X.size(0), n, n).unbind(0)
+    for first, *others in blocks:
+        a, b, c = first
+        symmetric_product(*(X.mT, X) if tall else (X, X.mT), out=A)
+        symmetric_product(A, A, plus=A, beta=b, alpha=c, out=C)
+        z, last = a, C  # the polynomial so far is z I + C, and its last factor a I + last
+        for a_next, b, c in others:
+            symmetric_product(last, A, plus=A, beta=a, out=T)
+            symmetric_product(T, last, plus=T, beta=a, out=A)
+            symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
+            torch.mul(C, a_next, out=T).add_(B, alpha=z)
+            symmetric_product(B, C, plus=T, out=T)
+            C, T, last, a, z = T, C, B, a_next, z * a_next
+        torch.baddbmm(X, *(X, C) if tall else (C, X), beta=z, out=spare)
+        X, spare = spare, X
+    return X.float()
 
 
 def orthogonalized(
@@ -221,16 +222,26 @@ def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficie
     return tuple(muon_utils.get_coefficient_iterator(num_steps, sets, mode=mode))
 
 
-def _pairs_pay(stack: torch.Tensor) -> bool:
-    """Whether two steps at once save products.
+def _at_once(stack: torch.Tensor) -> tuple[int, int]:
+    """How many steps can be taken at once, in the first block and in the others, without more rounding.
 
-    In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, two
-    steps cost 3r + 5 at once and 6r + 2 one by one; at full price 4r + 10 and 8r + 4.
+    Found by comparison with exact iteration, tests/test_newton_schulz.py. The first steps enlarge all but the largest
+    singular values, and with them their error; the plain iteration's own error, which grows with the matrix, hides
+    that of three steps only from some size on.
+    """
+    return (3 if min(stack.shape[-2:]) >= _THREE_FROM else 2), 2
+
+
+def _several_pay(stack: torch.Tensor) -> bool:
+    """Whether several steps at once save products.
+
+    In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, a
+    further step costs 4 in a block and 3r + 1 by itself; at full price 8 and 4r + 2.
     """
     if stack.device.type == "cuda" and _precision() == "high":
-        return False  # TF32 rounds the Gram matrix too coarsely for two steps on it
+        return False  # TF32 rounds the Gram matrix too coarsely
     rows, columns = stack.shape[-2:]
-    return max(rows, columns) >= _PAIRS_FROM * min(rows, columns)
+    return max(rows, columns) >= _SEVERAL_FROM * min(rows, columns)
 
 
 def _precision() -> str:

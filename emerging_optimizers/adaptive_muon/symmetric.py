@@ -6,53 +6,61 @@ import torch
 
 __all__ = ["symmetric_product"]
 
-# A CPU gains from here on (rows of the product), in panels of about this many rows; benchmarks/products.py measures it.
-_CPU_FROM = 384
-_CPU_PANEL = 192
+# A CPU gains from this many rows on, down to blocks of this many; benchmarks/growth.py shows it.
+_CPU_FROM = 512
+_CPU_LEAST = 192
 
 
 def symmetric_product(
-    S: torch.Tensor, T: torch.Tensor, *, plus: torch.Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
-) -> torch.Tensor:
-    """Returns :math:`\\beta P + \\alpha S T`, where that is symmetric.
+    S: torch.Tensor,
+    T: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    plus: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> None:
+    """Computes :math:`\beta P + \alpha S T`, where that is symmetric.
 
     Args:
         S: Left factors, shape ``(stack, n, k)``.
         T: Right factors, shape ``(stack, k, n)``.
-        plus: P, symmetric, shape ``(stack, n, n)``; None for none.
+        out: Takes the result, shape ``(stack, n, n)``; it may be P, but none of the factors. Where half of it was computed and mirrored
+            it is symmetric to the last bit.
+        plus: P, symmetric, shape ``(stack, n, n)``; None for zero.
         beta: Factor on P.
         alpha: Factor on the product.
-
-    Returns:
-        Shape ``(stack, n, n)``. Where half of it was computed and mirrored it is symmetric to the last bit.
     """
+    plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
     if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM:
-        return _in_panels(S, T, plus, beta, alpha)
-    if plus is None:
-        return torch.bmm(S, T) if alpha == 1 else torch.bmm(S, T).mul_(alpha)
-    return torch.baddbmm(plus, S, T, beta=beta, alpha=alpha)
+        for each in zip(*(torch.split(stack, 1) for stack in (S, T, plus, out)), strict=True):
+            S, T, plus, out = each
+            _in_halves(S, T, plus, out, beta, alpha)
+    else:
+        torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
 
 
-def _in_panels(S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor | None, beta: float, alpha: float) -> torch.Tensor:
-    """The lower triangle in panels of rows, each up to its own end, and its mirror image; one matrix after the other."""
+def _in_halves(
+    S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor, out: torch.Tensor, beta: float, alpha: float
+) -> None:
+    """Computes the lower left quarter, mirrors it, and goes on with the two quarters on the diagonal as a stack."""
     n = S.size(-2)
-    panels = max(round(n / _CPU_PANEL), 1)
-    cuts = [n * i // panels for i in range(panels + 1)]
-    product = S.new_empty(S.size(0), n, n)
-    for index, whole in enumerate(product):
-        for top, bottom in zip(cuts[:-1], cuts[1:], strict=True):
-            panel = whole[top:bottom, :bottom]
-            if plus is None:
-                torch.mm(S[index, top:bottom], T[index, :, :bottom], out=panel)
-                panel.mul_(alpha) if alpha != 1 else None
-            else:
-                torch.addmm(
-                    plus[index, top:bottom, :bottom],
-                    S[index, top:bottom],
-                    T[index, :, :bottom],
-                    beta=beta,
-                    alpha=alpha,
-                    out=panel,
-                )
-            whole[:top, top:bottom] = panel[:, :top].mT
-    return product
+    if n < 2 * _CPU_LEAST or n % 2:
+        torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
+        return
+    lower, upper = slice(n // 2, n), slice(n // 2)
+    quarter = out[:, lower, upper]
+    torch.baddbmm(plus[:, lower, upper], S[:, lower], T[:, :, upper], beta=beta, alpha=alpha, out=quarter)
+    out[:, upper, lower] = quarter.mT
+    _in_halves(_halved(S, 1), _halved(T, 2), _on_diagonal(plus), _on_diagonal(out), beta, alpha)
+
+
+def _halved(stack: torch.Tensor, dim: int) -> torch.Tensor:
+    """The halves of matrices along a dimension, as a stack of twice as many: a view."""
+    return torch.unflatten(stack, dim, (2, -1)).movedim(dim, 1).flatten(0, 1)
+
+
+def _on_diagonal(stack: torch.Tensor) -> torch.Tensor:
+    """The quarters on the diagonals of matrices, as a stack of twice as many: a view."""
+    quarters = torch.unflatten(torch.unflatten(stack, 2, (2, -1)), 1, (2, -1))
+    return quarters.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
