@@ -550,3 +550,13 @@ def test_what_is_frozen_is_counted_by_itself_and_learns_once_it_is_not():
     train(model, optimizer, range(2, 4))
     for p, q in zip(model.blocks[0].parameters(), start.parameters(), strict=True):
         assert not torch.equal(p, q) and optimizer.state[p]
+
+
+def test_a_quantized_matrix_is_no_obstacle() -> None:
+    """It is frozen by its nature, and lies in the AdamW part, which passes over it."""
+    model = torch.nn.Linear(6, 8)
+    model.table = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
+    optimizer = HybridAdaptiveMuon.from_model(model)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    assert model.table.eq(1).all() and not optimizer.state.get(model.table)

@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from side_by_side import legal, normal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -457,3 +458,59 @@ def test_distributed_checkpoints_way_of_making_the_state_changes_no_weight(decay
     run(optimizer, params, [2])
     run(resumed, [other.weight], [2])
     assert torch.equal(other.weight, model.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("decay", ["decoupled", "independent", "palm", "adaptive", "l2"])
+def test_capturable_walks_the_same_path(method, decay):
+    """With the count and the rate as tensors, and a schedule between the steps."""
+    options = {"moment2_method": method, "weight_decay": 0.1, "weight_decay_method": decay, "bias_correction": True}
+    if not legal(method, options):
+        return
+    params, others = matrices(), matrices()
+    rate = torch.tensor(0.25)
+    plain, captured = (
+        AdaptiveMuon(params, lr=0.25, **options),
+        AdaptiveMuon(others, lr=rate, capturable=True, **options),
+    )
+    for step in range(3):
+        plain.param_groups[0]["lr"] = 0.25 / (1 + step)
+        rate.fill_(0.25 / (1 + step))
+        run(plain, params, [step])
+        run(captured, others, [step])
+    assert captured.param_groups[0]["lr"] is rate
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
+        assert plain.state[p]["step"] == captured.state[q]["step"] == 3
+
+
+def test_capturable_never_asks_for_a_value(monkeypatch):
+    """Which a graph could not answer: neither of the rate nor of the count, in a step that has its state."""
+    params = matrices()
+    optimizer = AdaptiveMuon(params, lr=torch.tensor(0.25), capturable=True, moment2_method="namo_d", weight_decay=0.1)
+    run(optimizer, params, [0])
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"a step called {name}"))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_of_one_shape_are_a_stack(method):
+    """And each goes as it would by itself, whenever it joined."""
+    options = {"moment2_method": method, "fp32_matmul_prec": "highest", "bias_correction": True}
+    shapes = [(24, 16)] * 3 + [(16, 24)] * 2
+    together, alone = ([torch.nn.Parameter(normal(s, i)) for i, s in enumerate(shapes)] for _ in range(2))
+    optimizers = [AdaptiveMuon(together, **options), *(AdaptiveMuon([p], **options) for p in alone)]
+    for step in range(4):
+        for index, (p, q) in enumerate(zip(together, alone, strict=True)):
+            p.grad = None if step < 2 and index == 1 else normal(p.shape, 10 * step + index)
+            q.grad = None if p.grad is None else p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert [len(stack.params) for at_once in optimizers[0]._plan[1].rounds for stack in at_once] == [3, 2]
+    for p, q, optimizer in zip(together, alone, optimizers[1:], strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
+        assert optimizers[0].state[p]["step"] == optimizer.state[q]["step"]
+        torch.testing.assert_close(
+            optimizers[0].state[p]["moment2_buffer"], optimizer.state[q]["moment2_buffer"], atol=1e-5, rtol=1e-4
+        )

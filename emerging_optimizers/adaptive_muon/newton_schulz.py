@@ -32,8 +32,10 @@ _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 # Several steps at once save products from this ratio of a matrix's sides on, see _several_pay.
 _SEVERAL_FROM = 1.25
-# And the first three are as exact as two from this short side on, see _at_once.
-_THREE_FROM = 512
+# They round no more than a few times as much from this short side on, where the slopes of the first of them at zero
+# multiply to no more than this: for two and for three steps. Of upstream's sets that keeps out polar_express and cans.
+# tests/test_newton_schulz.py has found these figures, and holds them.
+_TWO, _THREE = (96, 32), (512, 64)
 
 # By device: the longest short side of matrices that are worked on as a stack, since longer ones keep it busy one at a
 # time, and the float32 bytes of a stack, which bound a step's temporary memory and on a CPU should fit its caches.
@@ -52,8 +54,8 @@ class NewtonSchulz:
         X \\leftarrow (a_2 I + B_2)(a_1 I + B_1) X,
 
     which replaces products of X's size by products of A's size that are all symmetric. A is made anew from X after two
-    steps (after the first three of a large matrix), and the identity's part of the polynomials is kept apart: the
-    rounding of A, which every step on it amplifies, then stays in the order of the plain iteration's own.
+    steps (after the first three of a large matrix): the rounding of A, which every step on it amplifies, then stays in
+    the order of the plain iteration's own.
 
     The precision of the products is torch's float32 matmul precision at the time of the call, as in upstream.
 
@@ -122,18 +124,24 @@ class NewtonSchulz:
     def _gram(self, stack: torch.Tensor) -> torch.Tensor:
         """Several steps at once, always in full precision where TF32 would round the Gram matrix too coarsely."""
         with fp32_matmul_precision("highest") if _precision() == "high" else nullcontext():
-            return self._iterated(stack, _at_once(stack))
+            return self._iterated(stack, at_once=True)
 
     def _auto(self, stack: torch.Tensor) -> torch.Tensor:
         """The fastest of both, in the fastest dtype that is at least as exact as upstream's."""
         if self.dtype(stack.device) == torch.bfloat16:
             return self._standard(stack)  # several steps at once are not safe in it
-        return self._iterated(stack, _at_once(stack) if _several_pay(stack) else (1, 1))
+        return self._iterated(stack, at_once=_several_pay(stack, self._steps))
 
-    def _iterated(self, stack: torch.Tensor, at_once: tuple[int, int]) -> torch.Tensor:
-        """Our own iteration of a whole stack, with so many steps at once in the first block and in the others."""
-        steps, (first, others) = _coefficients(self.coefficient_type, self.num_steps), at_once
+    def _iterated(self, stack: torch.Tensor, *, at_once: bool) -> torch.Tensor:
+        """Our own iteration of a whole stack."""
+        steps = self._steps
+        first, others = _at_once(stack, steps) if at_once else (1, 1)
         return iterated(stack, [steps[:first], *batched(steps[first:], others)], self.dtype(stack.device))
+
+    @property
+    def _steps(self) -> tuple[Coefficients, ...]:
+        """The coefficients of every step."""
+        return _coefficients(self.coefficient_type, self.num_steps)
 
     def _upstreams(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
         """Upstream's iteration of a float32 matrix; ``spread`` says how a matrix in strips lies."""
@@ -173,20 +181,25 @@ def iterated(stack: torch.Tensor, blocks: Iterable[Sequence[Coefficients]], dtyp
     """
     X = torch.nn.functional.normalize(stack, p=2.0, dim=(-2, -1), eps=1e-7).to(dtype)  # type: ignore[arg-type]
     tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
-    A, B, C, T = X.new_empty(4, X.size(0), n, n).unbind(0)
-    for first, *others in blocks:
-        a, b, c = first
+    A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
+    for block in blocks:
         symmetric_product(*(X.mT, X) if tall else (X, X.mT), out=A)
-        symmetric_product(A, A, plus=A, beta=b, alpha=c, out=C)
-        z, last = a, C  # the polynomial so far is z I + C, and its last factor a I + last
-        for a_next, b, c in others:
-            symmetric_product(last, A, plus=A, beta=a, out=T)
-            symmetric_product(T, last, plus=T, beta=a, out=A)
+        for index, (a, b, c) in enumerate(block):
             symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
-            torch.mul(C, a_next, out=T).add_(B, alpha=z)
-            symmetric_product(B, C, plus=T, out=T)
-            C, T, last, a, z = T, C, B, a_next, z * a_next
-        torch.baddbmm(X, *(X, C) if tall else (C, X), beta=z, out=spare)
+            if index + 1 < len(block):
+                symmetric_product(B, A, plus=A, beta=a, out=T)
+                symmetric_product(T, B, plus=T, beta=a, out=A)
+            elif index == 0:
+                torch.baddbmm(X, *(X, B) if tall else (B, X), beta=a, out=spare)
+                break
+            if index == 0:
+                B.diagonal(dim1=-2, dim2=-1).add_(a)
+                B, Z = Z, B
+            else:
+                symmetric_product(B, Z, plus=Z, beta=a, out=T)
+                Z, T = T, Z
+        else:
+            torch.bmm(*(X, Z) if tall else (Z, X), out=spare)
         X, spare = spare, X
     return X.float()
 
@@ -222,26 +235,30 @@ def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficie
     return tuple(muon_utils.get_coefficient_iterator(num_steps, sets, mode=mode))
 
 
-def _at_once(stack: torch.Tensor) -> tuple[int, int]:
-    """How many steps can be taken at once, in the first block and in the others, without more rounding.
+def _at_once(stack: torch.Tensor, steps: Sequence[Coefficients]) -> tuple[int, int]:
+    """How many steps can be taken at once, in the first block and in the others.
 
-    Found by comparison with exact iteration, tests/test_newton_schulz.py. The first steps enlarge all but the largest
-    singular values, and with them their error; the plain iteration's own error, which grows with the matrix, hides
-    that of three steps only from some size on.
+    The first steps enlarge all but the largest singular values, and the error of their squares in A by the square of
+    their slope. The plain iteration's own error, which grows with the matrix, hides that.
     """
-    return (3 if min(stack.shape[-2:]) >= _THREE_FROM else 2), 2
+    return (3 if _are_exact(stack, steps[:3], *_THREE) else 2), 2
 
 
-def _several_pay(stack: torch.Tensor) -> bool:
-    """Whether several steps at once save products.
+def _are_exact(stack: torch.Tensor, steps: Sequence[Coefficients], shortest: int, steepest: float) -> bool:
+    """Whether a first block of these steps is as exact as the plain iteration."""
+    return min(stack.shape[-2:]) >= shortest and math.prod(a for a, _, _ in steps) <= steepest
+
+
+def _several_pay(stack: torch.Tensor, steps: Sequence[Coefficients]) -> bool:
+    """Whether several steps at once save products, and are exact.
 
     In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, a
     further step costs 4 in a block and 3r + 1 by itself; at full price 8 and 4r + 2.
     """
     if stack.device.type == "cuda" and _precision() == "high":
         return False  # TF32 rounds the Gram matrix too coarsely
-    rows, columns = stack.shape[-2:]
-    return max(rows, columns) >= _SEVERAL_FROM * min(rows, columns)
+    short, long = sorted(stack.shape[-2:])
+    return long >= _SEVERAL_FROM * short and _are_exact(stack, steps[:2], *_TWO)
 
 
 def _precision() -> str:

@@ -81,6 +81,8 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
         return Route("adamw", "tagged as embedding or output")
     if not is_matrix(p):
         return Route("adamw", f"{p.ndim}-D, not a matrix")
+    if not (p.is_floating_point() or p.is_complex()):
+        return Route("adamw", f"{p.dtype}, without gradients")
     # Of a dimension that is split, the size at hand says nothing.
     if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
         return Route("adamw", "a single row or column")

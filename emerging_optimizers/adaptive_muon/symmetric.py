@@ -8,7 +8,7 @@ __all__ = ["symmetric_product"]
 
 # A CPU gains from this many rows on, down to blocks of this many; benchmarks/growth.py shows it.
 _CPU_FROM = 512
-_CPU_LEAST = 192
+_CPU_LEAST = 96
 
 
 def symmetric_product(
@@ -46,11 +46,11 @@ def _in_halves(
     """Computes the lower left quarter, mirrors it, and goes on with the two quarters on the diagonal as a stack."""
     n = S.size(-2)
     if n < 2 * _CPU_LEAST or n % 2:
-        torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
+        out.copy_(torch.baddbmm(plus, S, T, beta=beta, alpha=alpha))  # a result in pieces would not be batched
         return
     lower, upper = slice(n // 2, n), slice(n // 2)
-    quarter = out[:, lower, upper]
-    torch.baddbmm(plus[:, lower, upper], S[:, lower], T[:, :, upper], beta=beta, alpha=alpha, out=quarter)
+    quarter = torch.baddbmm(plus[:, lower, upper], S[:, lower], T[:, :, upper], beta=beta, alpha=alpha)
+    out[:, lower, upper] = quarter
     out[:, upper, lower] = quarter.mT
     _in_halves(_halved(S, 1), _halved(T, 2), _on_diagonal(plus), _on_diagonal(out), beta, alpha)
 

@@ -28,6 +28,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron_layouts import (
     qkv_split_shapes,
     tag_qkv,
 )
+from emerging_optimizers.adaptive_muon.newton_schulz import NSAlgorithmT
 from emerging_optimizers.adaptive_muon.together import run
 from emerging_optimizers.utils import FP32MatmulPrecT
 
@@ -82,7 +83,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
             "independent", "l2", "palm" or "adaptive".
         **options: Further arguments of AdaptiveMuon: ``moment2_method``, ``beta2``, ``eps``, ``bias_correction``,
             ``namo_d_clamp``, ``fp32_matmul_prec``, ``coefficient_type``, ``num_ns_steps``, ``scale_mode``,
-            ``extra_scale_factor``, ``use_syrk``, ``max_bytes_in_flight``.
+            ``ns_algorithm``, ``extra_scale_factor``, ``use_syrk``, ``max_bytes_in_flight``.
 
     Raises:
         ValueError: If an argument or a parameter breaks one of AdaptiveMuon's rules.
@@ -174,6 +175,7 @@ def register(
     weight_decay_method: WeightDecayMethodT | None = None,
     bias_correction: bool | None = None,
     namo_d_clamp: float | None = None,
+    ns_algorithm: NSAlgorithmT | None = None,
     use_syrk: bool | None = None,
     max_bytes_in_flight: int | None = None,
 ) -> None:
@@ -190,6 +192,7 @@ def register(
             "palm", "adaptive".
         bias_correction: Whether D is corrected for the averages having started at zero.
         namo_d_clamp: c in (0, 1] of "namo_d".
+        ns_algorithm: How Newton-Schulz iterations are computed: "standard", "gram" or "auto".
         use_syrk: Whether to use upstream's Triton kernel for symmetric products.
         max_bytes_in_flight: What a rank may send and receive at once, in bytes.
 
@@ -211,6 +214,7 @@ def register(
         "weight_decay_method": weight_decay_method,
         "bias_correction": bias_correction,
         "namo_d_clamp": namo_d_clamp,
+        "ns_algorithm": ns_algorithm,
         "use_syrk": use_syrk,
         "max_bytes_in_flight": max_bytes_in_flight,
     }
@@ -263,6 +267,7 @@ def add_adaptive_muon_args(parser: argparse.ArgumentParser) -> argparse.Argument
         action=argparse.BooleanOptionalAction,
     )
     add("namo_d_clamp", "namo_d: column scales stay within [c, 1/c] of their mean; c in (0, 1].", type=float)
+    add("ns_algorithm", "How Newton-Schulz iterations are computed.", choices=get_args(NSAlgorithmT))
     add("use_syrk", "Use the Triton kernel for symmetric products.", action=argparse.BooleanOptionalAction)
     add("max_bytes_in_flight", "What a rank may send and receive at once in a step, in bytes.", type=int)
 

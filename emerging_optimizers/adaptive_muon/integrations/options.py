@@ -35,6 +35,7 @@ class AdaptiveMuonOptions:
         extra_scale_factor: Further factor on the matrices' update.
         coefficient_type: Newton-Schulz coefficient set.
         num_ns_steps: Number of Newton-Schulz iterations.
+        ns_algorithm: How they are computed: "auto", "gram" or "standard".
         fp32_matmul_prec: Precision of their products: "medium", "high" or "highest".
         use_syrk: Whether to use upstream's Triton kernel for symmetric products.
         tp_mode: How a matrix in pieces is orthogonalized: "layer_sharded", "duplicated", "distributed", "blockwise".
@@ -60,6 +61,7 @@ class AdaptiveMuonOptions:
     extra_scale_factor: float = 1.0
     coefficient_type: str = "quintic"
     num_ns_steps: int = 5
+    ns_algorithm: str = "auto"
     fp32_matmul_prec: str = "medium"
     use_syrk: bool = False
     tp_mode: str = "layer_sharded"

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Newton-Schulz by every algorithm: against exact iteration in float64, on inputs that are hard for it."""
+
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from itertools import batched
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, iterated
+from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
+from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
+    _COEFFICIENT_SETS,
+    NSCoeffT,
+    get_coefficient_iterator,
+    newton_schulz,
+)
+from emerging_optimizers.utils import fp32_matmul_precision
+
+
+SETS = [name for name in get_args(NSCoeffT) if name != "custom"]
+STEPS = sorted(
+    {*((name, len(_COEFFICIENT_SETS[name])) for name in SETS), *((name, 5) for name in SETS), ("quintic", 9)}
+)
+# Of these the first steps are so steep that the default takes one at a time.
+STEEP = ("polar_express", "cans")
+# The short sides lie on both sides of every change of method.
+SHAPES = [(64, 128), (96, 160), (500, 300), (512, 640)]
+
+
+def spectra(n: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Singular values that are hard, by name."""
+    index = torch.arange(n, dtype=torch.float64)
+    for exponent in (3, 6, 9):
+        yield f"condition 1e{exponent}", 10 ** (-exponent * index / (n - 1))
+    for power in (0.25, 0.5, 1, 1.5, 2, 3):
+        yield f"power law {power}", (index + 1) ** -power
+    for small in (1e-1, 1e-3):
+        yield f"one at 1, all others {small}", torch.where(index == 0, 1.0, small).double()
+        yield f"an eighth at 1, the others {small}", torch.where(index < n / 8, 1.0, small).double()
+    yield "all equal", torch.ones(n, dtype=torch.float64)
+    yield "rank 1", (index == 0).double()
+    yield "rank 8", (index < 8).double() * (index + 1)
+
+
+def hard_inputs(shape: tuple[int, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Matrices that are hard to orthogonalize, by name, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    yield "normal", normal.float()
+    yield "every third row zero", (normal * (torch.arange(shape[0]) % 3 > 0).unsqueeze(1)).float()
+    yield "columns of growing size", (normal * torch.logspace(-4, 0, shape[1], dtype=torch.float64)).float()
+    for scale in (1e-12, 1e-30, 1e15):
+        yield f"times {scale}", (normal * scale).float()
+    for name, S in spectra(min(shape)):
+        yield name, (U * S @ Vh).float()
+
+
+def coefficients(name: str, steps: int) -> list[tuple[float, float, float]]:
+    repeats_last = name in ("polar_express", "cans", "deepseekv4")
+    mode: Any = "repeat_last" if repeats_last else "cycle"
+    return list(get_coefficient_iterator(steps, _COEFFICIENT_SETS[name], mode=mode))
+
+
+def exact(x: torch.Tensor, name: str, steps: int) -> torch.Tensor:
+    """The iteration in float64, as its formula says it, from upstream's float32 division by the norm."""
+    X = torch.nn.functional.normalize(x, p=2.0, dim=(-2, -1), eps=1e-7).double()
+    for a, b, c in coefficients(name, steps):
+        A = X @ X.mT if X.size(0) <= X.size(1) else X.mT @ X
+        B = b * A + c * A @ A
+        X = a * X + (B @ X if X.size(0) <= X.size(1) else X @ B)
+    return X
+
+
+@lru_cache(maxsize=1)
+def exactly(name: str, steps: int, shape: tuple[int, int]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The hard inputs, and what exact iteration makes of them."""
+    return [(what, x, exact(x, name, steps)) for what, x in hard_inputs(shape)]
+
+
+@cache
+def errors(
+    algorithm: NSAlgorithmT, precision: str, name: NSCoeffT, steps: int, shape: tuple[int, int]
+) -> dict[str, float]:
+    """How far an algorithm is from exact iteration on every hard input, relative to the size of the result."""
+    found = {}
+    with fp32_matmul_precision(precision):  # type: ignore[arg-type]
+        for what, x, should in exactly(name, steps, shape):
+            off = NewtonSchulz(name, steps, algorithm=algorithm)(x).double() - should
+            found[what] = float(off.norm() / should.norm())
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize(("name", "steps"), STEPS)
+def test_rounds_no_more_than_a_few_times_the_standard(shape: tuple[int, int], name: Any, steps: int) -> None:
+    """The default, in full precision: within five times of the standard's own error, whatever the input."""
+    standard, own = (errors(each, "highest", name, steps, shape) for each in ("standard", "auto"))
+    assert {what: own[what] / standard[what] for what in own if not own[what] <= 5 * standard[what]} == {}
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "gram"])
+@pytest.mark.parametrize(("name", "steps"), STEPS)
+def test_rounds_less_than_the_standard_at_medium_precision(algorithm: Any, name: Any, steps: int) -> None:
+    """Where the CPU is slow at bfloat16: in float32. With units for it the default is the standard's own."""
+    standard, own = (errors(each, "medium", name, steps, (96, 160)) for each in ("standard", algorithm))
+    assert all(own[what] <= standard[what] for what in own)
+
+
+@pytest.mark.parametrize(("name", "steps"), STEPS)
+@pytest.mark.parametrize("shape", [(96, 160), (320, 128)], ids=str)
+def test_float16_rounds_less_than_the_standards_bfloat16(shape: tuple[int, int], name: Any, steps: int) -> None:
+    """As it runs on CUDA, whose products of float16 sum in float32 as the CPU's do."""
+    standard = errors("standard", "medium", name, steps, shape)
+    taken = coefficients(name, steps)
+    for what, x, should in exactly(name, steps, shape):
+        if what == "times 1e-30":
+            continue  # far below eps; float16 takes it for zero
+        off = (
+            iterated(x.unsqueeze(0), list(batched(taken, 1 if name in STEEP else 2)), torch.float16)[0].double()
+            - should
+        )
+        assert off.norm() <= standard[what] * should.norm(), what
+
+
+def test_all_steps_on_one_gram_matrix_would_fail() -> None:
+    """Why it is made anew: the bound above is one that a bad recipe breaks."""
+    standard = errors("standard", "highest", "quintic", 5, (96, 160))
+    for what, x, should in exactly("quintic", 5, (96, 160)):
+        if what == "power law 1":
+            off = iterated(x.unsqueeze(0), [coefficients("quintic", 5)], torch.float32)[0].double()
+            assert (off - should).norm() > 20 * standard[what] * should.norm()
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 48), (48, 16), (32, 32), (3, 24, 40), (2, 3, 40, 24), (0, 4, 6), (4, 0)], ids=str
+)
+@pytest.mark.parametrize("algorithm", get_args(NSAlgorithmT))
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_stack_is_its_matrices(shape: tuple[int, ...], algorithm: Any, precision: Any) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    with fp32_matmul_precision(precision):
+        orthogonalized = NewtonSchulz("quintic", 5, algorithm=algorithm)(x)
+        singly = [newton_schulz(matrix, 5, "quintic") for matrix in x.reshape(-1, *shape[-2:])] if x.numel() else []
+    assert orthogonalized.shape == x.shape and torch.equal(x, before)
+    tolerance = {"standard": 0.0}.get(algorithm, {"highest": 2e-5, "medium": 5e-2}[precision])
+    for ours, theirs in zip(orthogonalized.reshape(-1, *shape[-2:]) if x.numel() else [], singly, strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_steps_are_upstreams(name: Any, steps: int) -> None:
+    """Also beyond the end of a set, where some sets begin again and others repeat their last."""
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    with fp32_matmul_precision("highest"):
+        torch.testing.assert_close(
+            NewtonSchulz(name, steps, algorithm="gram")(x), newton_schulz(x, steps, name), atol=1e-4, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("n", [1, 2, 95, 192, 512, 513, 576, 770])
+@pytest.mark.parametrize("stack", [1, 3])
+def test_symmetric_products(n: int, stack: int) -> None:
+    """In halves or not: the product, to rounding, and symmetric to the last bit where half of it was computed."""
+    X = torch.randn(stack, n, 7, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    P, out = torch.eye(n, dtype=torch.float64).expand(stack, n, n), torch.full((stack, n, n), torch.nan).double()
+    symmetric_product(X, X.mT, out=out)
+    torch.testing.assert_close(out, X @ X.mT)
+    assert n != 512 or torch.equal(out[:, :256, 256:], out[:, 256:, :256].mT)
+    for plus in (P, out.clone()):
+        expected = 0.5 * plus + 2 * X @ X.mT
+        symmetric_product(X, X.mT, plus=plus, beta=0.5, alpha=2.0, out=out)
+        torch.testing.assert_close(out, expected)
+    symmetric_product(X, X.mT, plus=out, out=out)  # in place of P
+    torch.testing.assert_close(out, expected + X @ X.mT)
