@@ -76,7 +76,7 @@ class HybridAdaptiveMuon(Optimizer):
         _check_scalar(scalar)
         # Made empty: add_param_group fills both.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
-        self._adamw = AdamW([{"params": []}], **scalar)
+        self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
         self._muon.param_groups.clear()
         self._adamw.param_groups.clear()
         parts = [part for group in _as_groups(params) for part in _split(group)]
