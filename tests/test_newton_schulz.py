@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from emerging_optimizers.adaptive_muon import newton_schulz as module
 from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, iterated
 from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
@@ -178,3 +179,46 @@ def test_symmetric_products(n: int, stack: int) -> None:
         torch.testing.assert_close(out, expected)
     symmetric_product(X, X.mT, plus=out, out=out)  # in place of P
     torch.testing.assert_close(out, expected + X @ X.mT)
+
+
+@pytest.mark.parametrize(
+    ("device", "units", "standard", "gram", "auto", "auto_with_kernel"),
+    [
+        ("cpu", False, torch.bfloat16, torch.float32, torch.float32, torch.float32),
+        ("cpu", True, torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),
+        ("cuda", False, torch.bfloat16, torch.float16, torch.float16, torch.bfloat16),
+        ("xpu", False, torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes(
+    monkeypatch: Any, device: str, units: bool, standard: Any, gram: Any, auto: Any, auto_with_kernel: Any
+):
+    """Several steps at once never in bfloat16, and bfloat16 by default only where it is fast or nothing is known."""
+    monkeypatch.setattr(module, "_cpu_has_bfloat16_units", lambda: units)
+    of = [NewtonSchulz("quintic", 5, algorithm=each) for each in ("standard", "gram", "auto")]
+    of.append(NewtonSchulz("quintic", 5, use_syrk=True))
+    with fp32_matmul_precision("medium"):
+        assert [each.dtype(torch.device(device)) for each in of] == [standard, gram, auto, auto_with_kernel]
+    for precision in ("high", "highest"):
+        with fp32_matmul_precision(precision):
+            assert {each.dtype(torch.device(device)) for each in of} == {torch.float32}
+
+
+def test_the_default_is_upstreams_where_the_cpu_is_fast_at_bfloat16(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_cpu_has_bfloat16_units", lambda: True)
+    x = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
+    with fp32_matmul_precision("medium"):
+        assert torch.equal(NewtonSchulz("quintic", 5)(x), newton_schulz(x, 5, "quintic"))
+
+
+def test_a_large_stack_goes_in_parts(monkeypatch: Any) -> None:
+    """Whose temporary memory is bounded: the result is the same."""
+    x = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    monkeypatch.setattr(module, "iterated", lambda part, *rest: sizes.append(len(part)) or iterated(part, *rest))
+    whole = NewtonSchulz("quintic", 5)(x)
+    monkeypatch.setitem(module._STACKS, "cpu", (256, 2 * 4 * 12 * 20))
+    torch.testing.assert_close(NewtonSchulz("quintic", 5)(x), whole, atol=1e-5, rtol=1e-5)
+    monkeypatch.setitem(module._STACKS, "cpu", (8, 2**30))
+    torch.testing.assert_close(NewtonSchulz("quintic", 5)(x), whole, atol=1e-5, rtol=1e-5)
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]

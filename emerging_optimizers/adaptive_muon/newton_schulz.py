@@ -21,7 +21,16 @@ from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[at
 from emerging_optimizers.utils import fp32_matmul_precision
 
 
-__all__ = ["NSAlgorithmT", "NewtonSchulz", "in_stacks", "iterated", "orthogonalized", "stacked", "syrk_is_usable"]
+__all__ = [
+    "NSAlgorithmT",
+    "NewtonSchulz",
+    "in_stacks",
+    "iterated",
+    "orthogonalized",
+    "stack_size",
+    "stacked",
+    "syrk_is_usable",
+]
 
 NSAlgorithmT = Literal["standard", "gram", "auto"]
 
@@ -63,11 +72,13 @@ class NewtonSchulz:
         coefficient_type: A coefficient set of upstream's table, see
             :func:`~emerging_optimizers.orthogonalized_optimizers.muon_utils.newton_schulz`.
         num_steps: Number of iterations, at least 1.
-        use_syrk: Whether iterations on CUDA in 16 bit use a Triton kernel for symmetric products: upstream's.
+        use_syrk: Whether iterations in bfloat16 on CUDA use upstream's Triton kernel for symmetric products. Makes
+            "auto" iterate in bfloat16 at "medium" precision; nothing to "gram".
         algorithm: "standard" is upstream's function, one matrix after the other, and gives its numbers to the last bit
-            ("medium" precision iterates in bfloat16). "gram" takes several steps at once, of a whole stack of matrices. At
+            ("medium" precision iterates in bfloat16). "gram" takes several steps at once, of a stack of matrices. At
             "medium" precision it iterates in float16 on CUDA, which is as fast as bfloat16 and more exact, and in
-            float32 elsewhere. "auto" is the fastest of both for the shape and the device, in the same precisions.
+            float32 elsewhere. "auto" is the fastest of both for the shape and the device that rounds no more than a
+            few times as much as "standard", at "medium" precision less.
 
     Raises:
         ValueError: If a name is unknown or ``num_steps`` is not a positive whole number.
@@ -103,7 +114,9 @@ class NewtonSchulz:
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """Returns the dtype of the iteration on a device, in which the result is exact, at the precision of the time."""
-        return _half(device, self.algorithm == "standard") if _precision() == "medium" else torch.float32
+        if _precision() != "medium":
+            return torch.float32
+        return _MEDIUM[self.algorithm](device, self.use_syrk)
 
     def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
         """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
@@ -122,21 +135,23 @@ class NewtonSchulz:
         return stacked([self._upstreams(matrix) for matrix in stack])
 
     def _gram(self, stack: torch.Tensor) -> torch.Tensor:
-        """Several steps at once, always in full precision where TF32 would round the Gram matrix too coarsely."""
+        """Several steps at once; at "high" precision too in full, since TF32 would round the Gram matrix too coarsely."""
         with fp32_matmul_precision("highest") if _precision() == "high" else nullcontext():
             return self._iterated(stack, at_once=True)
 
     def _auto(self, stack: torch.Tensor) -> torch.Tensor:
         """The fastest of both, in the fastest dtype that is at least as exact as upstream's."""
         if self.dtype(stack.device) == torch.bfloat16:
-            return self._standard(stack)  # several steps at once are not safe in it
+            return self._standard(stack)
         return self._iterated(stack, at_once=_several_pay(stack, self._steps))
 
     def _iterated(self, stack: torch.Tensor, *, at_once: bool) -> torch.Tensor:
         """Our own iteration of a whole stack."""
-        steps = self._steps
+        steps, dtype = self._steps, self.dtype(stack.device)
         first, others = _at_once(stack, steps) if at_once else (1, 1)
-        return iterated(stack, [steps[:first], *batched(steps[first:], others)], self.dtype(stack.device))
+        blocks = [steps[:first], *batched(steps[first:], others)]
+        parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
+        return torch.cat([iterated(part, blocks, dtype) for part in parts])
 
     @property
     def _steps(self) -> tuple[Coefficients, ...]:
@@ -155,6 +170,20 @@ class NewtonSchulz:
         return orthogonalized
 
 
+def _medium_of_auto(device: torch.device, use_syrk: bool) -> torch.dtype:
+    """The fastest dtype that is as exact as bfloat16: that itself for upstream's kernel, and where it is not known."""
+    if device.type == "cuda" and not use_syrk:
+        return torch.float16
+    return torch.float32 if device.type == "cpu" and not _cpu_has_bfloat16_units() else torch.bfloat16
+
+
+# The dtype of "medium" precision on a device, with use_syrk or not. Several steps at once are not safe in bfloat16.
+_MEDIUM: dict[str, Callable[[torch.device, bool], torch.dtype]] = {
+    "standard": lambda device, use_syrk: torch.bfloat16,
+    "gram": lambda device, use_syrk: torch.float16 if device.type == "cuda" else torch.float32,
+    "auto": _medium_of_auto,
+}
+
 _ALGORITHMS: dict[str, Callable[[NewtonSchulz, torch.Tensor], torch.Tensor]] = {
     "standard": NewtonSchulz._standard,
     "gram": NewtonSchulz._gram,
@@ -166,9 +195,14 @@ def in_stacks[Member](
     members: Sequence[Member], shape: Sequence[int], device: torch.device
 ) -> Iterator[tuple[Member, ...]]:
     """Yields what has tensors of one shape, matrices or stacks of them, in parts to work on as one stack each."""
+    return batched(members, min(stack_size(shape, device), len(members)))
+
+
+def stack_size(shape: Sequence[int], device: torch.device) -> int:
+    """Returns how many tensors of a shape, matrices or stacks of them, to work on as one stack: at least 1."""
     longest, most = _STACKS.get(device.type, (0, 0))
     fit = most // max(4 * math.prod(shape), 1) if min(shape[-2:]) <= longest else 0
-    return batched(members, min(max(fit, 1), len(members)))
+    return max(fit, 1)
 
 
 def iterated(stack: torch.Tensor, blocks: Iterable[Sequence[Coefficients]], dtype: torch.dtype) -> torch.Tensor:
@@ -264,15 +298,6 @@ def _several_pay(stack: torch.Tensor, steps: Sequence[Coefficients]) -> bool:
 def _precision() -> str:
     """Torch's float32 matmul precision."""
     return torch.get_float32_matmul_precision()
-
-
-def _half(device: torch.device, standard: bool) -> torch.dtype:
-    """The dtype of "medium" precision."""
-    if standard or not (device.type == "cuda" or device.type == "cpu"):
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.float16
-    return torch.bfloat16 if _cpu_has_bfloat16_units() else torch.float32
 
 
 @cache
