@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
+# make bench: steps beside upstream's and torch's.   make bench-growth, make bench-communication: two more questions.
 # make test: lint, types, tests.   make docs: the documentation.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep test lint docs clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication test lint docs clean
 
 venv: $(STAMP)
 
@@ -26,6 +27,16 @@ demo-nemo: $(STAMP)
 
 sweep: $(STAMP)
 	$(BIN)/python examples/sweep_learning_rates.py $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-growth: $(STAMP)
+	$(BIN)/python benchmarks/growth.py $(ARGS)
+
+RANKS ?= 4
+bench-communication: $(STAMP)
+	$(BIN)/torchrun --nproc_per_node $(RANKS) benchmarks/communication.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
