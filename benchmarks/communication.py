@@ -69,11 +69,13 @@ def pieces(shapes: tuple[tuple[int, int], ...], device: torch.device) -> list[to
     return params
 
 
-def contestants(params: list[torch.Tensor], methods: list[str], precision: Any, algorithm: Any) -> dict[str, Callable]:
+def contestants(
+    params: list[torch.Tensor], modes: list[str], methods: list[str], precision: Any, algorithm: Any
+) -> dict[str, Callable]:
     """Returns a step of every contestant, by name."""
     group = dist.group.WORLD
     steps: dict[str, Callable] = {}
-    for mode in MODES:
+    for mode in modes:
         for method in methods:
             optimizer = AdaptiveMuon(
                 params,
@@ -98,7 +100,8 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, default="llama8b-layer" if cuda else "48x256")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["namo_d"])
     parser.add_argument("--precision", choices=["highest", "high", "medium"], default="medium")
     parser.add_argument("--algorithm", choices=["auto", "gram", "standard"], default="auto")
     parser.add_argument("--rounds", type=int, default=5)
@@ -112,7 +115,7 @@ def main() -> None:
     else:
         torch.set_num_threads(max(torch.get_num_threads() // dist.get_world_size(), 1))
     of = SETS[args.set]
-    steps = contestants(pieces(of.shapes, device), args.methods, args.precision, args.algorithm)
+    steps = contestants(pieces(of.shapes, device), args.modes, args.methods, args.precision, args.algorithm)
     counts = {}
     for name, step in steps.items():
         step()  # makes the state, and compares the ranks' settings
