@@ -2,8 +2,7 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable, Iterable
-from collections.abc import Set as Collection
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
@@ -269,7 +268,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
         return self._plan[1]
 
-    async def _update(self, stack: Stack, fresh: Collection[torch.Tensor]) -> None:
+    async def _update(self, stack: Stack, fresh: Set[torch.Tensor]) -> None:
         """Updates a stack of parameters and their state in place: the algorithm, in the paper's order and letters.
 
         Tensors with a letter of their own are stacks, lists of tensors have an s.

@@ -151,7 +151,8 @@ class NewtonSchulz:
         first, others = _at_once(stack, steps) if at_once else (1, 1)
         blocks = [steps[:first], *batched(steps[first:], others)]
         parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
-        return torch.cat([iterated(part, blocks, dtype) for part in parts])
+        results = [iterated(part, blocks, dtype) for part in parts]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     @property
     def _steps(self) -> tuple[Coefficients, ...]:

@@ -6,7 +6,7 @@ import torch
 
 __all__ = ["symmetric_product"]
 
-# A CPU gains from this many rows on, down to blocks of this many; benchmarks/growth.py shows it.
+# A CPU gains from this many rows on, down to blocks of this many (measured on two cores).
 _CPU_FROM = 512
 _CPU_LEAST = 96
 
@@ -20,13 +20,13 @@ def symmetric_product(
     beta: float = 1.0,
     alpha: float = 1.0,
 ) -> None:
-    """Computes :math:`\beta P + \alpha S T`, where that is symmetric.
+    """Computes :math:`\\beta P + \\alpha S T`, where that is symmetric.
 
     Args:
         S: Left factors, shape ``(stack, n, k)``.
         T: Right factors, shape ``(stack, k, n)``.
-        out: Takes the result, shape ``(stack, n, n)``; it may be P, but none of the factors. Where half of it was computed and mirrored
-            it is symmetric to the last bit.
+        out: Takes the result, shape ``(stack, n, n)``; it may be P, but none of the factors. Where half
+            of it was computed and mirrored it is symmetric to the last bit.
         plus: P, symmetric, shape ``(stack, n, n)``; None for zero.
         beta: Factor on P.
         alpha: Factor on the product.
