@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from itertools import batched
 from typing import Any, get_args
 
 import pytest
@@ -25,10 +24,8 @@ SETS = [name for name in get_args(NSCoeffT) if name != "custom"]
 STEPS = sorted(
     {*((name, len(_COEFFICIENT_SETS[name])) for name in SETS), *((name, 5) for name in SETS), ("quintic", 9)}
 )
-# Of these the first steps are so steep that the default takes one at a time.
-STEEP = ("polar_express", "cans")
 # The short sides lie on both sides of every change of method.
-SHAPES = [(64, 128), (96, 160), (500, 300), (512, 640)]
+SHAPES = [(64, 128), (96, 160), (160, 96), (500, 300), (512, 640), (640, 512)]
 
 
 def spectra(n: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -42,6 +39,7 @@ def spectra(n: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"one at 1, all others {small}", torch.where(index == 0, 1.0, small).double()
         yield f"an eighth at 1, the others {small}", torch.where(index < n / 8, 1.0, small).double()
     yield "all equal", torch.ones(n, dtype=torch.float64)
+    yield "five sixths equal, the others zero", (index < 5 * n // 6).double()
     yield "rank 1", (index == 0).double()
     yield "rank 8", (index < 8).double() * (index + 1)
 
@@ -53,6 +51,8 @@ def hard_inputs(shape: tuple[int, int]) -> Iterator[tuple[str, torch.Tensor]]:
     U, _, Vh = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
     yield "normal", normal.float()
     yield "every third row zero", (normal * (torch.arange(shape[0]) % 3 > 0).unsqueeze(1)).float()
+    yield "every third column zero", (normal * (torch.arange(shape[1]) % 3 > 0)).float()
+    yield "normal of half rank", (normal[:, : min(shape) // 2] @ normal[: min(shape) // 2]).float()
     yield "columns of growing size", (normal * torch.logspace(-4, 0, shape[1], dtype=torch.float64)).float()
     for scale in (1e-12, 1e-30, 1e15):
         yield f"times {scale}", (normal * scale).float()
@@ -112,19 +112,19 @@ def test_rounds_less_than_the_standard_at_medium_precision(algorithm: Any, name:
 
 
 @pytest.mark.parametrize(("name", "steps"), STEPS)
-@pytest.mark.parametrize("shape", [(96, 160), (320, 128)], ids=str)
-def test_float16_rounds_less_than_the_standards_bfloat16(shape: tuple[int, int], name: Any, steps: int) -> None:
+@pytest.mark.parametrize("shape", [(96, 160), (320, 96)], ids=str)
+def test_float16_rounds_less_than_the_standards_bfloat16(
+    monkeypatch: Any, shape: tuple[int, int], name: Any, steps: int
+) -> None:
     """As it runs on CUDA, whose products of float16 sum in float32 as the CPU's do."""
     standard = errors("standard", "medium", name, steps, shape)
-    taken = coefficients(name, steps)
+    monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: torch.float16)
     for what, x, should in exactly(name, steps, shape):
-        if what == "times 1e-30":
-            continue  # far below eps; float16 takes it for zero
-        off = (
-            iterated(x.unsqueeze(0), list(batched(taken, 1 if name in STEEP else 2)), torch.float16)[0].double()
-            - should
-        )
-        assert off.norm() <= standard[what] * should.norm(), what
+        # The one is far below eps, and float16 takes it for zero; of the others bfloat16 has left nothing: what it
+        # rounds where X is zero has grown to the size of the result.
+        if what != "times 1e-30" and standard[what] < 0.3:
+            off = NewtonSchulz(name, steps)(x).double() - should
+            assert off.norm() <= standard[what] * should.norm(), what
 
 
 def test_all_steps_on_one_gram_matrix_would_fail() -> None:

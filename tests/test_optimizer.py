@@ -514,3 +514,16 @@ def test_parameters_of_one_shape_are_a_stack(method):
         torch.testing.assert_close(
             optimizers[0].state[p]["moment2_buffer"], optimizer.state[q]["moment2_buffer"], atol=1e-5, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_the_step_count_is_loaded_to_where_it_is_counted(capturable):
+    """On the parameter's device for a graph to count, on the host otherwise; "meta" stands for a GPU."""
+    params = matrices()
+    saved = AdaptiveMuon(params, moment2_method="namo_d")
+    run(saved, params, [0])
+    others = [torch.nn.Parameter(p.detach().to("meta")) for p in params]
+    resumed = AdaptiveMuon(others, moment2_method="namo_d", capturable=capturable)
+    resumed.load_state_dict(saved.state_dict())
+    assert {state["step"].device.type for state in resumed.state.values()} == {"meta" if capturable else "cpu"}
+    assert {state["momentum_buffer"].device.type for state in resumed.state.values()} == {"meta"}

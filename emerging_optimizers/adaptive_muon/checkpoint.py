@@ -66,9 +66,10 @@ def load(
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
             for key, value in state.items():
-                if key != "step" and isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor):
                     dtype = work_dtype(p) if key.startswith(_BUFFERS) else value.dtype
-                    optimizer.state[p][key] = value.to(device=p.device, dtype=dtype)
+                    on_host = key == "step" and not muon.capturable
+                    optimizer.state[p][key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
             if not muon.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
 

@@ -40,11 +40,10 @@ Coefficients = tuple[float, float, float]
 _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 # Several steps at once save products from this ratio of a matrix's sides on, see _several_pay.
-_SEVERAL_FROM = 1.25
-# They round no more than a few times as much from this short side on, where the slopes of the first of them at zero
-# multiply to no more than this: for two and for three steps. Of upstream's sets that keeps out polar_express and cans.
-# tests/test_newton_schulz.py has found these figures, and holds them.
-_TWO, _THREE = (96, 32), (512, 64)
+_SEVERAL_FROM = 1.5
+# They round no more than a few times as much from these short sides on, two steps at once and the first three, as
+# tests/test_newton_schulz.py has found, and holds: the plain iteration's own error grows with the matrix.
+_TWO_FROM, _THREE_FROM = 96, 512
 
 # By device: the longest short side of matrices that are worked on as a stack, since longer ones keep it busy one at a
 # time, and the float32 bytes of a stack, which bound a step's temporary memory and on a CPU should fit its caches.
@@ -143,12 +142,12 @@ class NewtonSchulz:
         """The fastest of both, in the fastest dtype that is at least as exact as upstream's."""
         if self.dtype(stack.device) == torch.bfloat16:
             return self._standard(stack)
-        return self._iterated(stack, at_once=_several_pay(stack, self._steps))
+        return self._iterated(stack, at_once=_several_pay(stack))
 
     def _iterated(self, stack: torch.Tensor, *, at_once: bool) -> torch.Tensor:
         """Our own iteration of a whole stack."""
         steps, dtype = self._steps, self.dtype(stack.device)
-        first, others = _at_once(stack, steps) if at_once else (1, 1)
+        first, others = (3 if min(stack.shape[1:]) >= _THREE_FROM else 2, 2) if at_once else (1, 1)
         blocks = [steps[:first], *batched(steps[first:], others)]
         parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
         results = [iterated(part, blocks, dtype) for part in parts]
@@ -231,7 +230,9 @@ def iterated(stack: torch.Tensor, blocks: Iterable[Sequence[Coefficients]], dtyp
                 B.diagonal(dim1=-2, dim2=-1).add_(a)
                 B, Z = Z, B
             else:
-                symmetric_product(B, Z, plus=Z, beta=a, out=T)
+                # Symmetric, but for rounding: where X is zero, the later step's comes first in what X meets, and the
+                # earlier steps do not enlarge it.
+                torch.baddbmm(Z, *(Z, B) if tall else (B, Z), beta=a, out=T)
                 Z, T = T, Z
         else:
             torch.bmm(*(X, Z) if tall else (Z, X), out=spare)
@@ -270,30 +271,16 @@ def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficie
     return tuple(muon_utils.get_coefficient_iterator(num_steps, sets, mode=mode))
 
 
-def _at_once(stack: torch.Tensor, steps: Sequence[Coefficients]) -> tuple[int, int]:
-    """How many steps can be taken at once, in the first block and in the others.
-
-    The first steps enlarge all but the largest singular values, and the error of their squares in A by the square of
-    their slope. The plain iteration's own error, which grows with the matrix, hides that.
-    """
-    return (3 if _are_exact(stack, steps[:3], *_THREE) else 2), 2
-
-
-def _are_exact(stack: torch.Tensor, steps: Sequence[Coefficients], shortest: int, steepest: float) -> bool:
-    """Whether a first block of these steps is as exact as the plain iteration."""
-    return min(stack.shape[-2:]) >= shortest and math.prod(a for a, _, _ in steps) <= steepest
-
-
-def _several_pay(stack: torch.Tensor, steps: Sequence[Coefficients]) -> bool:
+def _several_pay(stack: torch.Tensor) -> bool:
     """Whether several steps at once save products, and are exact.
 
     In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, a
-    further step costs 4 in a block and 3r + 1 by itself; at full price 8 and 4r + 2.
+    further step costs 5 in a block and 3r + 1 by itself; at full price 8 and 4r + 2.
     """
     if stack.device.type == "cuda" and _precision() == "high":
         return False  # TF32 rounds the Gram matrix too coarsely
     short, long = sorted(stack.shape[-2:])
-    return long >= _SEVERAL_FROM * short and _are_exact(stack, steps[:2], *_TWO)
+    return long >= _SEVERAL_FROM * short and short >= _TWO_FROM
 
 
 def _precision() -> str:

@@ -7,8 +7,8 @@ import torch
 __all__ = ["symmetric_product"]
 
 # A CPU gains from this many rows on, down to blocks of this many (measured on two cores).
-_CPU_FROM = 512
-_CPU_LEAST = 96
+_CPU_FROM = 384
+_CPU_LEAST = 192
 
 
 def symmetric_product(
