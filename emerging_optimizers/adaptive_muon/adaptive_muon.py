@@ -100,7 +100,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             method's source does: on for "namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).
         namo_d_clamp: c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. Default 0.75, from the
             paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.
-        use_syrk: Whether to use upstream's Triton kernel for symmetric products; on CUDA at "medium" precision.
+        use_syrk: Whether to use Triton kernels for symmetric products, on CUDA at "medium" precision: upstream's with
+            ``ns_algorithm="standard"``, else ours.
         tp_group: Process group over which parameters are split that have the attribute ``partition_dim``: 0 their
             rows, 1 their columns, in the order of the ranks; -1, None or no such attribute is a whole matrix. Strips
             may differ in size. DTensors need no group: they know how they are sharded.

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import batched
 from typing import Any, Literal, get_args
 
@@ -71,8 +71,8 @@ class NewtonSchulz:
         coefficient_type: A coefficient set of upstream's table, see
             :func:`~emerging_optimizers.orthogonalized_optimizers.muon_utils.newton_schulz`.
         num_steps: Number of iterations, at least 1.
-        use_syrk: Whether iterations in bfloat16 on CUDA use upstream's Triton kernel for symmetric products. Makes
-            "auto" iterate in bfloat16 at "medium" precision; nothing to "gram".
+        use_syrk: Whether iterations in 16 bit on CUDA use a Triton kernel for symmetric products: "standard"
+            upstream's, which is for single matrices in bfloat16, the others ours, for stacks in float16.
         algorithm: "standard" is upstream's function, one matrix after the other, and gives its numbers to the last bit
             ("medium" precision iterates in bfloat16). "gram" takes several steps at once, of a stack of matrices. At
             "medium" precision it iterates in float16 on CUDA, which is as fast as bfloat16 and more exact, and in
@@ -115,7 +115,7 @@ class NewtonSchulz:
         """Returns the dtype of the iteration on a device, in which the result is exact, at the precision of the time."""
         if _precision() != "medium":
             return torch.float32
-        return _MEDIUM[self.algorithm](device, self.use_syrk)
+        return _MEDIUM[self.algorithm](device)
 
     def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
         """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
@@ -150,7 +150,7 @@ class NewtonSchulz:
         first, others = (3 if min(stack.shape[1:]) >= _THREE_FROM else 2, 2) if at_once else (1, 1)
         blocks = [steps[:first], *batched(steps[first:], others)]
         parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
-        results = [iterated(part, blocks, dtype) for part in parts]
+        results = [iterated(part, blocks, dtype, self.use_syrk) for part in parts]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     @property
@@ -170,17 +170,17 @@ class NewtonSchulz:
         return orthogonalized
 
 
-def _medium_of_auto(device: torch.device, use_syrk: bool) -> torch.dtype:
-    """The fastest dtype that is as exact as bfloat16: that itself for upstream's kernel, and where it is not known."""
-    if device.type == "cuda" and not use_syrk:
+def _medium_of_auto(device: torch.device) -> torch.dtype:
+    """The fastest dtype that is as exact as bfloat16: that itself where nothing is known."""
+    if device.type == "cuda":
         return torch.float16
     return torch.float32 if device.type == "cpu" and not _cpu_has_bfloat16_units() else torch.bfloat16
 
 
-# The dtype of "medium" precision on a device, with use_syrk or not. Several steps at once are not safe in bfloat16.
-_MEDIUM: dict[str, Callable[[torch.device, bool], torch.dtype]] = {
-    "standard": lambda device, use_syrk: torch.bfloat16,
-    "gram": lambda device, use_syrk: torch.float16 if device.type == "cuda" else torch.float32,
+# The dtype of "medium" precision on a device. Several steps at once are not safe in bfloat16.
+_MEDIUM: dict[str, Callable[[torch.device], torch.dtype]] = {
+    "standard": lambda device: torch.bfloat16,
+    "gram": lambda device: torch.float16 if device.type == "cuda" else torch.float32,
     "auto": _medium_of_auto,
 }
 
@@ -205,24 +205,28 @@ def stack_size(shape: Sequence[int], device: torch.device) -> int:
     return max(fit, 1)
 
 
-def iterated(stack: torch.Tensor, blocks: Iterable[Sequence[Coefficients]], dtype: torch.dtype) -> torch.Tensor:
+def iterated(
+    stack: torch.Tensor, blocks: Iterable[Sequence[Coefficients]], dtype: torch.dtype, use_syrk: bool = False
+) -> torch.Tensor:
     """Returns the stack of matrices after Newton-Schulz iteration from each divided by its Frobenius norm, in float32.
 
     Args:
         stack: Shape ``(stack, rows, columns)``, float32.
         blocks: ``(a, b, c)`` of every step, in blocks of steps to take at once, see :class:`NewtonSchulz`.
         dtype: The dtype to iterate in.
+        use_syrk: Whether symmetric products use our Triton kernel where it takes them.
     """
+    product = partial(symmetric_product, use_syrk=use_syrk)
     X = torch.nn.functional.normalize(stack, p=2.0, dim=(-2, -1), eps=1e-7).to(dtype)  # type: ignore[arg-type]
     tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
     A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
     for block in blocks:
-        symmetric_product(*(X.mT, X) if tall else (X, X.mT), out=A)
+        product(*(X.mT, X) if tall else (X, X.mT), out=A)
         for index, (a, b, c) in enumerate(block):
-            symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
+            product(A, A, plus=A, beta=b, alpha=c, out=B)
             if index + 1 < len(block):
-                symmetric_product(B, A, plus=A, beta=a, out=T)
-                symmetric_product(T, B, plus=T, beta=a, out=A)
+                product(B, A, plus=A, beta=a, out=T)
+                product(T, B, plus=T, beta=a, out=A)
             elif index == 0:
                 torch.baddbmm(X, *(X, B) if tall else (B, X), beta=a, out=spare)
                 break
@@ -302,7 +306,7 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def syrk_is_usable() -> bool:
-    """Tells whether upstream's Triton kernel for symmetric products can be trusted here; logs why where it can't."""
+    """Tells whether Triton kernels for symmetric products can be trusted here; logs why where they can't."""
     if not HAS_TRITON_340:
         logging.error("use_syrk needs Triton 3.4.0 or newer; going on without it.")
         return False

@@ -3,12 +3,16 @@
 
 import torch
 
+from emerging_optimizers.adaptive_muon.symmetric_kernel import symmetric_product_on_cuda
+
 
 __all__ = ["symmetric_product"]
 
 # A CPU gains from this many rows on, down to blocks of this many (measured on two cores).
 _CPU_FROM = 384
 _CPU_LEAST = 192
+# The kernel saves nothing where a tile or two, of up to 128 rows, are all there is.
+_KERNEL_FROM = 256
 
 
 def symmetric_product(
@@ -19,6 +23,7 @@ def symmetric_product(
     plus: torch.Tensor | None = None,
     beta: float = 1.0,
     alpha: float = 1.0,
+    use_syrk: bool = False,
 ) -> None:
     """Computes :math:`\\beta P + \\alpha S T`, where that is symmetric.
 
@@ -30,7 +35,11 @@ def symmetric_product(
         plus: P, symmetric, shape ``(stack, n, n)``; None for zero.
         beta: Factor on P.
         alpha: Factor on the product.
+        use_syrk: Whether to use our Triton kernel for float16 on CUDA.
     """
+    if use_syrk and S.is_cuda and S.dtype == torch.float16 and S.size(-2) >= _KERNEL_FROM:
+        symmetric_product_on_cuda(S, T, plus, out, beta, alpha)
+        return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
     if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM:
         for each in zip(*(torch.split(stack, 1) for stack in (S, T, plus, out)), strict=True):

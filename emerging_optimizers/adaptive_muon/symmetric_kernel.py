@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernel for symmetric products of stacks of float16 matrices: half of the tiles, each written twice."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+__all__ = ["symmetric_product_on_cuda"]
+
+_CONFIGS = [
+    triton.Config({"BLOCK": block, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
+    for block, depth, warps, stages in ((64, 64, 4, 4), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3))
+]
+
+
+# The runs that find the fastest configuration must not add to what is there already.
+@triton.autotune(configs=_CONFIGS, key=["n", "k"], restore_value=["out"])
+@triton.jit
+def _lower_tiles(
+    S, T, plus, out, n, k, alpha, beta,
+    S_stack, S_row, S_column, T_stack, T_row, T_column,
+    plus_stack, plus_row, plus_column, out_stack, out_row, out_column,
+    HAS_PLUS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Computes one tile on or below the diagonal of one product of the stack, and writes it and its mirror image."""
+    tiles = tl.cdiv(n, BLOCK)
+    tile_row, tile_column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if tile_column > tile_row:
+        return
+    # Offsets are 64-bit: a matrix may have more than 2^31 elements.
+    index = tl.program_id(1).to(tl.int64)
+    rows = (tile_row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    columns = (tile_column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    depth = tl.arange(0, BLOCK_K).to(tl.int64)
+    in_rows, in_columns = rows < n, columns < n
+
+    lefts = S + index * S_stack + rows[:, None] * S_row + depth[None, :] * S_column
+    rights = T + index * T_stack + depth[:, None] * T_row + columns[None, :] * T_column
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        left = tl.load(lefts, mask=in_rows[:, None] & (depth[None, :] < k - start), other=0.0)
+        right = tl.load(rights, mask=(depth[:, None] < k - start) & in_columns[None, :], other=0.0)
+        total = tl.dot(left, right, total)
+        lefts += BLOCK_K * S_column
+        rights += BLOCK_K * T_row
+    total *= alpha
+
+    inside = in_rows[:, None] & in_columns[None, :]
+    if HAS_PLUS:
+        added = plus + index * plus_stack + rows[:, None] * plus_row + columns[None, :] * plus_column
+        total += beta * tl.load(added, mask=inside, other=0.0).to(tl.float32)
+    result = total.to(out.dtype.element_ty)
+    out += index * out_stack
+    tl.store(out + rows[:, None] * out_row + columns[None, :] * out_column, result, mask=inside)
+    if tile_row > tile_column:
+        mirrored = out + columns[:, None] * out_row + rows[None, :] * out_column
+        tl.store(mirrored, tl.trans(result), mask=in_columns[:, None] & in_rows[None, :])
+
+
+def symmetric_product_on_cuda(
+    S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor | None, out: torch.Tensor, beta: float, alpha: float
+) -> None:
+    """Computes :math:`\\beta P + \\alpha S T` of stacks of matrices, where that is symmetric; sums in float32.
+
+    Args:
+        S: Left factors, shape ``(stack, n, k)``, float16, of any strides.
+        T: Right factors, shape ``(stack, k, n)``.
+        plus: P, symmetric, shape ``(stack, n, n)``; None for zero.
+        out: Takes the result, shape ``(stack, n, n)``; it may be P, but none of the factors.
+        beta: Factor on P.
+        alpha: Factor on the product.
+    """
+    stack, n, k = S.shape
+    added = out if plus is None else plus
+    strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
+    _lower_tiles[lambda chosen: (triton.cdiv(n, chosen["BLOCK"]) ** 2, stack)](
+        S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None
+    )

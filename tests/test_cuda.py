@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: the CPU's results, no synchronization, CUDA graphs, and matrices of more than 2^31 elements."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.symmetric_kernel import symmetric_product_on_cuda
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SHAPES = [(64, 48)] * 3 + [(48, 64)] * 2 + [(300, 500), (96, 96), (1100, 1030)]
+OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "nesterov": True, "bias_correction": True}
+
+
+def on(device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in SHAPES]
+
+
+def give_gradients(params, step):
+    """The same on every device, and in the same place at every step, as a graph needs it."""
+    generator = torch.Generator().manual_seed(1 + step)
+    for p in params:
+        gradient = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+        p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
+
+
+@contextmanager
+def no_synchronization():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("algorithm", ["auto", "gram", "standard"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-3), ("medium", 0.1)])
+@pytest.mark.parametrize("use_syrk", [False, True])
+def test_walks_the_cpus_path(method, algorithm, precision, tolerance, use_syrk):
+    """Compared by the distance moved: adamuon divides by small entries and amplifies rounding."""
+    begin, params, others = on("cpu"), on("cpu"), on("cuda")
+    options = OPTIONS | {"moment2_method": method, "ns_algorithm": algorithm}
+    # The CPU's path in full precision is the one that both precisions stand for.
+    optimizers = [
+        AdaptiveMuon(params, fp32_matmul_prec="highest", **options),
+        AdaptiveMuon(others, fp32_matmul_prec=precision, use_syrk=use_syrk, **options),
+    ]
+    for step in range(3):
+        for each, optimizer in zip((params, others), optimizers, strict=True):
+            give_gradients(each, step)
+            optimizer.step()
+    for b, p, q in zip(begin, params, others, strict=True):
+        moved = (p - b).norm()
+        assert (q.cpu() - p).norm() <= (5 if method == "adamuon" else 1) * tolerance * moved
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("decay", ["decoupled", "palm", "independent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_step_never_waits_for_the_device(method, decay, dtype, precision):
+    params = on("cuda", dtype)
+    options = OPTIONS | {"moment2_method": method, "weight_decay_method": decay, "fp32_matmul_prec": precision}
+    optimizer = AdaptiveMuon(params, **options)
+    give_gradients(params, 0)
+    optimizer.step()
+    with no_synchronization():
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("use_syrk", [False, True])
+def test_a_step_in_a_graph(method, use_syrk):
+    """Replays count on, and follow the rate and the gradients."""
+    params, others, rate = on("cuda"), on("cuda"), torch.tensor(0.02, device="cuda")
+    options = OPTIONS | {"moment2_method": method, "use_syrk": use_syrk}
+    plain = AdaptiveMuon(params, **options)
+    captured = AdaptiveMuon(others, capturable=True, **(options | {"lr": rate}))
+    give_gradients(others, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()  # makes the state, and finds the kernels' fastest configurations
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for step in range(4):
+        for group in plain.param_groups:
+            group["lr"] = 0.02 / (1 + step)
+        rate.fill_(0.02 / (1 + step))
+        give_gradients(params, step)
+        plain.step()
+        if step:
+            give_gradients(others, step)
+            graph.replay()
+    assert {int(captured.state[q]["step"]) for q in others} == {4}
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
+
+
+needs_70_gb = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30,
+    reason="needs 70 GB of GPU memory",
+)
+
+
+@needs_70_gb
+@pytest.mark.parametrize("method", ["namo_d", "normuon"])
+def test_more_than_2_to_the_31_elements(method):
+    """Both halves of a matrix that is twice the same go the same way; bfloat16, for it all to fit."""
+    torch.cuda.empty_cache()
+    half = torch.randn(2**25 + 64, 32, device="cuda", dtype=torch.bfloat16)
+    p = torch.nn.Parameter(torch.zeros(2 * len(half), 32, device="cuda", dtype=torch.bfloat16))
+    p.grad = torch.cat([half, half])
+    assert p.numel() > 2**31
+    AdaptiveMuon([p], lr=1.0, moment2_method=method).step()
+    assert p[-1000:].norm() > 0
+    torch.testing.assert_close(p[: len(half)], p[len(half) :], atol=0, rtol=1e-2)
+
+
+@needs_70_gb
+def test_the_kernel_on_more_than_2_to_the_31_elements():
+    torch.cuda.empty_cache()
+    X = torch.zeros(1, 256, 2**23 + 64, device="cuda", dtype=torch.float16)
+    X[:, :, -64:] = torch.randn(1, 256, 64, device="cuda")
+    out = torch.empty(1, 256, 256, device="cuda", dtype=torch.float16)
+    symmetric_product_on_cuda(X, X.mT, None, out, 1.0, 1.0)
+    tail = X[:, :, -64:].double()
+    torch.testing.assert_close(out.double(), tail @ tail.mT, atol=5e-2, rtol=1e-2)
