@@ -3,7 +3,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Self, override
@@ -79,8 +79,8 @@ def all_to_all(
     shapes: Sequence[Sequence[Sequence[int]]],
     group: ProcessGroup,
     like: torch.Tensor,
-) -> list[list[torch.Tensor]]:
-    """Sends every rank of a group its own list of tensors, in one all-to-all.
+) -> Callable[[], list[list[torch.Tensor]]]:
+    """Starts to send every rank of a group its own list of tensors, in one all-to-all.
 
     Args:
         outgoing: For each rank, the tensors to send there.
@@ -89,14 +89,20 @@ def all_to_all(
         like: A tensor of the dtype and device of all of them; a rank may have none to send.
 
     Returns:
-        For each rank, the tensors that came from there: views of one buffer.
+        What waits for the tensors, and returns for each rank those that came from there: views of one buffer.
     """
     sent = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     received = [sum(map(math.prod, each)) for each in shapes]
     arrived = like.new_empty(sum(received))
     packed = _pack([tensor for tensors in outgoing for tensor in tensors], like)
-    dist.all_to_all_single(arrived, packed, received, sent, group=group)
-    return [_unpack(each, of) for each, of in zip(torch.split(arrived, received), shapes, strict=True)]
+    work = dist.all_to_all_single(arrived, packed, received, sent, group=group, async_op=True)
+
+    def wait() -> list[list[torch.Tensor]]:
+        assert work is not None
+        work.wait()
+        return [_unpack(each, of) for each, of in zip(torch.split(arrived, received), shapes, strict=True)]
+
+    return wait
 
 
 def all_gather(

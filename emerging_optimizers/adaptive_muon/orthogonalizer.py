@@ -5,9 +5,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import Literal, Self, get_args, override
 
 import torch
+from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
@@ -26,6 +28,10 @@ __all__ = [
 ]
 
 TensorParallelModeT = Literal["layer_sharded", "duplicated", "distributed", "blockwise"]
+
+# By backend: in how many parts matrices travel to their homes and back, where that is not one. NCCL's messages travel
+# while the device computes; gloo's need the processor that would.
+_PARTS = {"nccl": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +94,11 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
 
 
 class LayerSharded(Orthogonalize):
-    """Every matrix goes to its home, is orthogonalized there, and its pieces come back: two all-to-alls for all."""
+    """Every matrix goes to its home, is orthogonalized there, and its pieces come back: two all-to-alls for all.
+
+    Where messages travel while the device computes, there are two of each: the second half comes while the first is
+    orthogonalized, and that goes back while the second is.
+    """
 
     @staticmethod
     @override
@@ -99,23 +109,37 @@ class LayerSharded(Orthogonalize):
     @override
     def answer_group(cls, group: ProcessGroup, requests: Sequence[Self]) -> Sequence[torch.Tensor]:
         pieces = [request.piece.float() for request in requests]
-        ranks, at_home = range(group.size()), [request for request in requests if request.home == group.rank()]
-        of_home = [[index for index, request in enumerate(requests) if request.home == rank] for rank in ranks]
-        held_by = [[request.shape_of(request.layout.rectangles[rank]) for request in at_home] for rank in ranks]
-
-        arrived = all_to_all([[pieces[i] for i in indices] for indices in of_home], held_by, group, pieces[0])
-        whole = cls.orthogonalized(at_home, arrived)
         # An all-to-all carries the result in the dtype of its iteration, which loses nothing.
         dtype = reduce(torch.promote_types, (request.dtype for request in requests))
-        whole, like = [matrix.to(dtype) for matrix in whole], pieces[0].new_empty(0, dtype=dtype)
-        parts = [
-            [_cut(matrix, r.layout.rectangles[rank]) for r, matrix in zip(at_home, whole, strict=True)]
-            for rank in ranks
-        ]
-        returned = all_to_all(parts, [[pieces[i].shape for i in indices] for indices in of_home], group, like)
+        like, ranks, me = pieces[0].new_empty(0, dtype=dtype), range(group.size()), group.rank()
+        parts = cls._parts(requests, group)
 
-        answers = dict(zip(sum(of_home, []), sum(returned, []), strict=True))
+        arriving = []
+        for of_home in parts:
+            here = [[requests[i].shape_of(requests[i].layout.rectangles[rank]) for i in of_home[me]] for rank in ranks]
+            out = [[pieces[i] for i in indices] for indices in of_home]
+            arriving.append(all_to_all(out, here, group, pieces[0]))
+        returning = []
+        for of_home, arrived in zip(parts, arriving, strict=True):
+            at_home = [requests[i] for i in of_home[me]]
+            wholes = [matrix.to(dtype) for matrix in cls.orthogonalized(at_home, arrived())]
+            back = [
+                [_cut(whole, r.layout.rectangles[rank]) for r, whole in zip(at_home, wholes, strict=True)]
+                for rank in ranks
+            ]
+            returning.append(all_to_all(back, [[pieces[i].shape for i in each] for each in of_home], group, like))
+
+        answers: dict[int, torch.Tensor] = {}
+        for of_home, returned in zip(parts, returning, strict=True):
+            answers |= zip(chain(*of_home), chain(*returned()), strict=True)
         return [answers[index].to(request.piece.dtype) for index, request in enumerate(requests)]
+
+    @staticmethod
+    def _parts(requests: "Sequence[LayerSharded]", group: ProcessGroup) -> list[list[list[int]]]:
+        """For each part that travels by itself, the requests of each home."""
+        of_home = [[i for i, request in enumerate(requests) if request.home == rank] for rank in range(group.size())]
+        number = min(_PARTS.get(dist.get_backend(group), 1), max(map(len, of_home)))
+        return [[indices[part::number] for indices in of_home] for part in range(number)]
 
 
 class Duplicated(Orthogonalize):

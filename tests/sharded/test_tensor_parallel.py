@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split, orthogonalizer
 from emerging_optimizers.adaptive_muon.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
@@ -203,6 +203,25 @@ def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: p
     if dist.get_world_size() > 1:
         assert max(runs[0][1]) > cap >= max(runs[1][1])
         assert len(runs[1][1]) > len(runs[0][1])
+
+
+@pytest.mark.parametrize("parts", [2, 3, 100])
+def test_parts_that_travel_while_others_are_computed(
+    parts: int, group: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with NCCL: no more parts than a rank has matrices, and the result is the same."""
+    monkeypatch.setattr(orthogonalizer, "_PARTS", {"gloo": parts})
+    pairs, same = strips(), SAME["namo_d"]
+    seen = walk(pairs, same=same, tp_group=group)
+    assert seen.pop("O") == seen.pop("momentum_buffer") == 0
+    assert max(seen.values()) <= 1e-6, seen
+    if dist.get_world_size() > 1:
+        optimizer = AdaptiveMuon([p.piece for p in pairs], tp_group=group, **same, **OPTIONS)
+        optimizer.step()
+        counts = collectives(optimizer.step)
+        assert counts.pop("c10d::allreduce_") == 1
+        assert counts.pop("c10d::alltoall_base_") in (range(4, 2 * len(pairs)) if parts == 100 else [2 * parts])
+        assert not counts
 
 
 def test_every_matrix_is_orthogonalized_once(group: ProcessGroup) -> None:
