@@ -42,9 +42,8 @@ def symmetric_product(
         return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
     if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM:
-        for each in zip(*(torch.split(stack, 1) for stack in (S, T, plus, out)), strict=True):
-            S, T, plus, out = each
-            _in_halves(S, T, plus, out, beta, alpha)
+        for each in zip(S, T, plus, out, strict=True):
+            _in_halves(*each, beta, alpha)
     else:
         torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
 
@@ -52,24 +51,34 @@ def symmetric_product(
 def _in_halves(
     S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor, out: torch.Tensor, beta: float, alpha: float
 ) -> None:
-    """Computes the lower left quarter, mirrors it, and goes on with the two quarters on the diagonal as a stack."""
-    n = S.size(-2)
-    if n < 2 * _CPU_LEAST or n % 2:
-        out.copy_(torch.baddbmm(plus, S, T, beta=beta, alpha=alpha))  # a result in pieces would not be batched
-        return
-    lower, upper = slice(n // 2, n), slice(n // 2)
-    quarter = torch.baddbmm(plus[:, lower, upper], S[:, lower], T[:, :, upper], beta=beta, alpha=alpha)
-    out[:, lower, upper] = quarter
-    out[:, upper, lower] = quarter.mT
-    _in_halves(_halved(S, 1), _halved(T, 2), _on_diagonal(plus), _on_diagonal(out), beta, alpha)
+    """Computes a product of single matrices by blocks on its diagonal.
+
+    That is one at first. The lower left quarter of every block is computed, as a stack, and mirrored; two blocks of
+    half the size are left, and so on, until they are small enough to be computed whole.
+    """
+    number, size = 1, S.size(0)
+
+    def computed(size: int, row: int, column: int) -> torch.Tensor:  # into a view it would not be batched
+        left, right = _bands(S, number, size, row), _bands(T.mT, number, size, column).mT
+        return torch.baddbmm(_blocks(plus, number, size, row, column), left, right, beta=beta, alpha=alpha)
+
+    while size >= 2 * _CPU_LEAST and size % 2 == 0:
+        size //= 2
+        quarters = computed(size, size, 0)
+        _blocks(out, number, size, size, 0).copy_(quarters)
+        _blocks(out, number, size, 0, size).copy_(quarters.mT)
+        number *= 2
+    _blocks(out, number, size, 0, 0).copy_(computed(size, 0, 0))
 
 
-def _halved(stack: torch.Tensor, dim: int) -> torch.Tensor:
-    """The halves of matrices along a dimension, as a stack of twice as many: a view."""
-    return torch.unflatten(stack, dim, (2, -1)).movedim(dim, 1).flatten(0, 1)
+def _blocks(matrix: torch.Tensor, number: int, size: int, row: int, column: int) -> torch.Tensor:
+    """Square blocks parallel to the diagonal, evenly spread, the first at this row and column: a view."""
+    (r, c), step = matrix.stride(), matrix.size(0) // number
+    offset = matrix.storage_offset() + row * r + column * c
+    return matrix.as_strided((number, size, size), (step * (r + c), r, c), offset)
 
 
-def _on_diagonal(stack: torch.Tensor) -> torch.Tensor:
-    """The quarters on the diagonals of matrices, as a stack of twice as many: a view."""
-    quarters = torch.unflatten(torch.unflatten(stack, 2, (2, -1)), 1, (2, -1))
-    return quarters.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+def _bands(matrix: torch.Tensor, number: int, size: int, row: int) -> torch.Tensor:
+    """Bands of rows, evenly spread, the first from this row on: a view."""
+    (r, c), step = matrix.stride(), matrix.size(0) // number
+    return matrix.as_strided((number, size, matrix.size(1)), (step * r, r, c), matrix.storage_offset() + row * r)
