@@ -35,7 +35,7 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     sweeps = {
         f"one matrix of n x {args.aspect} n": {n: ((n, args.aspect * n),) for n in args.sizes},
-        f"matrices of {args.size} x {args.size}": {n: ((args.size, args.size),) * n for n in args.numbers},
+        f"n matrices of {args.size} x {args.size}": {n: ((args.size, args.size),) * n for n in args.numbers},
     }
     result: dict[str, Any] = {"machine": circumstances(device), "rounds": args.rounds, "sweeps": {}}
     figure, axes = plt.subplots(len(args.precisions), 2, figsize=(10, 4 * len(args.precisions)), squeeze=False)

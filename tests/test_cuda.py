@@ -42,10 +42,10 @@ def no_synchronization():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("algorithm", ["auto", "gram", "standard"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-3), ("medium", 0.1)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("highest", 1e-3), ("high", 0.1), ("medium", 0.1)])
 @pytest.mark.parametrize("use_syrk", [False, True])
 def test_walks_the_cpus_path(method, algorithm, precision, tolerance, use_syrk):
-    """Compared by the distance moved: adamuon divides by small entries and amplifies rounding."""
+    """Compared by the distance moved. Of adamuon an entry near zero, divided by itself, moves as far as any other."""
     begin, params, others = on("cpu"), on("cpu"), on("cuda")
     options = OPTIONS | {"moment2_method": method, "ns_algorithm": algorithm}
     # The CPU's path in full precision is the one that both precisions stand for.
@@ -59,17 +59,17 @@ def test_walks_the_cpus_path(method, algorithm, precision, tolerance, use_syrk):
             optimizer.step()
     for b, p, q in zip(begin, params, others, strict=True):
         moved = (p - b).norm()
-        assert (q.cpu() - p).norm() <= (5 if method == "adamuon" else 1) * tolerance * moved
+        assert (q.cpu() - p).norm() <= (0.3 if method == "adamuon" else tolerance) * moved
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("decay", ["decoupled", "palm", "independent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_a_step_never_waits_for_the_device(method, decay, dtype, precision):
+@pytest.mark.parametrize(("precision", "use_syrk"), [("highest", False), ("medium", False), ("medium", True)])
+def test_a_step_never_waits_for_the_device(method, decay, dtype, precision, use_syrk):
     params = on("cuda", dtype)
     options = OPTIONS | {"moment2_method": method, "weight_decay_method": decay, "fp32_matmul_prec": precision}
-    optimizer = AdaptiveMuon(params, **options)
+    optimizer = AdaptiveMuon(params, use_syrk=use_syrk, **options)
     give_gradients(params, 0)
     optimizer.step()
     with no_synchronization():
@@ -130,9 +130,10 @@ def test_more_than_2_to_the_31_elements(method):
 @needs_70_gb
 def test_the_kernel_on_more_than_2_to_the_31_elements():
     torch.cuda.empty_cache()
-    X = torch.zeros(1, 256, 2**23 + 64, device="cuda", dtype=torch.float16)
-    X[:, :, -64:] = torch.randn(1, 256, 64, device="cuda")
-    out = torch.empty(1, 256, 256, device="cuda", dtype=torch.float16)
+    rows = 320  # the last of which begin beyond 2^31
+    X = torch.zeros(1, rows, 2**23 + 64, device="cuda", dtype=torch.float16)
+    X[:, :, -64:] = torch.randn(1, rows, 64, device="cuda")
+    out = torch.empty(1, rows, rows, device="cuda", dtype=torch.float16)
     symmetric_product_on_cuda(X, X.mT, None, out, 1.0, 1.0)
     tail = X[:, :, -64:].double()
     torch.testing.assert_close(out.double(), tail @ tail.mT, atol=5e-2, rtol=1e-2)

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import batched
@@ -150,7 +150,8 @@ class NewtonSchulz:
         first, others = (3 if min(stack.shape[1:]) >= _THREE_FROM else 2, 2) if at_once else (1, 1)
         blocks = [steps[:first], *batched(steps[first:], others)]
         parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
-        results = [iterated(part, blocks, dtype, self.use_syrk) for part in parts]
+        with _sums_in_float32() if dtype == torch.float16 else nullcontext():
+            results = [iterated(part, blocks, dtype, self.use_syrk) for part in parts]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     @property
@@ -285,6 +286,21 @@ def _several_pay(stack: torch.Tensor) -> bool:
         return False  # TF32 rounds the Gram matrix too coarsely
     short, long = sorted(stack.shape[-2:])
     return long >= _SEVERAL_FROM * short and short >= _TWO_FROM
+
+
+@contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Keeps cuBLAS from summing products of float16 in float16, which it may by default where it splits the sum."""
+    flags = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+    before = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+    try:
+        for name in before:
+            setattr(flags, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(flags, name, value)
 
 
 def _precision() -> str:

@@ -138,7 +138,9 @@ class LayerSharded(Orthogonalize):
     def _parts(requests: "Sequence[LayerSharded]", group: ProcessGroup) -> list[list[list[int]]]:
         """For each part that travels by itself, the requests of each home."""
         of_home = [[i for i, request in enumerate(requests) if request.home == rank] for rank in range(group.size())]
-        number = min(_PARTS.get(dist.get_backend(group), 1), max(map(len, of_home)))
+        device, config = requests[0].piece.device.type, dist.get_backend_config(group)
+        most = max((number for name, number in _PARTS.items() if f"{device}:{name}" in config), default=1)
+        number = min(most, max(map(len, of_home)))
         return [[indices[part::number] for indices in of_home] for part in range(number)]
 
 

@@ -15,7 +15,7 @@ _CONFIGS = [
 
 
 # The runs that find the fastest configuration must not add to what is there already.
-@triton.autotune(configs=_CONFIGS, key=["n", "k"], restore_value=["out"])
+@triton.autotune(configs=_CONFIGS, key=["n", "k", "S_column", "HAS_PLUS"], restore_value=["out"])
 @triton.jit
 def _lower_tiles(
     S, T, plus, out, n, k, alpha, beta,
@@ -74,6 +74,7 @@ def symmetric_product_on_cuda(
     stack, n, k = S.shape
     added = out if plus is None else plus
     strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
-    _lower_tiles[lambda chosen: (triton.cdiv(n, chosen["BLOCK"]) ** 2, stack)](
-        S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None
-    )
+    with torch.cuda.device_of(S):  # Triton starts kernels on the current device
+        _lower_tiles[lambda chosen: (triton.cdiv(n, chosen["BLOCK"]) ** 2, stack)](
+            S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None
+        )
