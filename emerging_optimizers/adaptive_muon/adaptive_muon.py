@@ -336,7 +336,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             newton_schulz = cast(NewtonSchulz, self.scaled_orthogonalize_fn)
             return stacked(
                 await together(
-                    self._mode(layout.group, piece, layout, home, of_whole, newton_schulz).answer()
+                    self._mode(layout.group, piece, layout, home, of_whole, newton_schulz, stack.among_many).answer()
                     for piece, home, of_whole in zip(M, stack.homes[index], functions, strict=True)
                 )
             )

@@ -45,6 +45,7 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
         home: The rank that orthogonalizes the matrix, where one does it for all.
         of_whole: Orthogonalizes a whole float32 matrix, or a stack of them: the next, or a function that uses it.
         newton_schulz: Orthogonalizes a matrix in strips.
+        among_many: Whether there are so many that messages are worth being cut in parts.
     """
 
     piece: torch.Tensor
@@ -52,6 +53,7 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
     home: int
     of_whole: Callable[[torch.Tensor], torch.Tensor]
     newton_schulz: NewtonSchulz
+    among_many: bool
 
     @staticmethod
     @abstractmethod
@@ -96,8 +98,8 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
 class LayerSharded(Orthogonalize):
     """Every matrix goes to its home, is orthogonalized there, and its pieces come back: two all-to-alls for all.
 
-    Where messages travel while the device computes, there are two of each: the second half comes while the first is
-    orthogonalized, and that goes back while the second is.
+    Where messages travel while the device computes, and there are so many matrices that they take several rounds, there
+    are two of each: the second half comes while the first is orthogonalized, and that goes back while the second is.
     """
 
     @staticmethod
@@ -140,7 +142,7 @@ class LayerSharded(Orthogonalize):
         of_home = [[i for i, request in enumerate(requests) if request.home == rank] for rank in range(group.size())]
         device, config = requests[0].piece.device.type, dist.get_backend_config(group)
         most = max((number for name, number in _PARTS.items() if f"{device}:{name}" in config), default=1)
-        number = min(most, max(map(len, of_home)))
+        number = min(most, max(map(len, of_home))) if requests[0].among_many else 1
         return [[indices[part::number] for indices in of_home] for part in range(number)]
 
 

@@ -41,12 +41,14 @@ class Stack:
         group: The number of their group.
         matrices: The logical matrices of the first; the others' lie like them.
         homes: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
+        among_many: Whether the step has so many matrices in pieces that they take several rounds.
     """
 
     params: list[torch.Tensor]
     group: int
     matrices: tuple[Matrix, ...]
     homes: list[list[int]]
+    among_many: bool
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,14 @@ def make_plan(ready: Sequence[Ready], mode: type[Orthogonalize] | None, max_byte
             receivers = mode.receivers(plan.homes[one.matrix], group.size())
             loads[one.p] = list(map(add, loads[one.p], one.load(receivers)))
         by_p = {each.p: each for each in held}
+        rounds = _rounds(loads, max_bytes_in_flight)
         plan.rounds.extend(
-            _stacks([by_p[p] for p in at_once], plan.homes) for at_once in _rounds(loads, max_bytes_in_flight)
+            _stacks([by_p[p] for p in at_once], plan.homes, among_many=len(rounds) > 1) for at_once in rounds
         )
     return plan
 
 
-def _stacks(ready: Sequence[Ready], homes: Mapping[Matrix, int]) -> list[Stack]:
+def _stacks(ready: Sequence[Ready], homes: Mapping[Matrix, int], *, among_many: bool = False) -> list[Stack]:
     """The parameters in stacks, each of no more than keep the device busy."""
     alike: dict[Hashable, list[Ready]] = {}
     for each in ready:
@@ -104,7 +107,7 @@ def _stacks(ready: Sequence[Ready], homes: Mapping[Matrix, int]) -> list[Stack]:
         for some in in_stacks(members, local.shape, local.device):
             same = zip(*(one.matrices for one in some), strict=True)
             of_homes = [[homes.get(matrix, 0) for matrix in each] for each in same]
-            stacks.append(Stack([one.p for one in some], some[0].group, some[0].matrices, of_homes))
+            stacks.append(Stack([one.p for one in some], some[0].group, some[0].matrices, of_homes, among_many))
     return stacks
 
 
