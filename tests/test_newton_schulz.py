@@ -128,6 +128,31 @@ def test_float16_rounds_less_than_the_standards_bfloat16(
             assert off.norm() <= standard[what] * should.norm(), what
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "blocks"),
+    [
+        ((94, 384), torch.float32, [1, 1, 1, 1, 1]),
+        ((96, 384), torch.float32, [2, 2, 1]),
+        ((384, 257), torch.float32, [1, 1, 1, 1, 1]),
+        ((384, 256), torch.float32, [2, 2, 1]),
+        ((768, 512), torch.float32, [3, 2]),
+        ((512, 768), torch.float16, [2, 2, 1]),
+    ],
+    ids=str,
+)
+def test_as_many_steps_at_once_as_were_measured(
+    monkeypatch: Any, shape: tuple[int, int], dtype: torch.dtype, blocks: list[int]
+) -> None:
+    """In float16 no more than two: in matrices large enough for three its rounding was not measured."""
+    taken = []
+    monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: dtype)
+    monkeypatch.setattr(
+        module, "iterated", lambda part, steps, *_: taken.append([len(at_once) for at_once in steps]) or part
+    )
+    NewtonSchulz("quintic", 5)(torch.ones(shape))
+    assert taken == [blocks]
+
+
 def test_all_steps_on_one_gram_matrix_would_fail() -> None:
     """Why it is made anew: the bound above is one that a bad recipe breaks."""
     standard = errors("standard", "highest", "quintic", 5, (96, 160))

@@ -41,8 +41,8 @@ _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 # Several steps at once save products from this ratio of a matrix's sides on, see _several_pay.
 _SEVERAL_FROM = 1.5
-# They round no more than a few times as much from these short sides on, two steps at once and the first three, as
-# tests/test_newton_schulz.py has found, and holds: the plain iteration's own error grows with the matrix.
+# They round no more than a few times as much from these short sides on, two steps at once and, in float32, the first
+# three, as tests/test_newton_schulz.py has found, and holds: the plain iteration's own error grows with the matrix.
 _TWO_FROM, _THREE_FROM = 96, 512
 
 # By device: the longest short side of matrices that are worked on as a stack, since longer ones keep it busy one at a
@@ -62,7 +62,7 @@ class NewtonSchulz:
         X \\leftarrow (a_2 I + B_2)(a_1 I + B_1) X,
 
     which replaces products of X's size by products of A's size that are all symmetric. A is made anew from X after two
-    steps (after the first three of a large matrix): the rounding of A, which every step on it amplifies, then stays in
+    steps (in float32 after the first three of a large matrix): the rounding of A, which every step on it amplifies, then stays in
     the order of the plain iteration's own.
 
     The precision of the products is torch's float32 matmul precision at the time of the call, as in upstream.
@@ -146,9 +146,8 @@ class NewtonSchulz:
 
     def _iterated(self, stack: torch.Tensor, *, at_once: bool) -> torch.Tensor:
         """Our own iteration of a whole stack."""
-        steps, dtype = self._steps, self.dtype(stack.device)
-        first, others = (3 if min(stack.shape[1:]) >= _THREE_FROM else 2, 2) if at_once else (1, 1)
-        blocks = [steps[:first], *batched(steps[first:], others)]
+        dtype = self.dtype(stack.device)
+        blocks = _in_blocks(self._steps, min(stack.shape[1:]), dtype) if at_once else [*batched(self._steps, 1)]
         parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
         with _sums_in_float32() if dtype == torch.float16 else nullcontext():
             results = [iterated(part, blocks, dtype, self.use_syrk) for part in parts]
@@ -286,6 +285,12 @@ def _several_pay(stack: torch.Tensor) -> bool:
         return False  # TF32 rounds the Gram matrix too coarsely
     short, long = sorted(stack.shape[-2:])
     return long >= _SEVERAL_FROM * short and short >= _TWO_FROM
+
+
+def _in_blocks(steps: Sequence[Coefficients], short: int, dtype: torch.dtype) -> list[Sequence[Coefficients]]:
+    """Cuts the steps for matrices of this short side into those to take at once."""
+    first = 3 if short >= _THREE_FROM and dtype == torch.float32 else 2
+    return [steps[:first], *batched(steps[first:], 2)]
 
 
 @contextmanager

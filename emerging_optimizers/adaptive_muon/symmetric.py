@@ -58,17 +58,24 @@ def _in_halves(
     """
     number, size = 1, S.size(0)
 
-    def computed(size: int, row: int, column: int) -> torch.Tensor:  # into a view it would not be batched
-        left, right = _bands(S, number, size, row), _bands(T.mT, number, size, column).mT
-        return torch.baddbmm(_blocks(plus, number, size, row, column), left, right, beta=beta, alpha=alpha)
+    def compute(size: int, row: int, column: int, into: torch.Tensor) -> None:
+        addend, left, right = (
+            _blocks(plus, number, size, row, column),
+            _bands(S, number, size, row),
+            _bands(T.mT, number, size, column).mT,
+        )
+        if number == 1:
+            torch.addmm(addend[0], left[0], right[0], beta=beta, alpha=alpha, out=into[0])
+        else:  # straight into a view it would not be batched
+            into.copy_(torch.baddbmm(addend, left, right, beta=beta, alpha=alpha))
 
     while size >= 2 * _CPU_LEAST and size % 2 == 0:
         size //= 2
-        quarters = computed(size, size, 0)
-        _blocks(out, number, size, size, 0).copy_(quarters)
-        _blocks(out, number, size, 0, size).copy_(quarters.mT)
+        lower, upper = _blocks(out, number, size, size, 0), _blocks(out, number, size, 0, size)
+        compute(size, size, 0, lower)
+        upper.copy_(lower.mT)
         number *= 2
-    _blocks(out, number, size, 0, 0).copy_(computed(size, 0, 0))
+    compute(size, 0, 0, _blocks(out, number, size, 0, 0))
 
 
 def _blocks(matrix: torch.Tensor, number: int, size: int, row: int, column: int) -> torch.Tensor:
