@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
 # make bench: steps beside upstream's and torch's.   make bench-growth, make bench-communication: two more questions.
-# make test: lint, types, tests.   make docs: the documentation.
+# make test: lint, types, tests.   make docs: the documentation.   CONTRIBUTING.md has all others.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication test lint docs clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication convergence upstream-patch test lint docs links release-check clean
 
 venv: $(STAMP)
 
@@ -38,6 +38,16 @@ RANKS ?= 4
 bench-communication: $(STAMP)
 	$(BIN)/torchrun --nproc_per_node $(RANKS) benchmarks/communication.py $(ARGS)
 
+convergence: $(STAMP)
+	$(BIN)/python experiments/gpt2/run.py $(ARGS)
+	$(BIN)/python experiments/gpt2/figures.py
+
+upstream-patch: $(STAMP)
+	$(BIN)/python tools/make_upstream_patch.py $(UPSTREAM) $(ARGS)
+
+release-check: $(STAMP)
+	$(BIN)/python tools/release_check.py $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +62,10 @@ $(DOCS): $(STAMP)
 
 docs: $(DOCS)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/python tools/check_site.py docs/_build/html
+
+links: $(DOCS)
+	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info

@@ -3,8 +3,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from gpt import GPT, Shape
@@ -109,6 +110,7 @@ def train(
     seed: int,
     device: str = "cpu",
     show: bool = True,
+    changes: Mapping[str, Any] | None = None,
 ) -> Record:
     """Trains from the initial weights of this seed, on the batches of this seed: both the same for every method.
 
@@ -122,9 +124,11 @@ def train(
         seed: Chooses the initial weights and the batches.
         device: "cpu" or "cuda".
         show: Whether to draw a progress bar.
+        changes: Settings in which the run differs from the method's.
     """
     model = GPT(protocol.shape, seed).to(device)
-    optimizers = METHODS[method].optimizers(model, lr, scalar_lr)
+    chosen = METHODS[method]
+    optimizers = replace(chosen, settings=chosen.settings | (changes or {})).optimizers(model, lr, scalar_lr)
     schedules = [LambdaLR(optimizer, protocol.rate_factor) for optimizer in optimizers]
     batches = _batches(train_text, protocol, torch.Generator().manual_seed(seed), device)
     held_out = spaced_windows(held_out_text, protocol.evaluation_windows, protocol.shape.context + 1).to(device)

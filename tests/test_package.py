@@ -92,11 +92,12 @@ def test_checkout_has_no_init_at_the_top():
 
 
 def test_every_file_names_its_licence():
-    kept = ["emerging_optimizers", "tests", "examples", "docs", ".ci", "setup.py", "pyproject.toml", "Makefile"]
+    kept = ["emerging_optimizers", "tests", "examples", "benchmarks", "experiments", "tools", "docs", ".ci"]
+    kept += ["setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in"]
     files = [
         path for name in kept for path in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))
     ]
-    files = [f for f in files if f.suffix in (".py", ".toml", ".md") or f.name in ("Makefile", "run")]
+    files = [f for f in files if f.suffix in (".py", ".toml", ".md") or f.name in ("Makefile", "MANIFEST.in", "run")]
     without = [
         str(f.relative_to(ROOT))
         for f in files

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the figures and the tables of the results, and writes the tables into the documentation's page."""
+
+import argparse
+import math
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from protocol import METHODS
+from results import Results
+from runs import VARIANTS, VARIED
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from plots import STYLES
+
+
+PAGE = Path(__file__).parents[2] / "docs/apidocs/convergence.md"
+
+
+def methods_table(results: Results) -> str:
+    """Returns the methods, best first, as a Markdown table."""
+    against = {run["seed"]: run["losses"][-1] for run in results.reported("muon")}
+    rows = []
+    for method in sorted(METHODS, key=lambda name: _mean(results.reported(name))):
+        runs, rate, losses = results.reported(method), results.best(method), results.tuning_losses(method)
+        differences = [run["losses"][-1] - against[run["seed"]] for run in runs]
+        lowest, highest = min(losses), max(losses)
+        rows.append(
+            [
+                method,
+                f"{rate:g}",
+                _spread([run["losses"][-1] for run in runs]),
+                "" if method == "muon" else f"{min(differences):+.3f} to {max(differences):+.3f}",
+                f"{losses[rate / 2] - losses[rate]:+.3f}",
+                f"{losses[rate * 2] - losses[rate]:+.3f}",
+                f"{lowest:g} to {highest:g}",
+            ]
+        )
+    head = ["method", "rate", "validation loss", "less Muon's, by seed", "half the rate", "twice the rate", "rates tried"]
+    return _markdown(head, rows)
+
+
+def variants_table(results: Results) -> str:
+    """Returns what each variant of NAMO and NAMO-D loses or gains, as a Markdown table."""
+    rows = []
+    for variant in ("", *VARIANTS):
+        cells = []
+        for method in VARIED:
+            own = {run["seed"]: run["losses"][-1] for run in results.reported(method)}
+            runs = results.reported(method, variant)
+            differences = [run["losses"][-1] - own[run["seed"]] for run in runs]
+            cells.append(_spread([run["losses"][-1] for run in runs]))
+            cells.append(f"{min(differences):+.4f} to {max(differences):+.4f}" if variant else "")
+        rows.append([variant or "as in the paper", *cells])
+    return _markdown(["", *(head for method in VARIED for head in (method, "less its own, by seed"))], rows)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draws the curves, the sensitivity to the rate and the variants, beside each other.
+
+    Args:
+        results: All runs.
+        path: Where to write the PNG.
+    """
+    figure, (curves, rates, variants) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    for method, style in STYLES.items():
+        runs, losses, best = results.reported(method), results.tuning_losses(method), results.best(method)
+        steps, columns = runs[0]["steps"], list(zip(*(run["losses"] for run in runs), strict=True))
+        means = [statistics.fmean(column) for column in columns]
+        label = f"{method}  {means[-1]:.3f}"
+        bars = [statistics.stdev(column) for column in columns]
+        curves.errorbar(steps, means, bars, label=label, linewidth=1.6, markersize=4, capsize=3, **style)
+        rates.plot([lr / best for lr in losses], losses.values(), linewidth=1.6, markersize=5, **style)
+    high = max(run["losses"][2] for method in STYLES for run in results.reported(method))
+    curves.set_ylim(None, high)
+    _frame(curves, "training step", "validation loss, nats a byte")
+    curves.legend(title="mean of the seeds after the last step", frameon=False)
+    rates.set_xscale("log", base=2)
+    finite = [loss for method in STYLES for loss in results.tuning_losses(method).values() if math.isfinite(loss)]
+    rates.set_ylim(min(finite) - 0.02, min(finite) + 0.6)
+    _frame(rates, "learning rate over the method's best", "tuning loss, nats a byte")
+
+    names = ["as in the paper", *VARIANTS]
+    for offset, method in zip((0.12, -0.12), VARIED, strict=True):
+        losses = [[run["losses"][-1] for run in results.reported(method, variant)] for variant in ("", *VARIANTS)]
+        places = [len(names) - index + offset for index in range(len(names))]
+        style = {**STYLES[method], "linestyle": "none"}
+        variants.errorbar(
+            list(map(statistics.fmean, losses)), places, xerr=list(map(statistics.stdev, losses)), capsize=3, **style
+        )
+    variants.set_yticks([len(names) - index for index in range(len(names))], names)
+    _frame(variants, "validation loss, nats a byte", "")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def with_tables(page: str, results: Results) -> str:
+    """Returns the page with its tables made anew: each follows its marker and ends at an empty line."""
+    for name, table in (("methods", methods_table(results)), ("variants", variants_table(results))):
+        marker = f"<!-- {name} -->\n"
+        page, found = re.subn(rf"(?<={re.escape(marker)})(\|[^\n]*\n)*", lambda _, table=table: table, page)
+        if found != 1:
+            raise ValueError(f"The page must have the marker {marker!r} once, and has it {found} times: put it back.")
+    return page
+
+
+def _mean(runs: Sequence[dict[str, Any]]) -> float:
+    return statistics.fmean(run["losses"][-1] for run in runs)
+
+
+def _spread(losses: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ruler, *rows))
+
+
+def _frame(axes: Axes, horizontal: str, vertical: str) -> None:
+    axes.set(xlabel=horizontal, ylabel=vertical)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def main() -> None:
+    """Writes the PNG beside the results, and the tables into the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results") / "cpu.json")
+    parser.add_argument("--page", type=Path, default=PAGE, help="page with the markers (default: %(default)s)")
+    arguments = parser.parse_args()
+    results = Results(arguments.results)
+    draw(results, arguments.results.with_suffix(".png"))
+    arguments.page.write_text(with_tables(arguments.page.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()

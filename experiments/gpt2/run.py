@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a GPT-2-shaped model with six optimizers: a sweep of learning rates each, then several seeds at the best.
+
+Stop it when you like: it goes on where it was. Results are JSON, the figures and the table are made of them by
+figures.py.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import METHODS, SIZES, reported, tuning
+from results import Results
+from runs import SEEDS, VARIANTS, VARIED, Run, due
+from text import Text, load
+from tqdm import tqdm
+from training import train
+
+
+RESULTS = Path(__file__).with_name("results")
+
+
+@lru_cache(maxsize=1)
+def _text(path: Path | None) -> Text:
+    """The text, read once by each worker."""
+    return load(path)
+
+
+def work(run: Run, size: str, path: Path | None, device: str) -> dict[str, Any]:
+    """Makes a run, in a process of its own on a CPU with one thread, and returns what it was and measured.
+
+    Args:
+        run: What to train.
+        size: A key of SIZES.
+        path: The text.
+        device: "cpu" or "cuda".
+    """
+    torch.set_num_threads(1)
+    text, sweep = _text(path), run.stage == "sweep"
+    record = train(
+        run.method,
+        text.train,
+        text.tuning if sweep else text.validation,
+        lr=run.lr,
+        scalar_lr=run.scalar_lr,
+        protocol=(tuning if sweep else reported)(SIZES[size]),
+        seed=run.seed,
+        device=device,
+        show=False,
+        changes=run.changes,
+    )
+    return {
+        **asdict(run),
+        "parameters": record.parameters,
+        "steps": record.steps,
+        "losses": record.losses,
+        "final_train_loss": record.final_train_loss,
+    }
+
+
+def finished(results: Results, workers: int, *settings: Any) -> Iterator[str]:
+    """Makes all runs that are due, several at a time, and yields the key of each when it is done."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        underway: dict[Future[dict[str, Any]], str] = {}
+        while True:
+            for run in due(results):
+                if len(underway) < workers and run.key not in underway.values():
+                    underway[pool.submit(work, run, *settings)] = run.key
+            if not underway:
+                return
+            for future in wait(underway, return_when=FIRST_COMPLETED).done:
+                key = underway.pop(future)
+                results.add(key, future.result())
+                yield key
+
+
+def main() -> None:
+    """Makes the runs that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="of the model and the run (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="your text, a file or directory (default: Python's standard library)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: the CPU's cores, on CUDA 1)")
+    parser.add_argument("--results", type=Path, help="JSON file to go on with or begin (default: results/SIZE.json)")
+    arguments = parser.parse_args()
+    workers = arguments.workers or (1 if arguments.device == "cuda" else len(os.sched_getaffinity(0)))
+    results = Results(arguments.results or RESULTS / f"{arguments.size}.json")
+    try:
+        results.start(
+            {
+                **asdict(SIZES[arguments.size]),
+                "text": _text(arguments.data).describe(),
+                "methods": {name: method.settings for name, method in METHODS.items()},
+                "variants": VARIANTS,
+                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
+                "versions": {name: version(name) for name in ("torch", "emerging-optimizers")},
+            }
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    fewest = sum(len(method.rates) for method in METHODS.values())
+    fewest += len(SEEDS) * (len(METHODS) + len(VARIED) * len(VARIANTS))
+    with tqdm(total=fewest, initial=len(results.runs), unit="run", smoothing=0.1) as bar:
+        for key in finished(results, workers, arguments.size, arguments.data, arguments.device):
+            bar.total = max(fewest, len(results.runs) + len(due(results)))
+            bar.update()
+            loss = results.runs[key]["losses"][-1]
+            tqdm.write(f"{key}: {'diverged' if loss is None else format(loss, '.4f')}")
+    print(f"All runs are in {results.path}.")
+
+
+if __name__ == "__main__":
+    main()
