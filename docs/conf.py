@@ -20,6 +20,8 @@ exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 html_theme = "furo"
 html_title = "Adaptive Muon"
+html_static_path = ["_static"]
+html_css_files = ["math.css"]
 
 autodoc_typehints = "description"
 # The integrations' pages need their docstrings only.

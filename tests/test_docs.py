@@ -14,7 +14,8 @@ from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "apidocs").glob("*.md"))]
+OF_ROOT = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES = [*OF_ROOT, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "apidocs").glob("*.md"))]
 BLOCKS = [(page, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
 SCRIPTS = [(page, block) for page, block in BLOCKS if "import" in block]
 CALLS = [(page, block) for page, block in BLOCKS if "import" not in block]
@@ -53,3 +54,30 @@ def test_links_within_the_repository(page):
     targets = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text())
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing
+
+
+def test_a_dead_link_of_the_site_is_found(tmp_path):
+    """What CI asks of the built site; a place within a page counts, what is outside does not."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<a id="here" href="sub/">x</a><a href="#here">x</a><a href="sub/index.html#there">x</a><a href="https://a.b/c">x</a>'
+    )
+    (tmp_path / "sub" / "index.html").write_text(
+        '<p id="there"><a href="../index.html#here">x</a><img src="../p.png">'
+    )
+    (tmp_path / "p.png").write_bytes(b"")
+    command = [sys.executable, ROOT / "tools" / "check_site.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "No dead link in 2 pages.\n"
+    (tmp_path / "p.png").unlink()
+    (tmp_path / "index.html").write_text('<a href="sub/index.html#nowhere">x</a><a href="gone.html">x</a>')
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "index.html: gone.html",
+        "index.html: sub/index.html#nowhere",
+        "sub/index.html: ../index.html#here",
+        "sub/index.html: ../p.png",
+    ]
+    done = subprocess.run([*command[:-1], tmp_path / "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "build it first" in done.stderr

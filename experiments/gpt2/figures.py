@@ -44,7 +44,15 @@ def methods_table(results: Results) -> str:
                 f"{lowest:g} to {highest:g}",
             ]
         )
-    head = ["method", "rate", "validation loss", "less Muon's, by seed", "half the rate", "twice the rate", "rates tried"]
+    head = [
+        "method",
+        "rate",
+        "validation loss",
+        "less Muon's, by seed",
+        "half the rate",
+        "twice the rate",
+        "rates tried",
+    ]
     return _markdown(head, rows)
 
 

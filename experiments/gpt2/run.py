@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import METHODS, SIZES, reported, tuning
+from protocol import METHODS, SIZES, PaperProtocol, reported, tuning
 from results import Results
 from runs import SEEDS, VARIANTS, VARIED, Run, due
 from text import Text, load
@@ -33,6 +33,19 @@ RESULTS = Path(__file__).with_name("results")
 def _text(path: Path | None) -> Text:
     """The text, read once by each worker."""
     return load(path)
+
+
+def setting(size: PaperProtocol, text: Text, device: str) -> dict[str, Any]:
+    """Returns what all runs of an experiment have in common."""
+    return {
+        "sweep": asdict(tuning(size)),
+        "report": asdict(reported(size)),
+        "text": text.describe(),
+        "methods": {name: method.settings for name, method in METHODS.items()},
+        "variants": VARIANTS,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "emerging-optimizers")},
+    }
 
 
 def work(run: Run, size: str, path: Path | None, device: str) -> dict[str, Any]:
@@ -98,16 +111,7 @@ def main() -> None:
     workers = arguments.workers or (1 if arguments.device == "cuda" else len(os.sched_getaffinity(0)))
     results = Results(arguments.results or RESULTS / f"{arguments.size}.json")
     try:
-        results.start(
-            {
-                **asdict(SIZES[arguments.size]),
-                "text": _text(arguments.data).describe(),
-                "methods": {name: method.settings for name, method in METHODS.items()},
-                "variants": VARIANTS,
-                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
-                "versions": {name: version(name) for name in ("torch", "emerging-optimizers")},
-            }
-        )
+        results.start(setting(SIZES[arguments.size], _text(arguments.data), arguments.device))
     except ValueError as error:
         parser.error(str(error))
     fewest = sum(len(method.rates) for method in METHODS.values())
