@@ -167,7 +167,7 @@ STATE = {
 
 
 @each_dtype
-@each_method
+@pytest.mark.parametrize("method", STATE)
 def test_state(method: str, dtype: torch.dtype) -> None:
     p = fused(*QUERY_GROUPS, dtype)
     optimizer = AdaptiveMuon([p], moment2_method=method)

@@ -66,7 +66,7 @@ assert RATES.keys() == METHODS.keys()
 
 def optim(method: str = "namo_d", **options: Any) -> dict[str, Any]:
     """A YAML's ``optim`` block: a stock one, with the name changed and what adaptive_muon adds."""
-    ours = {"name": "adaptive_muon", "lr": RATES[method], "moment2_method": method, "scalar_lr": 2e-3}
+    ours = {"name": "adaptive_muon", "lr": RATES.get(method, 4e-3), "moment2_method": method, "scalar_lr": 2e-3}
     return {**STOCK, **ours, "nesterov": True, "extra_scale_factor": 0.2, "fp32_matmul_prec": "highest", **options}
 
 

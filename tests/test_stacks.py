@@ -225,7 +225,7 @@ STATE_OF_BLOCKS = {
 
 
 @each_dtype
-@each_method
+@pytest.mark.parametrize("method", STATE)
 def test_state(method: str, dtype: torch.dtype) -> None:
     tall, wide, fused = stack(TALL, dtype=dtype), stack(WIDE, dtype=dtype), stack(*FUSED[2], dtype=dtype)
     optimizer = AdaptiveMuon([tall, wide, fused], moment2_method=method, bias_correction=True)
