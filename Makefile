@@ -40,7 +40,6 @@ bench-communication: $(STAMP)
 
 convergence: $(STAMP)
 	$(BIN)/python experiments/gpt2/run.py $(ARGS)
-	$(BIN)/python experiments/gpt2/figures.py
 
 upstream-patch: $(STAMP)
 	$(BIN)/python tools/make_upstream_patch.py $(UPSTREAM) $(ARGS)

@@ -61,7 +61,6 @@ PAGE = (Path(__file__).parent.parent / "docs" / "apidocs" / "nemo.md").read_text
 STOCK = {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.98], "weight_decay": 1e-3}
 # Rates at which 24 steps take the loss well down.
 RATES = {"adamuon": 4e-3, "normuon": 2e-2, "namo": 2e-2, "namo_d": 2e-2}
-assert RATES.keys() == METHODS.keys()
 
 
 def optim(method: str = "namo_d", **options: Any) -> dict[str, Any]:

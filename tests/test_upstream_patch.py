@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pull request to upstream, made of the installed package's files: it applies, and what it makes passes its tests."""
+"""The pull request to upstream, of the installed package's files: it applies, and what it makes passes its tests."""
 
 import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "make_upstream_patch.py"
+tool = module_from_spec(spec_from_file_location("make_upstream_patch", TOOL))
+tool.__loader__.exec_module(tool)
 OPTIMIZER = "emerging_optimizers/orthogonalized_optimizers/adaptive_muon.py"
 # What upstream's configuration asks of its code (0.3.0 and main of August 2026).
 RUFF = ["--isolated", "--line-length", "119", "--target-version", "py312"]
@@ -51,8 +53,29 @@ print("same")
 def run(*command, cwd, **environment):
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [str(part) for part in command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,  # a collective that a rank does not join would wait for longer
     )
+
+
+# What is edited in a checkout only, which a package is not: a frame for the passages that are expected there.
+EDITED = {tool.OLD_TEST: tool._OLD_TEST_EDITS, tool.PAGE: tool._PAGE_EDITS}
+FRAMES = {
+    tool.OLD_TEST: """\
+class Test:
+    def test(self):
+        for _ in range(2):
+            torch.testing.assert_close(
+                applied_update,
+{}            )
+{}""",
+    tool.PAGE: "{}",
+}
 
 
 def git(repository, *arguments):
@@ -70,7 +93,11 @@ def new_repository(path):
     [installed] = [Path(each) for each in find_spec("emerging_optimizers").submodule_search_locations][:1]
     ours = shutil.ignore_patterns("adaptive_muon", "adaptive_muon_discovery", "__pycache__")
     shutil.copytree(installed, path / "emerging_optimizers", ignore=ours)
+    for name, edits in EDITED.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(FRAMES[name].format(*edits))
     git(path, "init", "--quiet", "--initial-branch", "main")
+    git(path, "config", "commit.gpgsign", "false")
     git(path, "config", "user.name", "Ada")
     git(path, "config", "user.email", "ada@example.com")
     git(path, "add", ".")
@@ -127,6 +154,8 @@ def test_the_pull_request_says_what_it_is(output):
 
 def test_style(patched):
     files = git(patched, "diff", "--name-only", "HEAD~1").split()
+    assert set(EDITED) < set(files)
+    files = sorted(set(files) - set(EDITED))
     assert len(files) == 4 and all(
         (patched / name).read_text().startswith("# SPDX-FileCopyrightText") for name in files
     )
@@ -136,6 +165,11 @@ def test_style(patched):
         done = run(*ruff, *command, *files, cwd=patched)
         assert done.returncode == 0, done.stdout
     assert not [line for name in files for line in (patched / name).read_text().splitlines() if len(line) > 119]
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_edits_of_what_only_a_checkout_has(patched, name):
+    assert (patched / name).read_text() == FRAMES[name].format(*EDITED[name].values())
 
 
 def test_types(patched):
@@ -185,10 +219,20 @@ def test_a_branch_that_is_there_is_kept(upstream, output):
     assert git(upstream, "rev-parse", "adaptive-muon-namo-d") == before
 
 
-def test_an_upstream_that_has_changed_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("eps: float = 1e-8,\n    ):", "eps: float = 1e-7,\n    ):"),
+        ("p.add_(update, alpha=-group", "p.add_(update, alpha=-2 * group"),
+        ("denom = moment2.sqrt() + eps", "denom = (moment2 + eps).sqrt()"),
+    ],
+    ids=["a default", "the step", "a formula"],
+)
+def test_an_upstream_that_has_changed_is_refused(tmp_path, old, new):
     repository = new_repository(tmp_path)
-    file = repository / OPTIMIZER
-    file.write_text(file.read_text().replace("eps: float = 1e-8,\n    ):", "eps: float = 1e-7,\n    ):"))
+    file, before = repository / OPTIMIZER, (repository / OPTIMIZER).read_text()
+    assert before.count(old) == 1
+    file.write_text(before.replace(old, new))
     git(repository, "commit", "--quiet", "--all", "--message", "another default")
     done = make(repository)
     assert done.returncode == 2 and "has changed since this program was written" in done.stderr

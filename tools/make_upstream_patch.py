@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the pull request to Emerging-Optimizers out of this repository's sources.
 
-In a git repository of upstream it commits, on a branch that starts at a revision of yours and without touching the work
-tree, what gives upstream's own AdaptiveMuon the fourth method, the paper's options and statistics of whole matrices; and
-writes that commit as a patch, and the text of the pull request. The formulas are taken from here, so they cannot differ.
+In a git repository of upstream it commits, on a branch that starts at a revision of yours and without touching the
+work tree, what gives upstream's own AdaptiveMuon the fourth method, the paper's options and statistics of whole
+matrices; and writes that commit as a patch, and the text of the pull request. The formulas are taken from here, so
+they cannot differ.
 """
 
 import argparse
 import ast
+import hashlib
 import os
 import re
 import subprocess
@@ -198,6 +200,13 @@ def optimizer(source: str) -> str:
         source: The file as it is.
     """
     mine = (HERE / "adaptive_muon_methods.py").read_text()
+    for name, known in _REPLACED.items():
+        found = hashlib.sha256(definition(source, "AdaptiveMuon", name).encode()).hexdigest()[:16]
+        if found != known:
+            raise Unknown(
+                f"{OPTIMIZER} must have the {name} that this program replaces, {known}, and has another, {found}.\n"
+                "It has changed since this program was written: take the change over, then note its new hash here."
+            )
     for gone in ("_match_frobenius_norm", "_apply_moment2_normalization"):
         source = without(source, "AdaptiveMuon", gone)
     for name in ("_init_group", "step"):
@@ -214,6 +223,14 @@ def optimizer(source: str) -> str:
     source = replaced(source, {of_state: before + of_state + "\n" + after.rstrip("\n") + "\n"}, OPTIMIZER)
     return replaced(source, _EDITS, OPTIMIZER)
 
+
+# The definitions of upstream's that are replaced as a whole, by a hash of their text: 0.3.0's, and main's since.
+_REPLACED = {
+    "_match_frobenius_norm": "b911e66eedf5062e",
+    "_apply_moment2_normalization": "70a421923f7ec242",
+    "_init_group": "c67e45e74b6e663d",
+    "step": "f0ce27b6c14ae224",
+}
 
 _EDITS = {
     "from typing import TYPE_CHECKING, Callable, Literal, override\n": (
@@ -251,7 +268,7 @@ _EDITS = {
     ),
     '    """\n\n    def __init__(\n': (
         '    """\n\n'
-        "    # Subclasses may set moment2_method without calling __init__, and have these defaults.\n"
+        "    # For subclasses that set moment2_method without calling __init__.\n"
         "    correct_bias: bool | None = None\n"
         "    namo_d_clamp: float = 0.75\n"
         "    tp_group: torch.distributed.ProcessGroup | None = None\n"
@@ -390,7 +407,13 @@ class Repository:
 
     def commit(self, revision: str, files: Mapping[str, str], message: str) -> str:
         """Commits files on top of a revision, signed off, and returns the new commit."""
-        author = f"{self.git('config', 'user.name').strip()} <{self.git('config', 'user.email').strip()}>"
+        try:
+            author = f"{self.git('config', 'user.name').strip()} <{self.git('config', 'user.email').strip()}>"
+        except ValueError:
+            raise ValueError(
+                f"A sign-off needs a name and an address, and git knows none in {self.path}: set them with "
+                "git config user.name and git config user.email."
+            ) from None
         with tempfile.TemporaryDirectory() as scratch:
             index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
             self.git("read-tree", revision, **index)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds sdist and wheel, installs the wheel beside upstream in an empty environment, and tests what is there then.
 
-Upstream's files must be the same before and after, and the tests run from the sdist, whose package is put away: what they
-import is the wheel's.
+Upstream's files must be the same before and after, and the tests run from the sdist, whose package is put away: what
+they import is the wheel's. Arguments go to pytest.
 """
 
 import argparse
@@ -44,8 +44,7 @@ def require(ok: bool, message: str) -> None:
 def main() -> None:
     """Checks a release."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pytest", nargs="*", help="arguments for pytest (default: all tests)")
-    arguments = parser.parse_args()
+    _, for_pytest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         dist, environment = scratch / "dist", scratch / "environment"
@@ -73,7 +72,7 @@ def main() -> None:
         [source] = scratch.glob("emerging_optimizers_adaptive_muon-*/")
         shutil.rmtree(source / "emerging_optimizers")
         ignored = [f"--ignore={path}" for path in OF_SOURCES]
-        run(python, "-m", "pytest", *ignored, *arguments.pytest, cwd=source)
+        run(python, "-m", "pytest", *ignored, *for_pytest, cwd=source)
     print("Fit for release.")
 
 

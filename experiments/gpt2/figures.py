@@ -22,14 +22,16 @@ from matplotlib.axes import Axes
 from plots import STYLES
 
 
-PAGE = Path(__file__).parents[2] / "docs/apidocs/convergence.md"
+# The results that the page is about.
+OWN = Path(__file__).with_name("results") / "cpu.json"
+PAGE = Path(__file__).parents[2] / "docs/convergence.md"
 
 
 def methods_table(results: Results) -> str:
     """Returns the methods, best first, as a Markdown table."""
     against = {run["seed"]: run["losses"][-1] for run in results.reported("muon")}
     rows = []
-    for method in sorted(METHODS, key=lambda name: _mean(results.reported(name))):
+    for method in sorted(METHODS, key=lambda name: _rank(results.reported(name))):
         runs, rate, losses = results.reported(method), results.best(method), results.tuning_losses(method)
         differences = [run["losses"][-1] - against[run["seed"]] for run in runs]
         lowest, highest = min(losses), max(losses)
@@ -87,7 +89,7 @@ def draw(results: Results, path: Path) -> None:
         bars = [statistics.stdev(column) for column in columns]
         curves.errorbar(steps, means, bars, label=label, linewidth=1.6, markersize=4, capsize=3, **style)
         rates.plot([lr / best for lr in losses], losses.values(), linewidth=1.6, markersize=5, **style)
-    high = max(run["losses"][2] for method in STYLES for run in results.reported(method))
+    high = max(filter(math.isfinite, (run["losses"][2] for method in STYLES for run in results.reported(method))))
     curves.set_ylim(None, high)
     _frame(curves, "training step", "validation loss, nats a byte")
     curves.legend(title="mean of the seeds after the last step", frameon=False)
@@ -120,12 +122,15 @@ def with_tables(page: str, results: Results) -> str:
     return page
 
 
-def _mean(runs: Sequence[dict[str, Any]]) -> float:
-    return statistics.fmean(run["losses"][-1] for run in runs)
+def _rank(runs: Sequence[dict[str, Any]]) -> tuple[bool, float]:
+    mean = statistics.fmean(run["losses"][-1] for run in runs)
+    return math.isnan(mean), mean
 
 
 def _spread(losses: Sequence[float]) -> str:
     """Mean and standard deviation."""
+    if not all(map(math.isfinite, losses)):
+        return "diverged"
     return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
 
 
@@ -140,15 +145,27 @@ def _frame(axes: Axes, horizontal: str, vertical: str) -> None:
     axes.grid(alpha=0.25)
 
 
+def write(results: Results, page: Path) -> None:
+    """Draws the PNG beside the results; writes the tables into the page where the results are its own.
+
+    Args:
+        results: All runs.
+        page: The page.
+    """
+    draw(results, results.path.with_suffix(".png"))
+    if results.path.resolve() == OWN.resolve():
+        page.write_text(with_tables(page.read_text(), results))
+    else:
+        print(f"{methods_table(results)}\n{variants_table(results)}")
+
+
 def main() -> None:
     """Writes the PNG beside the results, and the tables into the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results") / "cpu.json")
+    parser.add_argument("results", type=Path, nargs="?", default=OWN)
     parser.add_argument("--page", type=Path, default=PAGE, help="page with the markers (default: %(default)s)")
     arguments = parser.parse_args()
-    results = Results(arguments.results)
-    draw(results, arguments.results.with_suffix(".png"))
-    arguments.page.write_text(with_tables(arguments.page.read_text(), results))
+    write(Results(arguments.results), arguments.page)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,9 @@ class Results:
         return min(losses, key=losses.__getitem__)
 
     def reported(self, method: str, variant: str = "") -> list[dict[str, Any]]:
-        """Returns the runs of a method at its best rate, by seed."""
-        return sorted(self.of(stage="report", method=method, variant=variant), key=lambda run: run["seed"])
+        """Returns the runs of a method at its best rate, by seed; the losses of one that diverged end in NaN."""
+        runs = sorted(self.of(stage="report", method=method, variant=variant), key=lambda run: run["seed"])
+        return [run | {"losses": [math.nan if loss is None else loss for loss in run["losses"]]} for run in runs]
 
 
 def _finite(value: Any) -> Any:

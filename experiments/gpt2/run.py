@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a GPT-2-shaped model with six optimizers: a sweep of learning rates each, then several seeds at the best.
 
-Stop it when you like: it goes on where it was. Results are JSON, the figures and the table are made of them by
-figures.py.
+Stop it when you like: it goes on where it was. Results are JSON; figures.py makes figures and tables of them at the end.
 """
 
 import argparse
@@ -17,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import figures
 import torch
 from protocol import METHODS, SIZES, PaperProtocol, reported, tuning
 from results import Results
@@ -108,7 +108,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="runs at a time (default: the CPU's cores, on CUDA 1)")
     parser.add_argument("--results", type=Path, help="JSON file to go on with or begin (default: results/SIZE.json)")
     arguments = parser.parse_args()
-    workers = arguments.workers or (1 if arguments.device == "cuda" else len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = arguments.workers or (1 if arguments.device == "cuda" else cores)
     results = Results(arguments.results or RESULTS / f"{arguments.size}.json")
     try:
         results.start(setting(SIZES[arguments.size], _text(arguments.data), arguments.device))
@@ -122,7 +123,8 @@ def main() -> None:
             bar.update()
             loss = results.runs[key]["losses"][-1]
             tqdm.write(f"{key}: {'diverged' if loss is None else format(loss, '.4f')}")
-    print(f"All runs are in {results.path}.")
+    figures.write(results, figures.PAGE)
+    print(f"All runs are in {results.path}, figures beside it.")
 
 
 if __name__ == "__main__":

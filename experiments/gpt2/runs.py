@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which runs there are, and which of them can be made now, given what came of those that are done.
 
-First AdamW's learning rates, since its best also trains the embeddings and norms of all other methods; then the others'
-rates; then each method at its best rate with other seeds; and of NAMO and NAMO-D variants at the same rate.
+First AdamW's learning rates, since its best also trains the embeddings and norms of all other methods; then the
+others' rates; then each method at its best rate with other seeds; and of NAMO and NAMO-D variants at the same rate.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

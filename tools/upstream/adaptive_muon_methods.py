@@ -93,10 +93,10 @@ class AdaptiveMuon(OrthogonalizedOptimizer):
             skip_non_grad_params: If True, skip parameters without gradients.
         """
         for p in group["params"]:
-            if skip_non_grad_params and p.grad is None:
-                continue
             if p.dim() != 2:
                 raise ValueError(f"{self.__class__.__name__} only supports 2D parameters, got shape {tuple(p.shape)}")
+            if skip_non_grad_params and p.grad is None:
+                continue
             state = self.state[p]
 
             if len(state) == 0:
@@ -106,6 +106,13 @@ class AdaptiveMuon(OrthogonalizedOptimizer):
                 state["moment2_buffer"] = torch.zeros(shape, dtype=p.dtype, device=p.device)
                 if self._corrects_bias:
                     state["step"] = torch.zeros((), dtype=torch.float32)
+            elif not self._corrects_bias:
+                state.pop("step", None)
+            elif "step" not in state:
+                raise ValueError(
+                    "correct_bias needs the number of steps that a state has seen, and one that was saved without it "
+                    "has none; go on with correct_bias=False, or start with an empty state"
+                )
 
     def _adaptive_scale(
         self,

@@ -194,8 +194,27 @@ class AdaptiveMuonMoment2Test(parameterized.TestCase):
             optimizer.step()
         torch.testing.assert_close(param.detach(), whole, atol=0.0, rtol=0.0)
 
+    def test_state_without_step_count_is_refused_with_correct_bias(self) -> None:
+        """Test that a state that was saved without bias correction is not taken for a new one."""
+        param = nn.Parameter(torch.ones(6, 9, device=FLAGS.device))
+        kwargs = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "moment2_method": "namo"}
+        optimizers = [AdaptiveMuon([param], correct_bias=correct_bias, **kwargs) for correct_bias in (False, True)]
+        for first, second in (optimizers, optimizers[::-1]):
+            param.grad = torch.randn_like(param)
+            first.step()
+            second.load_state_dict(first.state_dict())
+            before = param.detach().clone()
+            if first is optimizers[0]:
+                with self.assertRaisesRegex(ValueError, "number of steps"):
+                    second.step()
+                torch.testing.assert_close(param.detach(), before, atol=0.0, rtol=0.0)
+                second.state.clear()
+            else:
+                second.step()
+                self.assertNotIn("step", second.state[param])
+
     def test_subclass_that_skips_init(self) -> None:
-        """Test subclasses that set attributes themselves, as Megatron-Core's does."""
+        """Test subclasses that set attributes themselves, as that of Megatron-Core's main branch does."""
 
         class Subclass(AdaptiveMuon):
             def __init__(self, params):

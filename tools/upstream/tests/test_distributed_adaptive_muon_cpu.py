@@ -43,6 +43,11 @@ def run(initial, grads, *, partition_dim=None, **kwargs):
     return param.detach()
 
 
+def group_count():
+    """How many pairs of ranks there are."""
+    return torch.distributed.get_world_size() // 2
+
+
 def strip(matrix, group, dim, sizes=None):
     """This rank's strip of a matrix."""
     size = group.size()
@@ -115,7 +120,8 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         """Test that only the ranks of the group are summed over: others hold other matrices."""
         group, _ = torch.distributed.new_subgroups(2)
         pair = torch.distributed.get_rank() // 2
-        initial, *grads = ((1 + pair) * same_on_all_ranks((16, 24)) for _ in range(1 + STEPS))
+        of_pairs = [[same_on_all_ranks((16, 24)) for _ in range(1 + STEPS)] for _ in range(group_count())]
+        initial, *grads = of_pairs[pair]
         whole = run(initial, grads, moment2_method=moment2_method)
         mine = run(
             strip(initial, group, partition_dim),
