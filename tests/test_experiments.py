@@ -60,13 +60,14 @@ def test_rates_come_first_and_adamws_before_all(parts, tmp_path):
     results, order = fabricated(parts, tmp_path / "r.json")
     methods = [run.method for run in order]
     first_of_others = next(index for index, name in enumerate(methods) if name != "adamw")
-    assert all(run.stage == "sweep" for run in order[:first_of_others])
+    assert not [run for run in order[first_of_others:] if run.method == "adamw" and run.stage == "sweep"]
     best = results.best("adamw")
     assert best / 2 in results.tuning_losses("adamw") and best * 2 in results.tuning_losses("adamw")
     for run in order[first_of_others:]:
         assert run.scalar_lr == best
+    for run in order:
         if run.stage == "report":
-            assert run.lr == results.best(run.method)
+            assert run.lr == results.best(run.method) and run.seed != 0
     for method in parts.protocol.METHODS:
         losses = results.tuning_losses(method)
         assert min(losses) < results.best(method) < max(losses)
@@ -135,14 +136,7 @@ def test_figures_and_tables(parts, tmp_path):
 
 def test_the_page_has_the_numbers_of_the_results(parts):
     results = parts.results.Results(EXPERIMENT / "results" / "cpu.json")
-    page = (ROOT / "docs" / "convergence.md").read_text()
-    assert parts.figures.with_tables(page, results) == page
-    assert not parts.runs.due(results)
-
-
-def test_the_page_on_choosing_has_the_rates(parts):
-    results = parts.results.Results(EXPERIMENT / "results" / "cpu.json")
-    rows = [line for line in (ROOT / "docs" / "choosing.md").read_text().splitlines() if line.count("|") == 5]
-    rates = {row.split("|")[1].strip(" `").lower(): row.split("|")[3].strip() for row in rows}
-    for method in parts.protocol.METHODS:
-        assert float(rates[method]) == results.best(method)
+    page = parts.figures.PAGE.read_text()
+    assert ("under way" in page) == bool(parts.runs.due(results))
+    if "under way" not in page:
+        assert parts.figures.with_tables(page, results) == page
