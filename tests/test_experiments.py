@@ -125,6 +125,8 @@ def test_figures_and_tables(parts, tmp_path):
     assert len(table) == 2 + len(parts.protocol.METHODS)
     means = [float(line.split("|")[3].split("±")[0]) for line in table[2:]]
     assert means == sorted(means)
+    ranges = [line.split("|")[4].strip().split(" to ") for line in table[2:]]
+    assert all(each == [""] or each[0] == each[1] for each in ranges)  # seeds are paired: they differ alike
     rows = parts.figures.variants_table(results).splitlines()
     assert len(rows) == 3 + len(parts.runs.VARIANTS) and "+0.0800 to +0.0800" in rows[4]
     page = "a\n\n<!-- methods -->\n| old |\n\nb\n\n<!-- variants -->\n\nc\n"
