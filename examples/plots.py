@@ -39,8 +39,8 @@ def curves(records: Sequence[Record], path: Path) -> None:
         for axes, progress in zip(panels, (record.steps, record.seconds), strict=True):
             label = f"{record.method}  {record.final_loss:.3f}"
             axes.plot(progress, record.losses, label=label, linewidth=1.6, markersize=4, **STYLES[record.method])
-    _frame(panels[0], "training step", "validation loss, nats a byte")
-    _frame(panels[1], "seconds of training, evaluation left out", "")
+    frame(panels[0], "training step", "validation loss, nats a byte")
+    frame(panels[1], "seconds of training, evaluation left out", "")
     panels[0].set_ylim(*_range(records))
     for axes in panels:
         axes.set_xlim(left=0)
@@ -57,14 +57,15 @@ def sweep(rates: Rates, path: Path) -> None:
         losses = rates.losses(method)
         label = f"{method}  {rates.chosen(method):g}"
         axes.plot(losses.keys(), losses.values(), label=label, linewidth=1.6, markersize=5, **STYLES[method])
-    _frame(axes, "peak learning rate of the hidden matrices", "tuning loss, nats a byte")
+    frame(axes, "peak learning rate of the hidden matrices", "tuning loss, nats a byte")
     axes.set_xscale("log")
     axes.legend(title="best rate", frameon=False)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def _frame(axes: Axes, horizontal: str, vertical: str) -> None:
+def frame(axes: Axes, horizontal: str, vertical: str) -> None:
+    """Names the axes, and draws them lightly."""
     axes.set(xlabel=horizontal, ylabel=vertical)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -18,8 +18,7 @@ from runs import VARIANTS, VARIED
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from plots import STYLES
+from plots import STYLES, frame
 
 
 # The results that the page is about.
@@ -91,12 +90,12 @@ def draw(results: Results, path: Path) -> None:
         rates.plot([lr / best for lr in losses], losses.values(), linewidth=1.6, markersize=5, **style)
     high = max(filter(math.isfinite, (run["losses"][2] for method in STYLES for run in results.reported(method))))
     curves.set_ylim(None, high)
-    _frame(curves, "training step", "validation loss, nats a byte")
+    frame(curves, "training step", "validation loss, nats a byte")
     curves.legend(title="mean of the seeds after the last step", frameon=False)
     rates.set_xscale("log", base=2)
     finite = [loss for method in STYLES for loss in results.tuning_losses(method).values() if math.isfinite(loss)]
     rates.set_ylim(min(finite) - 0.02, min(finite) + 0.6)
-    _frame(rates, "learning rate over the method's best", "tuning loss, nats a byte")
+    frame(rates, "learning rate over the method's best", "tuning loss, nats a byte")
 
     names = ["as in the paper", *VARIANTS]
     for offset, method in zip((0.12, -0.12), VARIED, strict=True):
@@ -107,7 +106,7 @@ def draw(results: Results, path: Path) -> None:
             list(map(statistics.fmean, losses)), places, xerr=list(map(statistics.stdev, losses)), capsize=3, **style
         )
     variants.set_yticks([len(names) - index for index in range(len(names))], names)
-    _frame(variants, "validation loss, nats a byte", "")
+    frame(variants, "validation loss, nats a byte", "")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -137,12 +136,6 @@ def _spread(losses: Sequence[float]) -> str:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ruler, *rows))
-
-
-def _frame(axes: Axes, horizontal: str, vertical: str) -> None:
-    axes.set(xlabel=horizontal, ylabel=vertical)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
 
 
 def write(results: Results, page: Path) -> None:

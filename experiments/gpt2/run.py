@@ -26,9 +26,6 @@ from tqdm import tqdm
 from training import train
 
 
-RESULTS = Path(__file__).with_name("results")
-
-
 @lru_cache(maxsize=1)
 def _text(path: Path | None) -> Text:
     """The text, read once by each worker."""
@@ -110,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = arguments.workers or (1 if arguments.device == "cuda" else cores)
-    results = Results(arguments.results or RESULTS / f"{arguments.size}.json")
+    results = Results(arguments.results or figures.OWN.with_name(f"{arguments.size}.json"))
     try:
         results.start(setting(SIZES[arguments.size], _text(arguments.data), arguments.device))
     except ValueError as error:

@@ -55,6 +55,12 @@ def strip(matrix, group, dim, sizes=None):
     return matrix.split(sizes, dim=dim)[group.rank()]
 
 
+def run_in_strips(initial, grads, group, partition_dim, sizes=None, **kwargs):
+    """Weights of this rank's strip after the same steps."""
+    first, *others = (strip(matrix, group, partition_dim, sizes) for matrix in (initial, *grads))
+    return run(first, others, partition_dim=partition_dim, tp_group=group, **kwargs)
+
+
 class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
     @parameterized.product(
         shape=((16, 24), (24, 16), (64, 8), (8, 64)),
@@ -68,14 +74,7 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         initial, grads = same_on_all_ranks(shape), [same_on_all_ranks(shape) for _ in range(STEPS)]
         kwargs = {"moment2_method": moment2_method, "nesterov": True, "correct_bias": True}
         whole = run(initial, grads, **kwargs)
-        mine = run(
-            strip(initial, group, partition_dim),
-            [strip(grad, group, partition_dim) for grad in grads],
-            partition_dim=partition_dim,
-            tp_group=group,
-            tp_mode=tp_mode,
-            **kwargs,
-        )
+        mine = run_in_strips(initial, grads, group, partition_dim, tp_mode=tp_mode, **kwargs)
         # An element of adamuon's O close to zero is divided by its own size, which enlarges its rounding.
         tolerance = 1e-5 if tp_mode == "duplicated" or moment2_method != "adamuon" else 1e-3
         torch.testing.assert_close(mine, strip(whole, group, partition_dim), atol=tolerance, rtol=tolerance)
@@ -87,13 +86,7 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         initial, grads = same_on_all_ranks((16, 24)), [same_on_all_ranks((16, 24)) for _ in range(STEPS)]
         kwargs = {"moment2_method": moment2_method, "weight_decay_method": "adaptive"}
         whole = run(initial, grads, **kwargs)
-        mine = run(
-            strip(initial, group, partition_dim),
-            [strip(grad, group, partition_dim) for grad in grads],
-            partition_dim=partition_dim,
-            tp_group=group,
-            **kwargs,
-        )
+        mine = run_in_strips(initial, grads, group, partition_dim, **kwargs)
         torch.testing.assert_close(mine, strip(whole, group, partition_dim), atol=1e-5, rtol=1e-5)
 
     @parameterized.product(moment2_method=MOMENT2_METHODS, partition_dim=(0, 1))
@@ -104,16 +97,12 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         shape = (sum(sizes), 12) if partition_dim == 0 else (12, sum(sizes))
         initial, grads = same_on_all_ranks(shape), [same_on_all_ranks(shape) for _ in range(STEPS)]
         whole = run(initial, grads, moment2_method=moment2_method)
-        args = (
-            strip(initial, group, partition_dim, sizes),
-            [strip(grad, group, partition_dim, sizes) for grad in grads],
-        )
-        kwargs = {"partition_dim": partition_dim, "moment2_method": moment2_method, "tp_group": group}
-        mine = run(*args, tp_mode="distributed", **kwargs)
+        args = (initial, grads, group, partition_dim, sizes)
+        mine = run_in_strips(*args, tp_mode="distributed", moment2_method=moment2_method)
         expected = strip(whole, group, partition_dim, sizes)
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
         with self.assertRaisesRegex(ValueError, "strips of one size"):
-            run(*args, tp_mode="duplicated", **kwargs)
+            run_in_strips(*args, tp_mode="duplicated", moment2_method=moment2_method)
 
     @parameterized.product(moment2_method=("normuon", "namo", "namo_d"), partition_dim=(0, 1))
     def test_subgroups(self, moment2_method, partition_dim) -> None:
@@ -123,13 +112,7 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         of_pairs = [[same_on_all_ranks((16, 24)) for _ in range(1 + STEPS)] for _ in range(group_count())]
         initial, *grads = of_pairs[pair]
         whole = run(initial, grads, moment2_method=moment2_method)
-        mine = run(
-            strip(initial, group, partition_dim),
-            [strip(grad, group, partition_dim) for grad in grads],
-            partition_dim=partition_dim,
-            moment2_method=moment2_method,
-            tp_group=group,
-        )
+        mine = run_in_strips(initial, grads, group, partition_dim, moment2_method=moment2_method)
         torch.testing.assert_close(mine, strip(whole, group, partition_dim), atol=1e-5, rtol=1e-5)
 
     def test_whole_parameters_beside_strips(self) -> None:
