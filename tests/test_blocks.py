@@ -4,7 +4,7 @@
 import copy
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import combinations, product
 from typing import Any
 
@@ -242,7 +242,7 @@ def test_copy_goes_on_alike(method: str, copied: Callable[[Any], Any], steps: in
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
-BAD = [(7, 7), (96, 96), (), (0, 24), (-24, 48), (12.0, 12.0), ("12", "12"), (None,), [48, 0, 48]]
+BAD = [(7, 7), (96, 96), (), (0, 24), (-24, 48), (12.0, 12.0), ("12", "12"), (None,), (True, 47), 48, [48, 0, 48]]
 
 
 @pytest.mark.parametrize("blocks", BAD, ids=str)
@@ -250,7 +250,8 @@ BAD = [(7, 7), (96, 96), (), (0, 24), (-24, 48), (12.0, 12.0), ("12", "12"), (No
 def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
     p, good = fused((96, 32), blocks if told == "attribute" else None), fused((96, 32), (48, 48))
     options = {"blocks_fn": lambda each: blocks if each is p else None} if told == "function" else {}
-    expected = rf"blocks of parameter 'qkv'.* 96 rows, got {re.escape(repr(tuple(blocks)))}: "
+    shown = tuple(blocks) if isinstance(blocks, Iterable) else blocks
+    expected = rf"blocks of parameter 'qkv'.* 96 rows, got {re.escape(repr(shown))}: "
     with pytest.raises(ValueError, match=expected):
         AdaptiveMuon([("qkv", p)], **options)
     with pytest.raises(ValueError, match=expected):

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -33,11 +34,11 @@ class RowBlock:
         return torch.tensor(rows, device=device)
 
 
-def row_blocks(blocks: tuple[int, ...], rows: int, name: str) -> list[RowBlock]:
+def row_blocks(blocks: Any, rows: int, name: str) -> list[RowBlock]:
     """Returns the blocks of a matrix.
 
     Args:
-        blocks: Rows of each block. Where they sum to less than ``rows``, the pattern repeats down the matrix and a
+        blocks: Rows of each block, in a tuple. Where they sum to less than ``rows``, the pattern repeats down the matrix and a
             block is made of its rows in every repetition, as Megatron's fused attention weight has queries, keys and
             values by query group.
         rows: Rows of the whole matrix.
@@ -47,7 +48,10 @@ def row_blocks(blocks: tuple[int, ...], rows: int, name: str) -> list[RowBlock]:
         ValueError: If the blocks do not fit.
     """
     require(
-        len(blocks) > 0 and all(isinstance(size, int) and size > 0 for size in blocks) and rows % sum(blocks) == 0,
+        isinstance(blocks, tuple)
+        and len(blocks) > 0
+        and all(type(size) is int and size > 0 for size in blocks)
+        and rows % sum(blocks) == 0,
         f"the blocks of {name} must be positive row counts whose sum divides its {rows} rows",
         blocks,
         "give the rows of each block, or of each in one group where the groups repeat down the matrix",

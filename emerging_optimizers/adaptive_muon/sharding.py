@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From parameters to logical matrices: which matrices a parameter holds, and who holds which piece of them."""
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -79,7 +79,7 @@ class _Told(NamedTuple):
     name: str
     dtype: str
     stack: tuple[int, ...]
-    blocks: tuple[int, ...] | None
+    blocks: Any
     split: int | tuple[int, int] | None  # the dimension of a Split, the whole shape of a Piece
     local: tuple[int, int]
     rectangle: tuple[int, int, int, int] | None
@@ -95,7 +95,7 @@ class _Told(NamedTuple):
             shape[0] = "*"  # whole matrices, of which ranks may hold different ones
         how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
         return f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}" + (
-            f" in blocks {self.blocks}" if self.blocks else ""
+            f" in blocks {self.blocks}" if self.blocks is not None else ""
         )
 
 
@@ -302,11 +302,11 @@ class Sharding:
         )
         return Layout()
 
-    def _blocks(self, p: torch.Tensor) -> tuple[int, ...] | None:
-        """The row sizes of a parameter's blocks, if it has any."""
+    def _blocks(self, p: torch.Tensor) -> Any:
+        """The row sizes of a parameter's blocks, if it has any; they have not been checked yet."""
         blocks = self._blocks_fn(p) if self._blocks_fn is not None else None
         blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
-        return None if blocks is None else tuple(blocks)
+        return tuple(blocks) if isinstance(blocks, Iterable) else blocks
 
     def _tell(self, p: torch.Tensor, name: str, spec: Layout | Split | Piece) -> _Told:
         """What to tell the other ranks of a parameter."""
