@@ -48,6 +48,9 @@ BAD = [
     ({"num_ns_steps": 0}, "num_ns_steps must be", "0", "5"),
     ({"num_ns_steps": 2.5}, "num_ns_steps must be", "2.5", "5"),
     ({"extra_scale_factor": math.nan}, "extra_scale_factor must be finite", "nan", "1.0"),
+    ({"extra_scale_factor": -math.inf}, "extra_scale_factor must be finite", "-inf", "1.0"),
+    ({"extra_scale_factor": "0.2"}, "extra_scale_factor must be finite", "'0.2'", "1.0"),
+    ({"namo_d_clamp": "0.5"}, "namo_d_clamp must be in (0, 1]", "'0.5'", "0.75"),
     ({"weight_decay_method": "l2", "moment2_method": "namo"}, "falsify", "'l2'", "decoupled"),
     ({"weight_decay_method": "l2", "moment2_method": "namo_d"}, "falsify", "'l2'", "decoupled"),
     ({"weight_decay_method": "adaptive", "moment2_method": "adamuon"}, "adaptive", "'adaptive'", "decoupled"),
@@ -83,6 +86,46 @@ def test_bad_option_is_refused_at_construction(make, options, rule, value, remed
 def test_bad_adamw_option_is_refused_at_construction(options):
     with pytest.raises(ValueError, match=next(iter(options)) + ".*, got .*: "):
         HybridAdaptiveMuon([matrix(), matrix(3)], **options)
+
+
+class OwnOrthogonalize(AdaptiveMuon):
+    """A subclass as upstream documents it."""
+
+    def orthogonalize(self, p, grad, **kwargs):
+        return super().orthogonalize(p, grad, **kwargs)
+
+
+def test_a_mode_that_would_pass_over_an_own_orthogonalize_is_refused():
+    refused = 'must not be replaced in a tp_mode that calls neither, got .distributed.: use tp_mode="layer_sharded"'
+    with pytest.raises(ValueError, match=refused):
+        OwnOrthogonalize([matrix()], tp_mode="distributed")
+    for mode in ("layer_sharded", "duplicated", "blockwise"):
+        OwnOrthogonalize([matrix()], tp_mode=mode)
+
+    for name, function in (
+        ("scaled_orthogonalize_fn", torch.clone),
+        ("orthogonalize", lambda p, grad, **kwargs: grad),
+    ):
+        p = matrix()
+        p.grad, before = torch.ones_like(p), p.detach().clone()
+        optimizer = AdaptiveMuon([p], tp_mode="distributed")
+        plain = getattr(optimizer, name)
+        setattr(optimizer, name, function)
+        with pytest.raises(ValueError, match=refused):
+            optimizer.step()
+        assert torch.equal(p, before) and not optimizer.state
+        setattr(optimizer, name, plain)
+        optimizer.step()
+        assert not torch.equal(p, before)
+
+
+def test_orthogonalize_put_on_an_instance_is_called():
+    p = matrix()
+    p.grad, before = torch.ones_like(p), p.detach().clone()
+    optimizer = AdaptiveMuon([p], lr=0.5, weight_decay=0.0, moment2_method="namo")
+    optimizer.orthogonalize = lambda p, grad, **kwargs: torch.zeros_like(grad)
+    optimizer.step()
+    assert torch.equal(p, before)
 
 
 def test_unknown_option_is_refused():

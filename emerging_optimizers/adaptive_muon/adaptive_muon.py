@@ -79,13 +79,14 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             :class:`~emerging_optimizers.mixin.WeightDecayMixin`; or "adaptive", the paper's: decoupled and scaled by
             the same D as the update, :math:`W \\leftarrow W (1 - \\eta \\lambda D)`; for "namo" and "namo_d" only.
         fp32_matmul_prec: Precision of the orthogonalization's products: "highest" and "high" as in
-            ``torch.set_float32_matmul_precision``, "medium" iterates in bfloat16.
+            ``torch.set_float32_matmul_precision``; "medium" iterates in 16 bit: bfloat16 with
+            ``ns_algorithm="standard"``, else float16 on CUDA, and float32 on a CPU without bfloat16 units.
         coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
             "deepseekv4".
         num_ns_steps: Number of Newton-Schulz iterations, >= 1.
         ns_algorithm: How they are computed. "standard" is upstream's function for one matrix after the other, to the
-            last bit; "gram" takes two steps at once on the smaller Gram matrix, of a stack of matrices of one shape;
-            "auto" is what is fastest for the shape and device. The last two round differently, not more than a few
+            last bit; "gram" takes two or three steps at once on the smaller Gram matrix, of a stack of matrices of
+            one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more than a few
             times as much; at "medium" precision less than "standard", see
             :class:`~emerging_optimizers.adaptive_muon.newton_schulz.NewtonSchulz`.
         scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
@@ -166,7 +167,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             max_bytes_in_flight,
             "the default is 2**30",
         )
-        require(math.isfinite(extra_scale_factor), "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
+        finite = within(extra_scale_factor, -math.inf) and math.isfinite(extra_scale_factor)
+        require(finite, "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
         require(
             weight_decay_method != "l2" or not self._moment2.reads_gradient,
             f'weight_decay_method must not be "l2" with moment2_method="{moment2_method}", whose gradient norms it '
@@ -216,6 +218,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             eps=eps,
         )
         self.scaled_orthogonalize_fn = orthogonalize
+        self._check_orthogonalization()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -243,6 +246,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
@@ -346,7 +350,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     def _of_whole(self, p: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """Returns what orthogonalizes a whole matrix of a parameter; where a subclass has no say, the iteration itself."""
-        if type(self).orthogonalize is AdaptiveMuon.orthogonalize:
+        if not self._has_own_orthogonalize():
             return self.scaled_orthogonalize_fn
         options = {key: value for key, value in self.param_groups[group].items() if key != "params"}
         return partial(self.orthogonalize, p, **options)
@@ -398,10 +402,23 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         orthogonalized: torch.Tensor = self.scaled_orthogonalize_fn(grad)
         return orthogonalized
 
+    def _check_orthogonalization(self) -> None:
+        """Raises a ``ValueError`` if the mode would pass over what is in the place of the iteration."""
+        replaced = self._has_own_orthogonalize() or not isinstance(self.scaled_orthogonalize_fn, NewtonSchulz)
+        require(
+            not replaced or self._mode is None or self._mode.takes_functions,
+            "orthogonalize and scaled_orthogonalize_fn must not be replaced in a tp_mode that calls neither",
+            "distributed",
+            'use tp_mode="layer_sharded"',
+        )
+
+    def _has_own_orthogonalize(self) -> bool:
+        """Whether a subclass or the user has put something in the place of ``orthogonalize``."""
+        return _function(self.orthogonalize) is not AdaptiveMuon.orthogonalize
+
     def _has_pre_hook(self) -> bool:
         """Whether a subclass or the user has put something in the place of upstream's empty function."""
-        function = getattr(self.pre_weight_update_fn_inplace, "__func__", self.pre_weight_update_fn_inplace)
-        return function is not OrthogonalizedOptimizer.pre_weight_update_fn_inplace
+        return _function(self.pre_weight_update_fn_inplace) is not OrthogonalizedOptimizer.pre_weight_update_fn_inplace
 
     @override
     @torch.no_grad()
@@ -481,6 +498,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         for group in self.param_groups:  # an upstream checkpoint's groups lack ours
             for name, value in self._group_defaults.items():
                 group.setdefault(name, value)
+
+
+def _function(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a method; a function itself, as someone may have put on an instance."""
+    function: Callable[..., Any] = getattr(method, "__func__", method)
+    return function
 
 
 _OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}

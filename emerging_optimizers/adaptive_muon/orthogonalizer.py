@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
-from typing import Literal, Self, get_args, override
+from typing import ClassVar, Literal, Self, get_args, override
 
 import torch
 from torch import distributed as dist
@@ -54,6 +54,9 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
     of_whole: Callable[[torch.Tensor], torch.Tensor]
     newton_schulz: NewtonSchulz
     among_many: bool
+
+    # Whether it calls ``of_whole``, which may be a user's.
+    takes_functions: ClassVar[bool] = True
 
     @staticmethod
     @abstractmethod
@@ -168,6 +171,8 @@ class Duplicated(Orthogonalize):
 
 class Distributed(Orthogonalize):
     """The pieces stay where they are, and the Gram matrices are summed: an all-reduce for each iteration and matrix."""
+
+    takes_functions = False
 
     @staticmethod
     @override

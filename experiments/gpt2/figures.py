@@ -39,7 +39,7 @@ def methods_table(results: Results) -> str:
                 method,
                 f"{rate:g}",
                 _spread([run["losses"][-1] for run in runs]),
-                "" if method == "muon" else f"{min(differences):+.3f} to {max(differences):+.3f}",
+                "" if method == "muon" else _range(differences, 3),
                 f"{losses[rate / 2] - losses[rate]:+.3f}",
                 f"{losses[rate * 2] - losses[rate]:+.3f}",
                 f"{lowest:g} to {highest:g}",
@@ -49,7 +49,7 @@ def methods_table(results: Results) -> str:
         "method",
         "rate",
         "validation loss",
-        "less Muon's, by seed",
+        "minus Muon's, by seed",
         "half the rate",
         "twice the rate",
         "rates tried",
@@ -67,19 +67,21 @@ def variants_table(results: Results) -> str:
             runs = results.reported(method, variant)
             differences = [run["losses"][-1] - own[run["seed"]] for run in runs]
             cells.append(_spread([run["losses"][-1] for run in runs]))
-            cells.append(f"{min(differences):+.4f} to {max(differences):+.4f}" if variant else "")
+            cells.append(_range(differences, 4) if variant else "")
         rows.append([variant or "as in the paper", *cells])
-    return _markdown(["", *(head for method in VARIED for head in (method, "less its own, by seed"))], rows)
+    return _markdown(["", *(head for method in VARIED for head in (method, "minus its own, by seed"))], rows)
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draws the curves, the sensitivity to the rate and the variants, beside each other.
+    """Draws the curves and the sensitivity to the rate beside each other, the variants below.
 
     Args:
         results: All runs.
         path: Where to write the PNG.
     """
-    figure, (curves, rates, variants) = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure = plt.figure(figsize=(11, 7.4), layout="constrained")
+    panels = figure.subplot_mosaic([["curves", "rates"], ["variants", "variants"]], height_ratios=(5, 2.4))
+    curves, rates, variants = panels["curves"], panels["rates"], panels["variants"]
     for method, style in STYLES.items():
         runs, losses, best = results.reported(method), results.tuning_losses(method), results.best(method)
         steps, columns = runs[0]["steps"], list(zip(*(run["losses"] for run in runs), strict=True))
@@ -91,14 +93,14 @@ def draw(results: Results, path: Path) -> None:
     high = max(filter(math.isfinite, (run["losses"][2] for method in STYLES for run in results.reported(method))))
     curves.set_ylim(None, high)
     frame(curves, "training step", "validation loss, nats a byte")
-    curves.legend(title="mean of the seeds after the last step", frameon=False)
+    curves.legend(title="mean, last step", frameon=False)
     rates.set_xscale("log", base=2)
     finite = [loss for method in STYLES for loss in results.tuning_losses(method).values() if math.isfinite(loss)]
     rates.set_ylim(min(finite) - 0.02, min(finite) + 0.6)
     frame(rates, "learning rate over the method's best", "tuning loss, nats a byte")
 
     names = ["as in the paper", *VARIANTS]
-    for offset, method in zip((0.12, -0.12), VARIED, strict=True):
+    for offset, method in zip((0.15, -0.15), VARIED, strict=True):
         losses = [[run["losses"][-1] for run in results.reported(method, variant)] for variant in ("", *VARIANTS)]
         places = [len(names) - index + offset for index in range(len(names))]
         style = {**STYLES[method], "linestyle": "none"}
@@ -131,6 +133,12 @@ def _spread(losses: Sequence[float]) -> str:
     if not all(map(math.isfinite, losses)):
         return "diverged"
     return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+
+
+def _range(differences: Sequence[float], digits: int) -> str:
+    """Mean, and in brackets the lowest and the highest."""
+    mean = statistics.fmean(differences)
+    return f"{mean:+.{digits}f} ({min(differences):+.{digits}f} to {max(differences):+.{digits}f})"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -193,7 +193,7 @@ def register(
         bias_correction: Whether D is corrected for the averages having started at zero.
         namo_d_clamp: c in (0, 1] of "namo_d".
         ns_algorithm: How Newton-Schulz iterations are computed: "standard", "gram" or "auto".
-        use_syrk: Whether to use upstream's Triton kernel for symmetric products.
+        use_syrk: Whether to use Triton kernels for symmetric products, see ``AdaptiveMuon``.
         max_bytes_in_flight: What a rank may send and receive at once, in bytes.
 
     Raises:

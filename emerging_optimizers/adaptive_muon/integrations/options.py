@@ -37,7 +37,7 @@ class AdaptiveMuonOptions:
         num_ns_steps: Number of Newton-Schulz iterations.
         ns_algorithm: How they are computed: "auto", "gram" or "standard".
         fp32_matmul_prec: Precision of their products: "medium", "high" or "highest".
-        use_syrk: Whether to use upstream's Triton kernel for symmetric products.
+        use_syrk: Whether to use Triton kernels for symmetric products, see ``AdaptiveMuon``.
         tp_mode: How a matrix in pieces is orthogonalized: "layer_sharded", "duplicated", "distributed", "blockwise".
         max_bytes_in_flight: What a rank may send and receive at once, in bytes.
         betas: Decay rates of the AdamW part.

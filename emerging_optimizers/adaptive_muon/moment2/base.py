@@ -18,7 +18,10 @@ Average = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Seen:
-    """One step of one matrix, as every method sees it. All three tensors have the shape ``(rows, columns)``.
+    """One step of one matrix, as every method sees it.
+
+    The tensors are stacks of shape ``(..., rows, columns)``, as are the statistics made of them: reductions are over
+    the last two dimensions.
 
     Args:
         gradient: G, the raw gradient.
