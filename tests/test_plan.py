@@ -11,10 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from emerging_optimizers.adaptive_muon import newton_schulz
 from emerging_optimizers.adaptive_muon.layout import Layout, Rectangle, ShardedLayout
 from emerging_optimizers.adaptive_muon.orthogonalizer import Distributed, Duplicated, LayerSharded
 from emerging_optimizers.adaptive_muon.plan import Ready, make_plan
-from emerging_optimizers.adaptive_muon.sharding import Matrix
+from emerging_optimizers.adaptive_muon.sharding import Held, Matrix
 
 
 MODES = (LayerSharded, Duplicated, Distributed)
@@ -47,8 +48,14 @@ def parameter(
 ) -> tuple[torch.Tensor, list[Matrix]]:
     """A parameter as one rank holds it, a matrix or the blocks of one."""
     layouts = [ShardedLayout(group, rank, shape, strips(shape, dim, sizes)) for shape in shapes]
-    rows, columns = sum(layout.own.shape[0] for layout in layouts), layouts[0].own.shape[1]
-    return torch.empty(*stack, rows, columns), [Matrix(each, i, slice(0)) for i, each in enumerate(layouts)]
+    pieces = tuple(
+        (sum(layout.rectangles[each].shape[0] for layout in layouts), layouts[0].rectangles[each].shape[1])
+        for each in range(group.size())
+    )
+    held = Held(tuple(rows for rows, _ in shapes), pieces)
+    # As with blocks that repeat, the rows at hand may be adjacent on one rank and not on another.
+    rows: Any = slice(0) if rank % 2 else torch.tensor([0, 2])
+    return torch.empty(*stack, *pieces[rank]), [Matrix(each, i, rows, held) for i, each in enumerate(layouts)]
 
 
 @st.composite
@@ -84,9 +91,12 @@ class Laid(NamedTuple):
 
 def plan_of(matrices: Matrices, mode: type | None, most: int) -> "Laid":
     """The rounds, their stacks laid out, and the homes."""
-    ready = [Ready(tuple(of), 0, p.dtype, p.device, p) for p, of in matrices.items()]
-    plan = make_plan(ready, mode, most)
+    plan = make_plan(ready(matrices), mode, most)
     return Laid([[p for stack in each for p in stack.params] for each in plan.rounds], plan.homes)
+
+
+def ready(matrices: Matrices) -> list[Ready]:
+    return [Ready(tuple(of), 0, p.dtype, p.device, p) for p, of in matrices.items()]
 
 
 def told(plan: Laid, matrices: Matrices) -> tuple[list[list[int]], list[int | None]]:
@@ -138,6 +148,31 @@ def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode
         plans.append(told(plan_of(matrices, mode, most), matrices))
     assert all(plan == plans[0] for plan in plans)
     assert all(home in range(ranks) for home in plans[0][1])
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    ranks_and_specs,
+    modes,
+    st.integers(0, 12),
+    st.sampled_from([40, 400, 4000]),
+    st.integers(1, 3),
+    st.sampled_from([1000, NO_LIMIT]),
+)
+def test_the_same_stacks_on_all_ranks(
+    drawn: tuple[int, list[Any]], mode: type, longest: int, most: int, layers: int, in_flight: int
+) -> None:
+    """Whatever the sizes of the pieces at hand, and wherever the threshold is below which matrices are stacked."""
+    ranks, of = drawn
+    plans = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(newton_schulz, "_STACKS", {"cpu": (longest, most)})
+        for rank in range(ranks):
+            matrices = made(Group(ranks), of * layers, rank)
+            numbers = {p: i for i, p in enumerate(matrices)}
+            plan = make_plan(ready(matrices), mode, in_flight)
+            plans.append([[[numbers[p] for p in stack.params] for stack in each] for each in plan.rounds])
+    assert all(plan == plans[0] for plan in plans)
 
 
 # The costs are 1, 1 and 2: in this order they would go to two ranks as 1 + 2 and 1.

@@ -96,15 +96,20 @@ def make_plan(ready: Sequence[Ready], mode: type[Orthogonalize] | None, max_byte
 
 
 def _stacks(ready: Sequence[Ready], homes: Mapping[Matrix, int], *, among_many: bool = False) -> list[Stack]:
-    """The parameters in stacks, each of no more than keep the device busy."""
+    """The parameters in stacks, each of no more than keep the device busy.
+
+    Stacks wait for the other ranks one after the other, so that those of parameters in pieces must be the same on all
+    ranks that hold some: only what all of these know decides.
+    """
     alike: dict[Hashable, list[Ready]] = {}
     for each in ready:
         kinds = tuple(matrix.kind for matrix in each.matrices)
         alike.setdefault((kinds, *each[1:-1], local_of(each.p).shape), []).append(each)
     stacks = []
     for members in alike.values():
-        local = local_of(members[0].p)
-        for some in in_stacks(members, local.shape, local.device):
+        local, held = local_of(members[0].p), members[0].matrices[0].held
+        shape = local.shape if held is None else (*local.shape[:-2], *held.largest)
+        for some in in_stacks(members, shape, local.device):
             same = zip(*(one.matrices for one in some), strict=True)
             of_homes = [[homes.get(matrix, 0) for matrix in each] for each in same]
             stacks.append(Stack([one.p for one in some], some[0].group, some[0].matrices, of_homes, among_many))

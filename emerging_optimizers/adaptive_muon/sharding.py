@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From parameters to logical matrices: which matrices a parameter holds, and who holds which piece of them."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,6 +29,18 @@ LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
 BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
 
 
+class Held(NamedTuple):
+    """How a group holds a parameter: its row blocks, and the rows and columns that each rank has."""
+
+    blocks: tuple[int, ...] | None
+    pieces: tuple[tuple[int, int], ...]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The largest piece."""
+        return max(self.pieces, key=math.prod)
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """A logical matrix of a parameter: all of it, or the rows of one block.
@@ -36,11 +49,14 @@ class Matrix:
         layout: Who holds which piece of it.
         block: The number of the block; None where the parameter is one matrix.
         rows: The local rows of the parameter that belong to it, as a slice or as indices.
+        held: Of a parameter in pieces, what all its ranks know alike and what decides how the pieces lie: its blocks,
+            and the shape of each rank's piece with its padding.
     """
 
     layout: Layout
     block: int | None = None
     rows: slice | torch.Tensor = slice(None)
+    held: Held | None = None
 
     @property
     def is_all(self) -> bool:
@@ -49,8 +65,9 @@ class Matrix:
 
     @property
     def kind(self) -> Hashable:
-        """What matrices of other parameters have in common with it that lie in them as it does."""
-        return self.layout, self.block, self.rows if isinstance(self.rows, slice) else id(self.rows)
+        """What matrices of other parameters have in common with it that lie in them as it does, on every rank."""
+        rows = self.rows if isinstance(self.rows, slice) else id(self.rows)
+        return self.layout, self.block, rows if self.held is None else self.held
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the matrix's part of a tensor that lies like the parameter: a view where its rows are adjacent."""
@@ -74,9 +91,10 @@ def joined(matrices: Sequence[Matrix], parts: list[torch.Tensor], like: torch.Te
 
 
 class _Told(NamedTuple):
-    """What a rank tells of its piece of a parameter. The first five must be the same on all ranks."""
+    """What a rank tells of its piece of a parameter. The first six must be the same on all ranks."""
 
     name: str
+    group: int
     dtype: str
     stack: tuple[int, ...]
     blocks: Any
@@ -96,7 +114,7 @@ class _Told(NamedTuple):
         how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
         return f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}" + (
             f" in blocks {self.blocks}" if self.blocks is not None else ""
-        )
+        ) + (f" in group {self.group}" if self.group else "")
 
 
 class Sharding:
@@ -143,6 +161,7 @@ class Sharding:
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
         self._checked: dict[torch.Tensor, None] = {}
         self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
+        self._compared: dict[ProcessGroup, list[str]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Returns one for a copy of the optimizer: process groups are shared, parameters are the copies.
@@ -161,10 +180,11 @@ class Sharding:
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ``ValueError`` if what this process alone can know of a parameter group's sharding is wrong."""
-        for p, name in _named([group], lambda p: True):
-            self._checked[p] = None
+        named = list(_named([group], lambda p: True))
+        for p, name in named:
             if isinstance(self._alone(p, name), Layout):
                 self._whole(p, name)
+        self._checked |= dict.fromkeys(p for p, _ in named)
 
     def matrices(self, p: torch.Tensor) -> tuple[Matrix, ...]:
         """Returns the logical matrices of a parameter that :meth:`resolve` has seen."""
@@ -178,6 +198,9 @@ class Sharding:
     def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
         """Raises a ``ValueError`` unless the ranks that hold a parameter's pieces all have a gradient of it, or none.
 
+        A process group is asked only when this rank's gradients of its parameters have come or gone since it was, so
+        that those of other groups, and of whole parameters, may do so on some ranks only.
+
         Args:
             param_groups: The optimizer's groups.
         """
@@ -189,11 +212,13 @@ class Sharding:
                     f"{name} has {'a' if p.grad is not None else 'no'} gradient"
                 )
         for group, mine in having.items():
-            require_agreement(
-                tell_all(group, mine, "which parameters have a gradient"),
-                "which parameters have a gradient",
-                "let every rank take part in the backward pass",
-            )
+            if mine != self._compared.get(group):
+                require_agreement(
+                    tell_all(group, mine, "which parameters have a gradient"),
+                    "which parameters have a gradient",
+                    "let every rank take part in the backward pass",
+                )
+                self._compared[group] = mine
 
     def resolve(self, param_groups: list[dict[str, Any]]) -> None:
         """Finds out the matrices of all parameters that are new or have changed their shape.
@@ -211,6 +236,7 @@ class Sharding:
         found = [(p, name, self._alone(p, name)) for p, name in _named(param_groups, lambda p: not self._knows(p))]
         if not found:
             return
+        numbers = {p: number for number, group in enumerate(param_groups) for p in group["params"]}
         groups: dict[ProcessGroup, None] = dict.fromkeys([self._tp_group] if self._tp_group is not None else [])
         groups |= dict.fromkeys(spec.group for *_, spec in found if not isinstance(spec, Layout))
         known = {p: self._whole(p, name) for p, name, spec in found if isinstance(spec, Layout)}
@@ -222,7 +248,7 @@ class Sharding:
             ]
             mine = (
                 [f"{name}={value!r}" for name, value in self._alike.items()],
-                [self._tell(*each) for each in members],
+                [self._tell(*each, numbers[each[0]]) for each in members],
             )
             told = tell_all(group, mine, "its pieces of the parameters")
             require_agreement([alike for alike, _ in told], "options of the optimizer", "configure all ranks alike")
@@ -308,12 +334,13 @@ class Sharding:
         blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
         return tuple(blocks) if isinstance(blocks, Iterable) else blocks
 
-    def _tell(self, p: torch.Tensor, name: str, spec: Layout | Split | Piece) -> _Told:
+    def _tell(self, p: torch.Tensor, name: str, spec: Layout | Split | Piece, number: int) -> _Told:
         """What to tell the other ranks of a parameter."""
         local = local_of(p).shape
         whole, rectangle = (spec.whole, spec.rectangle) if isinstance(spec, Piece) else (None, None)
         return _Told(
             name,
+            number,
             str(p.dtype).removeprefix("torch."),
             tuple(local[:-2]),
             self._blocks(p),
@@ -337,10 +364,11 @@ class Sharding:
         """The matrices of a parameter of which all ranks have told their pieces."""
         whole, rectangles = _pieces(told)
         blocks, own = told[0].blocks, rectangles[group.rank()]
+        as_held = Held(blocks, tuple(each.local for each in told))
         if blocks is None:
             rows = own.shape[0]
             unpadded = slice(None) if rows == local_of(p).size(-2) else slice(rows)
-            return (Matrix(self._layout(group, whole, rectangles, name), rows=unpadded),)
+            return (Matrix(self._layout(group, whole, rectangles, name), rows=unpadded, held=as_held),)
         held = range(own.top, own.bottom)
         matrices = []
         for index, block in enumerate(row_blocks(blocks, whole[0], name)):
@@ -348,7 +376,7 @@ class Sharding:
                 Rectangle(block.rows_before(r.top), block.rows_before(r.bottom), r.left, r.right) for r in rectangles
             ]
             layout = self._layout(group, (block.rows_before(whole[0]), whole[1]), tuple(cut), f"a block of {name}")
-            matrices.append(Matrix(layout, index, block.rows_at(held, local_of(p).device)))
+            matrices.append(Matrix(layout, index, block.rows_at(held, local_of(p).device), as_held))
         return tuple(matrices)
 
     def _layout(

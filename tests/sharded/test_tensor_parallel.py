@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split, orthogonalizer
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split, newton_schulz, orthogonalizer
 from emerging_optimizers.adaptive_muon.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
@@ -65,6 +65,41 @@ def test_mixed_dtypes(method: str, mode: str, group: ProcessGroup) -> None:
     assert seen.pop("O") == seen.pop("momentum_buffer") == 0
     assert seen.pop("W") <= 2**-7
     assert max(seen.values()) <= 1e-6
+
+
+def fused_layers(count: int) -> list[Pair]:
+    """Fused matrices in strips of rows: of each block some ranks hold adjacent rows, and some rows far apart."""
+    sizes = {4: [4, 8, 8, 4], 2: [4, 20], 1: [24]}[dist.get_world_size()]
+    pairs = []
+    for _ in range(count):
+        whole = torch.randn(24, 5)
+        pair = Pair(
+            nn.Parameter(whole),
+            nn.Parameter(whole.split(sizes)[dist.get_rank()].clone()),
+            lambda t: t if t.size(0) != 24 else t.split(sizes)[dist.get_rank()],
+        )
+        pair.piece.partition_dim = 0  # type: ignore[attr-defined]
+        for p in (pair.whole, pair.piece):
+            p.muon_blocks = (2, 1, 1)  # type: ignore[attr-defined]
+        pairs.append(pair)
+    return pairs
+
+
+@pytest.mark.parametrize("mode", [*EXACT, "distributed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_all_ranks_stack_the_same_matrices(
+    method: str, mode: str, group: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pieces differ in size or in how they lie, a rank must not work on as a stack what another takes one by one.
+
+    Their requests would come in another order, and messages of the right size would hold the wrong matrices.
+    """
+    torch.manual_seed(0)
+    size = dist.get_world_size()
+    monkeypatch.setattr(newton_schulz, "_STACKS", {"cpu": (5, 2**20)})
+    pairs = strips([(5 * size + 1, 20)] * 3)  # the first rank has six rows of each, the others five
+    seen = walk(pairs + fused_layers(3), 2, SAME[method], tp_group=group, tp_mode=mode)
+    assert max(seen.values()) <= (1e-6 if mode in EXACT else 1e-3), seen
 
 
 @pytest.mark.parametrize("method", ["normuon", "namo", "namo_d"])
