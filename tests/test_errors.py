@@ -88,6 +88,13 @@ def test_bad_adamw_option_is_refused_at_construction(options):
         HybridAdaptiveMuon([matrix(), matrix(3)], **options)
 
 
+def test_maximize_in_a_group_is_refused():
+    for make in (AdaptiveMuon, HybridAdaptiveMuon):
+        with pytest.raises(ValueError, match="maximize must not be set.*got True: negate the loss"):
+            make([{"params": [matrix()], "maximize": True}])
+        make([{"params": [matrix()], "maximize": False}])
+
+
 class OwnOrthogonalize(AdaptiveMuon):
     """A subclass as upstream documents it."""
 

@@ -560,3 +560,13 @@ def test_a_quantized_matrix_is_no_obstacle() -> None:
     model(torch.ones(2, 6)).sum().backward()
     optimizer.step()
     assert model.table.eq(1).all() and not optimizer.state.get(model.table)
+
+
+def test_a_rate_that_is_a_tensor_is_scheduled_once_in_each_part():
+    """A scheduler that changes it in place must not meet one tensor in two groups."""
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+    optimizer = HybridAdaptiveMuon(params, lr=torch.tensor(0.5))
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    for loss in (1.0, 1.0):
+        schedule.step(loss)
+    torch.testing.assert_close([float(group["lr"]) for group in optimizer.param_groups], [0.05, 0.05])

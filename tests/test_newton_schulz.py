@@ -252,14 +252,18 @@ def test_float16_is_summed_in_float32(monkeypatch: Any) -> None:
     flags, seen = torch.backends.cuda.matmul, []
     monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: torch.float16)
 
-    def look() -> tuple[bool, bool]:
-        return flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_accumulation
+    def look() -> tuple[bool, ...]:
+        split_k = flags.allow_fp16_reduced_precision_reduction_split_k
+        return flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_accumulation, split_k
 
     before = look()
     monkeypatch.setattr(module, "iterated", lambda part, *_: seen.append(look()) or part)
     try:
-        flags.allow_fp16_reduced_precision_reduction = flags.allow_fp16_accumulation = True
-        NewtonSchulz("quintic", 5)(torch.ones(4, 6))
-        assert seen == [(False, False)] and look() == (True, True)
+        flags.allow_fp16_accumulation = True
+        for allowed, split_k in ((True, True), (False, False), (False, True)):  # torch refuses the fourth
+            flags.allow_fp16_reduced_precision_reduction = (allowed, split_k)
+            NewtonSchulz("quintic", 5)(torch.ones(4, 6))
+            assert seen.pop() == (False, False, split_k) and look() == (allowed, True, split_k)
     finally:
-        flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_accumulation = before
+        flags.allow_fp16_reduced_precision_reduction = (before[0], before[2])
+        flags.allow_fp16_accumulation = before[1]

@@ -2,8 +2,10 @@
 """AdaptiveMuon behaves as any torch optimizer: closures, schedulers, groups, copies, checkpoints."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import get_args
 
 import pytest
@@ -527,3 +529,57 @@ def test_the_step_count_is_loaded_to_where_it_is_counted(capturable):
     resumed.load_state_dict(saved.state_dict())
     assert {state["step"].device.type for state in resumed.state.values()} == {"meta" if capturable else "cpu"}
     assert {state["momentum_buffer"].device.type for state in resumed.state.values()} == {"meta"}
+
+
+def test_a_gradient_may_have_another_dtype():
+    """As ``grad_dtype`` allows: it is rounded to the dtype of the state, or is exact in it."""
+    for dtype, of_gradient in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        p, q = (nn.Parameter(normal((6, 4)).to(dtype)) for _ in range(2))
+        grad = normal((6, 4), 1).to(of_gradient)
+        p.grad_dtype, p.grad, q.grad = of_gradient, grad, grad.to(dtype)
+        for each in (p, q):
+            AdaptiveMuon([each], lr=0.1, moment2_method="namo_d").step()
+        assert torch.equal(p, q) and p.dtype == dtype
+
+
+def test_a_model_converted_after_its_state_was_made():
+    """It is refused before anything changes, and the remedy in the message works."""
+    p = nn.Parameter(normal((6, 4)))
+    optimizer = AdaptiveMuon([("w", p)], lr=0.1, weight_decay=0.5, moment2_method="namo_d")
+    run(optimizer, [p], [0])
+    p.grad = None
+    p.data = p.data.double()
+    p.grad, before, state = normal((6, 4), 1).double(), p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    with pytest.raises(ValueError, match=r"'w' must be in torch.float64.*, got torch.float32: .*load_state_dict"):
+        optimizer.step()
+    assert torch.equal(p, before) and all(torch.equal(optimizer.state[p][key], state[key]) for key in state)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.float64 and not torch.equal(p, before)
+
+
+def test_a_step_at_rate_zero_counts_for_those_that_have_stepped():
+    """Whatever is new beside them: only a step that makes all of the state is passed over, as checkpoints take it."""
+    params = [nn.Parameter(normal((6, 4), index)) for index in range(2)]
+    optimizer = AdaptiveMuon(params, lr=0.1, momentum=0.5, moment2_method="namo_d")
+    params[0].grad = normal((6, 4), 2)
+    optimizer.step()
+    momentum = optimizer.state[params[0]]["momentum_buffer"].clone()
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.state[params[0]]["momentum_buffer"], momentum / 2)
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+def test_a_refused_group_is_forgotten():
+    optimizer = AdaptiveMuon([nn.Parameter(normal((6, 4)))])
+    params = [nn.Parameter(normal((6, 4))), nn.Parameter(normal((6, 4)))]
+    params[1].muon_blocks = (4, 4)
+    kept = [weakref.ref(p) for p in params]
+    with pytest.raises(ValueError, match="blocks"):
+        optimizer.add_param_group({"params": params})
+    del params
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]

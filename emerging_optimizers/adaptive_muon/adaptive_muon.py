@@ -2,7 +2,7 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from inspect import signature
 from typing import Any, Literal, cast, get_args, overload, override
@@ -22,7 +22,9 @@ from emerging_optimizers.adaptive_muon.parameters import (
     check_gradients,
     check_matrices,
     in_work_dtype,
+    parameter_name,
     round_into,
+    work_dtype,
 )
 from emerging_optimizers.adaptive_muon.plan import Plan, Ready, Stack, make_plan
 from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Sharding, joined
@@ -238,8 +240,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             The closure's loss, or None.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, or a parameter is no longer a matrix; or if the ranks that
-                hold a matrix together disagree about it. No weight and no state has changed then.
+            ValueError: If a gradient is sparse or complex, a parameter is no longer a matrix or no longer of its
+                state's dtype, or the ranks that hold a matrix together disagree about it. No weight and no state has
+                changed then.
             RuntimeError: If a rank that holds a piece does not answer.
         """
         loss = None
@@ -252,12 +255,14 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
         plan = self._plan_of()
+        # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
+        gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         fresh = {p for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         for group in self.param_groups:
             self._init_group(group)
         with fp32_matmul_precision(self.fp32_matmul_prec):
             for at_once in plan.rounds:
-                run(self._update(stack, fresh) for stack in at_once)
+                run(self._update(stack, gradients, fresh) for stack in at_once)
         return loss
 
     def _plan_of(self) -> Plan:
@@ -269,11 +274,15 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             if p.grad is not None and not self._sharding.is_empty(p)
         ]
         if self._plan is None or self._plan[0] != ready:
+            for group in self.param_groups:
+                self._check_state(group)
             self._sharding.compare_gradients(self.param_groups)
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
         return self._plan[1]
 
-    async def _update(self, stack: Stack, fresh: Set[torch.Tensor]) -> None:
+    async def _update(
+        self, stack: Stack, gradients: Mapping[torch.Tensor, torch.Tensor], fresh: Set[torch.Tensor]
+    ) -> None:
         """Updates a stack of parameters and their state in place: the algorithm, in the paper's order and letters.
 
         Tensors with a letter of their own are stacks, lists of tensors have an s.
@@ -281,8 +290,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         group = self.param_groups[stack.group]
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         states, locals_ = [self.state[p] for p in stack.params], [local_of(p) for p in stack.params]
-        Ws, Gs = [in_work_dtype(p) for p in locals_], [in_work_dtype(gradient_of(p)) for p in stack.params]
-        if not self.capturable and lr == 0 and not fresh.isdisjoint(stack.params):
+        Ws, Gs = [in_work_dtype(p) for p in locals_], [gradients[p].to(work_dtype(p)) for p in stack.params]
+        if not self.capturable and lr == 0 and fresh >= set(stack.params):
             G = stacked(Gs)
             if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
                 return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
@@ -473,7 +482,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             group["moment2_method"],
             "make a second optimizer for these parameters",
         )
+        require(
+            not group.get("maximize"),
+            "maximize must not be set, which AdaptiveMuon does not have",
+            group.get("maximize"),
+            "negate the loss",
+        )
         check_matrices(group)
+
+    def _check_state(self, group: dict[str, Any]) -> None:
+        """Raises a ``ValueError`` if parameters have been converted since their state was made, which does not fit now."""
+        for index, p in enumerate(group["params"]):
+            momentum = self.state.get(p, {}).get("momentum_buffer")
+            require(
+                momentum is None or momentum.dtype == work_dtype(p),
+                f"the state of {parameter_name(group, index)} must be in {work_dtype(p)}, in which it is worked on",
+                momentum if momentum is None else momentum.dtype,
+                "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
+            )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Self, overload, override
 
 import torch
@@ -68,7 +69,8 @@ class HybridAdaptiveMuon(Optimizer):
         self._routes: list[tuple[str, torch.Tensor, Route]] = []
         self._of_model: dict[torch.Tensor, tuple[str, Route]] = {}
         scalar: dict[str, Any] = {
-            "lr": lr if scalar_lr is None else scalar_lr,
+            # a tensor of its own: a scheduler that multiplies each group's in place would meet a shared one twice
+            "lr": deepcopy(lr) if scalar_lr is None else scalar_lr,
             "betas": betas,
             "eps": scalar_eps,
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,

@@ -200,7 +200,8 @@ class Piece:
         group: The ranks that hold the matrix together.
         whole: ``(rows, columns)`` of the whole matrix.
         rectangle: ``(top, bottom, left, right)`` of what this rank holds: its rows and columns, the ends excluded.
-        padding: Further rows at the end of this rank's tensor, which belong to no matrix and stay as they are.
+        padding: Further rows at the end of this rank's tensor. They belong to no matrix and get no update, but may be
+            decayed as weights are; zeros stay zero.
     """
 
     group: ProcessGroup = field(repr=False)

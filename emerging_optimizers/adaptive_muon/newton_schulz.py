@@ -296,12 +296,14 @@ def _in_blocks(steps: Sequence[Coefficients], short: int, dtype: torch.dtype) ->
 @contextmanager
 def _sums_in_float32() -> Iterator[None]:
     """Keeps cuBLAS from summing products of float16 in float16, which it may by default where it splits the sum."""
-    flags = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
-    before = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+    flags, reduction, split_k = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "_split_k"
+    names = (reduction, "allow_fp16_accumulation")
+    before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+    if hasattr(flags, reduction + split_k):  # the first is set together with it, as a pair
+        before[reduction] = before[reduction], getattr(flags, reduction + split_k)
     try:
-        for name in before:
-            setattr(flags, name, False)
+        for name, value in before.items():
+            setattr(flags, name, (False, value[1]) if isinstance(value, tuple) else False)
         yield
     finally:
         for name, value in before.items():

@@ -10,7 +10,7 @@ from pieces import OPTIONS, Pair, collectives, difference, set_gradients, strip,
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
@@ -114,6 +114,21 @@ def test_experts_on_their_ranks_need_no_communication(group: ProcessGroup) -> No
     set_gradients([pair], 0)
     optimizer.step()
     assert not collectives(optimizer.step)
+
+
+def test_a_rank_without_experts_helps_to_sum_their_gradients() -> None:
+    """One expert on all ranks but the first has no rows there; its gradient comes in partial sums."""
+    size = dist.get_world_size()
+    mesh, whole = mesh_of((size,), ("ep",)), torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(4))
+    one, other = nn.Parameter(whole.clone()), nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    for p in (one, other):
+        p.muon_stacked = True  # type: ignore[attr-defined]
+    parts = torch.randn(size, 1, 6, 4, generator=torch.Generator().manual_seed(5))
+    one.grad = parts.sum(0)
+    other.grad = DTensor.from_local(parts[dist.get_rank()], mesh, [Partial()])
+    for p in (one, other):
+        AdaptiveMuon([p], moment2_method="namo_d", **OPTIONS).step()
+    assert difference(other.detach().full_tensor(), one.detach()) <= 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import mesh as mesh_of
 from pieces import OPTIONS, Pair, Recording, collectives, difference, set_gradients, strips, walk
 from torch import distributed as dist
 from torch import nn
@@ -282,6 +283,35 @@ def test_every_matrix_is_orthogonalized_once(group: ProcessGroup) -> None:
     dist.all_gather_object(counts, len(orthogonalized))
     assert set(orthogonalized) <= {(24, 64)}
     assert sum(counts) == count and max(counts) - min(counts) <= 1
+
+
+def test_gradients_of_others_may_come_and_go_on_some_ranks(group: ProcessGroup) -> None:
+    """Of a rank's own matrices, and of those that another group holds: as experts without tokens."""
+    size = dist.get_world_size()
+    mesh = mesh_of((size // 2, 2) if size > 1 else (1, 1), ("dense", "experts"))
+    dense, experts = strips([(24, 10)])[0], nn.Parameter(torch.randn(6, 5))
+    own = nn.Parameter(torch.randn(4, 3))
+    groups = {dense.piece: group, experts: mesh.get_group("experts")}
+    optimizer = AdaptiveMuon(
+        [dense.piece, experts, own],
+        layout_fn=lambda p: Split(groups[p], 0) if p in groups else Layout(),
+        moment2_method="namo",
+        **OPTIONS,
+    )
+    whole = AdaptiveMuon([dense.whole], moment2_method="namo", **OPTIONS)
+    first_group, first_rank = dist.get_rank() < 2, dist.get_rank() == 0
+    for step, (has_experts, has_own) in enumerate(
+        [(True, True), (not first_group, True), (True, not first_rank), (first_group, first_rank), (True, True)]
+    ):
+        set_gradients([dense], step)
+        experts.grad = torch.randn(6, 5) if has_experts else None
+        own.grad = torch.randn(4, 3) if has_own else None
+        before = [experts.detach().clone(), own.detach().clone()]
+        optimizer.step()
+        whole.step()
+        moved = [not torch.equal(p, q) for p, q in zip((experts, own), before, strict=True)]
+        assert moved == [has_experts, has_own]
+    assert difference(dense.piece.detach(), dense.cut(dense.whole.detach())) <= 1e-6
 
 
 def test_another_shape_is_another_plan(group: ProcessGroup) -> None:
