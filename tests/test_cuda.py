@@ -88,7 +88,7 @@ def test_a_step_in_a_graph(method, use_syrk):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        captured.step()  # makes the state, and finds the kernels' fastest configurations
+        captured.step()  # makes the state, and compiles the kernels
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -20,11 +20,9 @@ runs_the_kernel = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=range(len(symmetric_kernel._CONFIGS)) if INTERPRETED else ["fastest"])
-def _config(request, monkeypatch):
-    """Every configuration in the interpreter, which cannot tell which is fastest."""
-    if INTERPRETED:
-        monkeypatch.setattr(symmetric_kernel._lower_tiles, "configs", [symmetric_kernel._CONFIGS[request.param]])
+@pytest.fixture(params=[1, 2**20], ids=["large tiles", "small tiles"])
+def _tiles(request, monkeypatch):
+    monkeypatch.setattr(symmetric_kernel, "_LARGE_FROM", request.param)
 
 
 def factors(stack, n, k):
@@ -46,7 +44,7 @@ def test_in_the_interpreter():
 
 
 @runs_the_kernel
-@pytest.mark.usefixtures("_config")
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize(("stack", "n", "k"), [(1, 64, 64), (2, 150, 70), (3, 129, 33), (1, 256, 300)], ids=str)
 def test_is_the_product(stack, n, k):
     """To the rounding of the result, written everywhere, and symmetric to the last bit."""
@@ -57,12 +55,12 @@ def test_is_the_product(stack, n, k):
         symmetric_product_on_cuda(S, T, out if plus == "in place" else plus, out, beta, alpha)
         expected = alpha * exact + (0 if plus is None else beta * P.double())
         torch.testing.assert_close(out.double(), expected, atol=2 * scale, rtol=scale)
-        block = max(config.kwargs["BLOCK"] for config in symmetric_kernel._CONFIGS)
+        block = symmetric_kernel._LARGE["BLOCK"]
         assert torch.equal(out[:, block:, :block], out[:, :block, block:].mT)
 
 
 @runs_the_kernel
-@pytest.mark.usefixtures("_config")
+@pytest.mark.usefixtures("_tiles")
 def test_takes_views():
     """Of any strides, for the factors of tall matrices are transposed."""
     X = torch.randn(2, 100, 90, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)

@@ -112,9 +112,11 @@ class _Told(NamedTuple):
         elif self.stack:
             shape[0] = "*"  # whole matrices, of which ranks may hold different ones
         how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
-        return f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}" + (
-            f" in blocks {self.blocks}" if self.blocks is not None else ""
-        ) + (f" in group {self.group}" if self.group else "")
+        return (
+            f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}"
+            + (f" in blocks {self.blocks}" if self.blocks is not None else "")
+            + (f" in group {self.group}" if self.group else "")
+        )
 
 
 class Sharding:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel for symmetric products of stacks of float16 matrices: half of the tiles, each written twice."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -8,14 +10,13 @@ import triton.language as tl
 
 __all__ = ["symmetric_product_on_cuda"]
 
-_CONFIGS = [
-    triton.Config({"BLOCK": block, "BLOCK_K": depth}, num_warps=warps, num_stages=stages)
-    for block, depth, warps, stages in ((64, 64, 4, 4), (128, 32, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3))
-]
+# Tiles for small matrices, and for those from this many rows on. Nothing else chooses: tiles decide how results are
+# rounded, and replicas that found other ones the fastest would drift apart. Not measured yet.
+_SMALL = {"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+_LARGE = {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+_LARGE_FROM = 1024
 
 
-# The runs that find the fastest configuration must not add to what is there already.
-@triton.autotune(configs=_CONFIGS, key=["n", "k", "S_column", "HAS_PLUS"], restore_value=["out"])
 @triton.jit
 def _lower_tiles(
     S, T, plus, out, n, k, alpha, beta,
@@ -74,7 +75,9 @@ def symmetric_product_on_cuda(
     stack, n, k = S.shape
     added = out if plus is None else plus
     strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
+    kernel: Any = _lower_tiles  # its compile-time arguments are plain values here
+    tiles = _LARGE if n >= _LARGE_FROM else _SMALL
     with torch.cuda.device_of(S):  # Triton starts kernels on the current device
-        _lower_tiles[lambda chosen: (triton.cdiv(n, chosen["BLOCK"]) ** 2, stack)](
-            S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None
+        kernel[triton.cdiv(n, tiles["BLOCK"]) ** 2, stack](
+            S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None, **tiles
         )
