@@ -22,7 +22,7 @@ from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 
 
-__all__ = ["BlocksFn", "LayoutFn", "Matrix", "Sharding", "joined"]
+__all__ = ["BlocksFn", "Held", "LayoutFn", "Matrix", "Sharding", "joined"]
 
 
 LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
