@@ -144,3 +144,11 @@ def test_the_page_has_the_numbers_of_the_results(parts):
     assert ("under way" in page) == bool(parts.runs.due(results))
     if "under way" not in page:
         assert parts.figures.with_tables(page, results) == page
+
+
+def test_the_page_on_choosing_has_the_best_rates(parts):
+    results = parts.results.Results(EXPERIMENT / "results" / "cpu.json")
+    page = parts.figures.PAGE.with_name("choosing.md").read_text()
+    table = page.split("[convergence](convergence.md), ")[1].split("\n\n")[0].splitlines()[2:]
+    rates = {row[1].strip(" `").lower(): float(row[3]) for row in (line.split("|") for line in table)}
+    assert rates == {method: results.best(method) for method in parts.protocol.METHODS}
