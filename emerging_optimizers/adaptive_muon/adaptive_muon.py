@@ -199,6 +199,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             "bias_correction": self.bias_correction,
             "tp_mode": tp_mode,
             "max_bytes_in_flight": max_bytes_in_flight,
+            "capturable": capturable,
         }
         self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn, alike)
         self._plan: tuple[list[Ready], Plan] | None = None
@@ -274,7 +275,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             for p in group["params"]
             if p.grad is not None and not self._sharding.is_empty(p)
         ]
-        if self._plan is None or self._plan[0] != ready:
+        if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
+            self._plan = (
+                None  # whatever is found below: a comparison that fails must not leave the one before it valid
+            )
             for group in self.param_groups:
                 self._check_state(group)
             self._sharding.compare_gradients(self.param_groups)

@@ -163,7 +163,9 @@ class Sharding:
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
         self._checked: dict[torch.Tensor, None] = {}
         self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
-        self._compared: dict[ProcessGroup, list[str]] = {}
+        # Of each group, the parameters that had a gradient when its ranks compared them; and groups that have yet to.
+        self._compared: dict[ProcessGroup, list[torch.Tensor]] = {}
+        self._to_compare: set[ProcessGroup] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Returns one for a copy of the optimizer: process groups are shared, parameters are the copies.
@@ -171,6 +173,7 @@ class Sharding:
         They are given back the attributes that say how they are sharded, without which torch copies a parameter.
         """
         copy = Sharding(self._tp_group, self._mode, self._layout_fn, self._blocks_fn, self._alike)
+        copy._to_compare = self._to_compare | self._compared.keys()
         copy._known = {deepcopy(p, memo): known for p, known in self._known.items()}
         for p in self._checked:
             q = deepcopy(p, memo)
@@ -197,6 +200,11 @@ class Sharding:
         local, layout = local_of(p), self.matrices(p)[0].layout
         return 0 in (*local.shape[:-2], *layout.shape(local))
 
+    @property
+    def has_to_compare(self) -> bool:
+        """Whether a group has exchanged its pieces since :meth:`compare_gradients`, which all of its ranks do."""
+        return bool(self._to_compare)
+
     def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
         """Raises a ``ValueError`` unless the ranks that hold a parameter's pieces all have a gradient of it, or none.
 
@@ -206,21 +214,22 @@ class Sharding:
         Args:
             param_groups: The optimizer's groups.
         """
-        having: dict[ProcessGroup, list[str]] = {}
+        of_group: dict[ProcessGroup, dict[torch.Tensor, str]] = {}
         for p, name in _named(param_groups, self._knows):
             layout = self.matrices(p)[0].layout
             if isinstance(layout, ShardedLayout):
-                having.setdefault(layout.group, []).append(
-                    f"{name} has {'a' if p.grad is not None else 'no'} gradient"
-                )
-        for group, mine in having.items():
-            if mine != self._compared.get(group):
+                of_group.setdefault(layout.group, {})[p] = name
+        for group, names in of_group.items():
+            having = [p for p in names if p.grad is not None]
+            if group in self._to_compare or [*map(id, having)] != [*map(id, self._compared.get(group, []))]:
+                mine = [f"{name} has {'no' if p.grad is None else 'a'} gradient" for p, name in names.items()]
                 require_agreement(
                     tell_all(group, mine, "which parameters have a gradient"),
                     "which parameters have a gradient",
                     "let every rank take part in the backward pass",
                 )
-                self._compared[group] = mine
+                self._compared[group] = having
+        self._to_compare.clear()
 
     def resolve(self, param_groups: list[dict[str, Any]]) -> None:
         """Finds out the matrices of all parameters that are new or have changed their shape.
@@ -253,6 +262,7 @@ class Sharding:
                 [self._tell(*each, numbers[each[0]]) for each in members],
             )
             told = tell_all(group, mine, "its pieces of the parameters")
+            self._to_compare.add(group)
             require_agreement([alike for alike, _ in told], "options of the optimizer", "configure all ranks alike")
             require_agreement(
                 [[each.common() for each in pieces] for _, pieces in told],
@@ -366,7 +376,8 @@ class Sharding:
         """The matrices of a parameter of which all ranks have told their pieces."""
         whole, rectangles = _pieces(told)
         blocks, own = told[0].blocks, rectangles[group.rank()]
-        as_held = Held(blocks, tuple(each.local for each in told))
+        # A piece that is taken for a matrix of its own is none of a group's.
+        as_held = None if self._mode is None else Held(blocks, tuple(each.local for each in told))
         if blocks is None:
             rows = own.shape[0]
             unpadded = slice(None) if rows == local_of(p).size(-2) else slice(rows)

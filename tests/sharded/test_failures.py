@@ -129,6 +129,16 @@ def test_a_gradient_on_one_rank_only(group: ProcessGroup) -> None:
     assert not optimizer.state
 
 
+def test_the_only_gradient_on_one_rank(group: ProcessGroup) -> None:
+    p = matrix(4, 8)
+    p.grad = torch.ones(4, 8) if dist.get_rank() == 0 else None
+    optimizer = AdaptiveMuon([("w", p)], tp_group=group)
+    for _ in range(2):  # a step that is refused is so again
+        with pytest.raises(ValueError, match=r"'w' has a gradient on rank 0.*'w' has no gradient on rank 1"):
+            optimizer.step()
+    assert not optimizer.state
+
+
 def test_a_piece_without_a_group() -> None:
     with pytest.raises(ValueError, match=r"needs tp_group.*partition_dim, got 1"):
         AdaptiveMuon([matrix(4, 8, 1)])

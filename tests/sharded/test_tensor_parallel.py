@@ -134,6 +134,31 @@ def test_blockwise_takes_pieces_for_matrices(method: str, group: ProcessGroup) -
     assert not collectives(optimizer.step)
 
 
+def test_blockwise_pieces_of_one_shape_lie_apart(group: ProcessGroup) -> None:
+    """Of blocks: what one rank holds of two matrices of one shape may be other rows, or have padding."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(rank)
+    rows = 6 * size
+    tops = [6 * rank, 6 * (size - 1 - rank), 6 * rank]
+    last = rank == size - 1
+    pieces = [Piece(group, (rows, 5), (top, top + 6, 0, 5)) for top in tops[:2]]
+    pieces.append(Piece(group, (rows - 1, 5), (tops[2], tops[2] + 6 - last, 0, 5), padding=int(last)))
+    blocks = [(4, rows - 4), (4, rows - 4), (4, rows - 5)]
+
+    def stepped(together: bool) -> list[torch.Tensor]:
+        torch.manual_seed(rank)
+        params = [nn.Parameter(torch.randn(6, 5)) for _ in pieces]
+        for p, each in zip(params, blocks, strict=True):
+            p.grad, p.muon_blocks = torch.randn(6, 5), each  # type: ignore[attr-defined]
+        layouts = dict(zip(params, pieces, strict=True))
+        for some in [params] if together else [[p] for p in params]:
+            AdaptiveMuon(some, layout_fn=layouts.get, tp_mode="blockwise", **OPTIONS).step()
+        return params
+
+    for p, q in zip(stepped(True), stepped(False), strict=True):
+        assert difference(p.detach(), q.detach()) <= 1e-5
+
+
 def grid(shape: tuple[int, int], group: ProcessGroup) -> tuple[Pair, Piece]:
     """A matrix in 2 x 2 pieces on four ranks, in two columns on two."""
     rows, columns = {4: (2, 2), 2: (1, 2), 1: (1, 1)}[dist.get_world_size()]
@@ -312,6 +337,22 @@ def test_gradients_of_others_may_come_and_go_on_some_ranks(group: ProcessGroup) 
         moved = [not torch.equal(p, q) for p, q in zip((experts, own), before, strict=True)]
         assert moved == [has_experts, has_own]
     assert difference(dense.piece.detach(), dense.cut(dense.whole.detach())) <= 1e-6
+
+    # A parameter that is added and has no gradient on any rank yet is no reason to ask later, on one rank alone.
+    frozen = nn.Parameter(torch.randn(3, 4))
+    groups[frozen] = group
+    optimizer.add_param_group({"params": [frozen]})
+    for has_own in (True, not first_rank, True):
+        own.grad = torch.randn(4, 3) if has_own else None
+        optimizer.step()
+    frozen.grad = torch.randn(3, 4)
+    optimizer.step()
+    copied = copy.deepcopy(optimizer)
+    of_copy = copied.param_groups[0]["params"][0]
+    of_copy.grad = None if first_rank else torch.ones_like(of_copy)
+    if size > 1:
+        with pytest.raises(ValueError, match="has no gradient on rank 0"):
+            copied.step()
 
 
 def test_another_shape_is_another_plan(group: ProcessGroup) -> None:
