@@ -88,8 +88,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         num_ns_steps: Number of Newton-Schulz iterations, >= 1.
         ns_algorithm: How they are computed. "standard" is upstream's function for one matrix after the other, to the
             last bit; "gram" takes two or three steps at once on the smaller Gram matrix, of a stack of matrices of
-            one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more than a few
-            times as much; at "medium" precision less than "standard", see
+            one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more
+            than a few times as much; at "medium" precision less than "standard", see
             :class:`~emerging_optimizers.adaptive_muon.newton_schulz.NewtonSchulz`.
         scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
             :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
@@ -276,9 +276,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             if p.grad is not None and not self._sharding.is_empty(p)
         ]
         if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
-            self._plan = (
-                None  # whatever is found below: a comparison that fails must not leave the one before it valid
-            )
+            self._plan = None  # the one before must not be taken again if something is refused now
             for group in self.param_groups:
                 self._check_state(group)
             self._sharding.compare_gradients(self.param_groups)

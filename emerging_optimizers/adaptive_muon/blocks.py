@@ -38,9 +38,9 @@ def row_blocks(blocks: Any, rows: int, name: str) -> list[RowBlock]:
     """Returns the blocks of a matrix.
 
     Args:
-        blocks: Rows of each block, in a tuple. Where they sum to less than ``rows``, the pattern repeats down the matrix and a
-            block is made of its rows in every repetition, as Megatron's fused attention weight has queries, keys and
-            values by query group.
+        blocks: Rows of each block, in a tuple. Where they sum to less than ``rows``, the pattern repeats down the
+            matrix and a block is made of its rows in every repetition, as Megatron's fused attention weight has
+            queries, keys and values by query group.
         rows: Rows of the whole matrix.
         name: What to call it in an error.
 
