@@ -4,7 +4,7 @@ from typing import override
 
 import torch
 
-from emerging_optimizers.adaptive_muon.checks import require, within
+from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.layout import Layout
 from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
 from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
@@ -37,7 +37,8 @@ class NamoD(Moment2):
     def __post_init__(self) -> None:
         """Checks the clamp."""
         clamp = self.namo_d_clamp
-        require(within(clamp, 0) and 0 < clamp <= 1, "namo_d_clamp must be in (0, 1]", clamp, "the default is 0.75")
+        allowed = isinstance(clamp, float | int) and 0 < clamp <= 1
+        require(allowed, "namo_d_clamp must be in (0, 1]", clamp, "the default is 0.75")
 
     @override
     def dims(self, rows: int, columns: int) -> tuple[int, ...]:
