@@ -3,12 +3,14 @@
 
 from collections.abc import Iterator
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any, get_args
 
 import pytest
 import torch
 
 from emerging_optimizers.adaptive_muon import newton_schulz as module
+from emerging_optimizers.adaptive_muon import symmetric
 from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, iterated
 from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
@@ -17,7 +19,7 @@ from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
     get_coefficient_iterator,
     newton_schulz,
 )
-from emerging_optimizers.utils import fp32_matmul_precision
+from emerging_optimizers.utils import FP32MatmulPrecT, fp32_matmul_precision
 
 
 SETS = [name for name in get_args(NSCoeffT) if name != "custom"]
@@ -68,7 +70,7 @@ def coefficients(name: str, steps: int) -> list[tuple[float, float, float]]:
 
 def exact(x: torch.Tensor, name: str, steps: int) -> torch.Tensor:
     """The iteration in float64, as its formula says it, from upstream's float32 division by the norm."""
-    X = torch.nn.functional.normalize(x, p=2.0, dim=(-2, -1), eps=1e-7).double()
+    X = torch.nn.functional.normalize(x, p=2.0, dim=(-2, -1), eps=1e-15).double()
     for a, b, c in coefficients(name, steps):
         A = X @ X.mT if X.size(0) <= X.size(1) else X.mT @ X
         B = b * A + c * A @ A
@@ -84,14 +86,13 @@ def exactly(name: str, steps: int, shape: tuple[int, int]) -> list[tuple[str, to
 
 @cache
 def errors(
-    algorithm: NSAlgorithmT, precision: str, name: NSCoeffT, steps: int, shape: tuple[int, int]
+    algorithm: NSAlgorithmT, precision: FP32MatmulPrecT, name: NSCoeffT, steps: int, shape: tuple[int, int]
 ) -> dict[str, float]:
     """How far an algorithm is from exact iteration on every hard input, relative to the size of the result."""
-    found = {}
-    with fp32_matmul_precision(precision):  # type: ignore[arg-type]
-        for what, x, should in exactly(name, steps, shape):
-            off = NewtonSchulz(name, steps, algorithm=algorithm)(x).double() - should
-            found[what] = float(off.norm() / should.norm())
+    found, newton_schulz = {}, NewtonSchulz(name, steps, False, algorithm, precision)
+    for what, x, should in exactly(name, steps, shape):
+        off = newton_schulz(x).double() - should
+        found[what] = float(off.norm() / should.norm())
     return found
 
 
@@ -106,9 +107,24 @@ def test_rounds_no_more_than_a_few_times_the_standard(shape: tuple[int, int], na
 @pytest.mark.parametrize("algorithm", ["auto", "gram"])
 @pytest.mark.parametrize(("name", "steps"), STEPS)
 def test_rounds_less_than_the_standard_at_medium_precision(algorithm: Any, name: Any, steps: int) -> None:
-    """Where the CPU is slow at bfloat16: in float32. With units for it the default is the standard's own."""
+    """In float32, which it takes for matrices of this size on every CPU."""
     standard, own = (errors(each, "medium", name, steps, (96, 160)) for each in ("standard", algorithm))
     assert all(own[what] <= standard[what] for what in own)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("shape", [(200, 320), (512, 400)], ids=str)
+@pytest.mark.parametrize(("name", "steps"), STEPS)
+def test_in_bfloat16_rounds_as_the_standard_does(
+    monkeypatch: Any, name: Any, steps: int, shape: tuple[int, int], tiles: bool
+) -> None:
+    """The default on a CPU that is fast at it: the same steps, and where the CPU has no tiles half of each product."""
+    monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(symmetric, "cpu_has_tiles", lambda: tiles)
+    standard = errors("standard", "medium", name, steps, shape)
+    for what, x, should in exactly(name, steps, shape):
+        off = NewtonSchulz(name, steps)(x).double() - should
+        assert off.norm() <= 1.5 * standard[what] * should.norm(), what
 
 
 @pytest.mark.parametrize(("name", "steps"), STEPS)
@@ -170,8 +186,8 @@ def test_all_steps_on_one_gram_matrix_would_fail() -> None:
 def test_a_stack_is_its_matrices(shape: tuple[int, ...], algorithm: Any, precision: Any) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     before = x.clone()
+    orthogonalized = NewtonSchulz("quintic", 5, False, algorithm, precision)(x)
     with fp32_matmul_precision(precision):
-        orthogonalized = NewtonSchulz("quintic", 5, algorithm=algorithm)(x)
         singly = [newton_schulz(matrix, 5, "quintic") for matrix in x.reshape(-1, *shape[-2:])] if x.numel() else []
     assert orthogonalized.shape == x.shape and torch.equal(x, before)
     tolerance = {"standard": 0.0}.get(algorithm, {"highest": 2e-5, "medium": 5e-2}[precision])
@@ -184,10 +200,9 @@ def test_a_stack_is_its_matrices(shape: tuple[int, ...], algorithm: Any, precisi
 def test_steps_are_upstreams(name: Any, steps: int) -> None:
     """Also beyond the end of a set, where some sets begin again and others repeat their last."""
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    gram = NewtonSchulz(name, steps, False, "gram", "highest")
     with fp32_matmul_precision("highest"):
-        torch.testing.assert_close(
-            NewtonSchulz(name, steps, algorithm="gram")(x), newton_schulz(x, steps, name), atol=1e-4, rtol=1e-3
-        )
+        torch.testing.assert_close(gram(x), newton_schulz(x, steps, name), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 95, 192, 512, 513, 576, 770])
@@ -207,31 +222,52 @@ def test_symmetric_products(n: int, stack: int) -> None:
     torch.testing.assert_close(out, expected + X @ X.mT)
 
 
-@pytest.mark.parametrize(
-    ("device", "units", "standard", "gram", "auto"),
-    [
-        ("cpu", False, torch.bfloat16, torch.float32, torch.float32),
-        ("cpu", True, torch.bfloat16, torch.float32, torch.bfloat16),
-        ("cuda", False, torch.bfloat16, torch.float16, torch.float16),
-        ("xpu", False, torch.bfloat16, torch.float32, torch.bfloat16),
-    ],
-)
-def test_dtypes(monkeypatch: Any, device: str, units: bool, standard: Any, gram: Any, auto: Any):
-    """Several steps at once never in bfloat16, and bfloat16 by default only where it is fast or nothing is known."""
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# By what the CPU has: shapes that "auto" iterates on in bfloat16, and others.
+CPUS = {
+    "nothing": ((False, False, False), [], [(64, 64), (256, 256), (768, 3072)]),
+    "tiles": ((True, True, False), [(192, 192), (192, 768), (3072, 768)], [(64, 64), (128, 512), (191, 4000)]),
+    "Intel's vectors": ((True, False, False), [], [(64, 64), (256, 256), (768, 3072)]),
+    "AMD's vectors": ((True, False, True), [(96, 96), (256, 256), (768, 1024)], [(64, 64), (256, 384), (768, 3072)]),
+}
+
+
+@pytest.mark.parametrize("has", CPUS)
+def test_dtypes_on_a_cpu(monkeypatch: Any, has: str) -> None:
+    """At "medium" precision: bfloat16 by default only where that is faster, and never for several steps at once."""
+    (units, tiles, amd), in_bfloat16, in_float32 = CPUS[has]
     monkeypatch.setattr(module, "_cpu_has_bfloat16_units", lambda: units)
-    of = [NewtonSchulz("quintic", 5, algorithm=each) for each in ("standard", "gram", "auto")]
-    with fp32_matmul_precision("medium"):
-        assert [each.dtype(torch.device(device)) for each in of] == [standard, gram, auto]
-    for precision in ("high", "highest"):
-        with fp32_matmul_precision(precision):
-            assert {each.dtype(torch.device(device)) for each in of} == {torch.float32}
+    monkeypatch.setattr(module, "cpu_has_tiles", lambda: tiles)
+    monkeypatch.setattr(module, "_cpu_is_amds_with_vectors", lambda: amd)
+    device, taken = torch.device("cpu"), []
+    monkeypatch.setattr(module, "iterated", lambda part, blocks, dtype, _: taken.append((blocks, dtype)) or part)
+    for shapes, dtype in ((in_bfloat16, BF16), (in_float32, F32)):
+        for shape in (each for of in shapes for each in (of, of[::-1])):
+            of = [NewtonSchulz("quintic", 5, algorithm=each) for each in ("standard", "gram", "auto")]
+            assert [each.dtype(device, shape) for each in of] == [BF16, F32, dtype]
+            of[2](torch.ones(shape))
+            blocks, used = taken.pop()
+            assert used == dtype and (dtype == F32 or max(map(len, blocks)) == 1)
 
 
-def test_the_default_is_upstreams_where_the_cpu_is_fast_at_bfloat16(monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "_cpu_has_bfloat16_units", lambda: True)
-    x = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
-    with fp32_matmul_precision("medium"):
-        assert torch.equal(NewtonSchulz("quintic", 5)(x), newton_schulz(x, 5, "quintic"))
+def test_dtypes_elsewhere() -> None:
+    """bfloat16 by default where nothing is known; and at other precisions never anything but float32."""
+    of = {each: NewtonSchulz("quintic", 5, algorithm=each) for each in get_args(NSAlgorithmT)}
+    for device, dtypes in (("cuda", (BF16, F16, F16)), ("xpu", (BF16, F32, BF16))):
+        assert tuple(each.dtype(torch.device(device), (64, 64)) for each in of.values()) == dtypes
+    for precision, device, algorithm in product(("high", "highest"), ("cpu", "cuda", "xpu"), of):
+        exact = NewtonSchulz("quintic", 5, False, algorithm, precision)
+        assert exact.dtype(torch.device(device), (512, 512)) == F32
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-9, 1e-12], ids=str)
+@pytest.mark.parametrize("algorithm", get_args(NSAlgorithmT))
+@pytest.mark.parametrize("shape", [(24, 40), (150, 100), (400, 300)], ids=str)
+def test_the_size_of_a_matrix_does_not_matter(shape: tuple[int, int], algorithm: Any, scale: float) -> None:
+    """Down to norms of 1e-11: whoever divides by the norm takes the same least one for it."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    newton_schulz = NewtonSchulz("quintic", 5, False, algorithm, "highest")
+    torch.testing.assert_close(newton_schulz(x * scale), newton_schulz(x), atol=1e-5, rtol=1e-4)
 
 
 def test_a_large_stack_goes_in_parts(monkeypatch: Any) -> None:

@@ -509,7 +509,7 @@ def test_parameters_of_one_shape_are_a_stack(method):
             q.grad = None if p.grad is None else p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    assert [len(stack.params) for at_once in optimizers[0]._plan[1].rounds for stack in at_once] == [3, 2]
+    assert [len(stack.members) for at_once in optimizers[0]._plan[1].rounds for stack in at_once] == [3, 2]
     for p, q, optimizer in zip(together, alone, optimizers[1:], strict=True):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
         assert optimizers[0].state[p]["step"] == optimizer.state[q]["step"]

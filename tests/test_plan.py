@@ -91,12 +91,12 @@ class Laid(NamedTuple):
 
 def plan_of(matrices: Matrices, mode: type | None, most: int) -> "Laid":
     """The rounds, their stacks laid out, and the homes."""
-    plan = make_plan(ready(matrices), mode, most)
-    return Laid([[p for stack in each for p in stack.params] for each in plan.rounds], plan.homes)
+    plan, params = make_plan(ready(matrices), mode, most), [*matrices]
+    return Laid([[params[i] for stack in each for i in stack.members] for each in plan.rounds], plan.homes)
 
 
 def ready(matrices: Matrices) -> list[Ready]:
-    return [Ready(tuple(of), 0, p.dtype, p.device, p) for p, of in matrices.items()]
+    return [Ready(tuple(of), 0, p.dtype, p.device, p.shape) for p, of in matrices.items()]
 
 
 def told(plan: Laid, matrices: Matrices) -> tuple[list[list[int]], list[int | None]]:
@@ -169,9 +169,8 @@ def test_the_same_stacks_on_all_ranks(
         patch.setattr(newton_schulz, "_STACKS", {"cpu": (longest, most)})
         for rank in range(ranks):
             matrices = made(Group(ranks), of * layers, rank)
-            numbers = {p: i for i, p in enumerate(matrices)}
             plan = make_plan(ready(matrices), mode, in_flight)
-            plans.append([[[numbers[p] for p in stack.params] for stack in each] for each in plan.rounds])
+            plans.append([[stack.members for stack in each] for each in plan.rounds])
     assert all(plan == plans[0] for plan in plans)
 
 

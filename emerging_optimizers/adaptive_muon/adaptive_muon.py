@@ -2,19 +2,23 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from inspect import signature
-from typing import Any, Literal, cast, get_args, overload, override
+from typing import Any, Literal, Self, SupportsIndex, cast, get_args, overload, override
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import checkpoint
-from emerging_optimizers.adaptive_muon.checks import require, require_one_of, within
-from emerging_optimizers.adaptive_muon.dtensor import gradient_of, local_of, wrapped_like
+from emerging_optimizers.adaptive_muon.checks import require, require_one_of, require_picklable, within
+from emerging_optimizers.adaptive_muon.dtensor import as_matrices, gradient_of, is_transposed, wrapped_like
 from emerging_optimizers.adaptive_muon.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
 from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, stacked, syrk_is_usable
 from emerging_optimizers.adaptive_muon.orthogonalizer import TensorParallelModeT, tensor_parallel_mode
@@ -27,6 +31,7 @@ from emerging_optimizers.adaptive_muon.parameters import (
     work_dtype,
 )
 from emerging_optimizers.adaptive_muon.plan import Plan, Ready, Stack, make_plan
+from emerging_optimizers.adaptive_muon.precision import matmul_precision
 from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Sharding, joined
 from emerging_optimizers.adaptive_muon.state import MomentAverage, new_buffers
 from emerging_optimizers.adaptive_muon.together import run, together
@@ -34,7 +39,7 @@ from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstr
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
-from emerging_optimizers.utils import FP32MatmulPrecT, fp32_matmul_precision
+from emerging_optimizers.utils import FP32MatmulPrecT
 
 
 __all__ = ["AdaptiveMuon", "WeightDecayMethodT"]
@@ -156,11 +161,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         capturable: bool = False,
     ) -> None:
         self._moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
-        orthogonalize = NewtonSchulz(
-            coefficient_type, num_ns_steps, use_syrk=use_syrk and syrk_is_usable(), algorithm=ns_algorithm
-        )
+        use_syrk = use_syrk and syrk_is_usable()
+        orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk, ns_algorithm, fp32_matmul_prec)
         require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
-        require_one_of("fp32_matmul_prec", fp32_matmul_prec, get_args(FP32MatmulPrecT))
         require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
         self._mode = tensor_parallel_mode(tp_mode)
         require(
@@ -230,7 +233,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @override
-    @torch.no_grad()
+    @_disable_dynamo  # one graph of all matrices would be compiled anew for each set of them that has gradients
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates all matrices that have a gradient.
 
@@ -251,40 +254,49 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with plain_modes([p for group in self.param_groups for p in group["params"]]):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        """Updates all matrices that have a gradient, whose modes are torch's usual ones."""
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
-        plan = self._plan_of()
+        plan, params = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         fresh = {p for group in self.param_groups for p in group["params"] if not self.state.get(p)}
         for group in self.param_groups:
             self._init_group(group)
-        with fp32_matmul_precision(self.fp32_matmul_prec):
-            for at_once in plan.rounds:
-                run(self._update(stack, gradients, fresh) for stack in at_once)
-        return loss
+        for at_once in plan.rounds:
+            run(self._update(stack, [params[i] for i in stack.members], gradients, fresh) for stack in at_once)
 
-    def _plan_of(self) -> Plan:
-        """Returns the plan for the parameters that have a gradient, which rarely change."""
-        ready = [
-            Ready(self._sharding.matrices(p), index, p.dtype, p.device, p)
-            for index, group in enumerate(self.param_groups)
-            for p in group["params"]
-            if p.grad is not None and not self._sharding.is_empty(p)
-        ]
+    def _plan_of(self) -> tuple[Plan, list[torch.Tensor]]:
+        """Returns the plan for the parameters that have a gradient, which rarely change, and these parameters."""
+        params, ready = [], []
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None and not self._sharding.is_empty(p):
+                    params.append(p)
+                    matrices, held = self._sharding.matrices(p), as_matrices(p)
+                    ready.append(Ready(matrices, index, p.dtype, p.device, held.shape, is_transposed(p)))
         if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
             self._plan = None  # the one before must not be taken again if something is refused now
             for group in self.param_groups:
                 self._check_state(group)
             self._sharding.compare_gradients(self.param_groups)
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
-        return self._plan[1]
+        return self._plan[1], params
 
     async def _update(
-        self, stack: Stack, gradients: Mapping[torch.Tensor, torch.Tensor], fresh: Set[torch.Tensor]
+        self,
+        stack: Stack,
+        params: Sequence[torch.Tensor],
+        gradients: Mapping[torch.Tensor, torch.Tensor],
+        fresh: Set[torch.Tensor],
     ) -> None:
         """Updates a stack of parameters and their state in place: the algorithm, in the paper's order and letters.
 
@@ -292,9 +304,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         """
         group = self.param_groups[stack.group]
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        states, locals_ = [self.state[p] for p in stack.params], [local_of(p) for p in stack.params]
-        Ws, Gs = [in_work_dtype(p) for p in locals_], [gradients[p].to(work_dtype(p)) for p in stack.params]
-        if not self.capturable and lr == 0 and fresh >= set(stack.params):
+        states, locals_ = [self.state[p] for p in params], [as_matrices(p) for p in params]
+        Ws, Gs = [in_work_dtype(p) for p in locals_], [as_matrices(p, gradients[p]).to(work_dtype(p)) for p in params]
+        if fresh >= set(params) and lr == 0:  # reads lr from the device, once
             G = stacked(Gs)
             if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
                 return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
@@ -304,13 +316,14 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if decay_method != "adaptive":
             self._decay(Ws, Gs, lr, weight_decay)
 
-        Ms = [local_of(state["momentum_buffer"]) for state in states]
+        Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(params, states, strict=True)]
         torch._foreach_lerp_(Ms, Gs, 1 - momentum)
         G, M = stacked(Gs), stacked(Ms)
         if self.nesterov:
             M = G.lerp(M, momentum)
         DO = await together(
-            self._adapted(stack, index, matrix.of(G), matrix.of(M)) for index, matrix in enumerate(stack.matrices)
+            self._adapted(stack, params, index, matrix.of(G), matrix.of(M))
+            for index, matrix in enumerate(stack.matrices)
         )
         if self.bias_correction:
             self._correct([D for D, _ in DO], states, momentum, group["beta2"])
@@ -325,31 +338,33 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         O = joined(stack.matrices, [O for _, O in DO], G)
         if self._has_pre_hook():
             D, O = torch.ones_like(D), D * O
-            Ws = [self._hooked(*each) for each in zip(stack.params, locals_, Ws, O, strict=True)]
+            Ws = [self._hooked(*each) for each in zip(params, locals_, Ws, O, strict=True)]
         if isinstance(lr, torch.Tensor):
             D, lr = D * lr, 1.0
         torch._foreach_addcmul_(Ws, O.unbind(0), D.unbind(0), value=-lr)
-        for p, local, W in zip(stack.params, locals_, Ws, strict=True):
+        for p, local, W in zip(params, locals_, Ws, strict=True):
             round_into(local, W)
             self.post_weight_update_fn_inplace(p)
 
     async def _adapted(
-        self, stack: Stack, index: int, G: torch.Tensor, M: torch.Tensor
+        self, stack: Stack, params: Sequence[torch.Tensor], index: int, G: torch.Tensor, M: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the adaptive scale D, without bias correction, and O, of one matrix of every parameter of a stack."""
         matrix, group = stack.matrices[index], self.param_groups[stack.group]
         L = matrix.layout
-        O = await self._orthogonalized(stack, index, M)
-        states = [self.state[p] for p in stack.params]
-        average = MomentAverage(states, matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
+        O = await self._orthogonalized(stack, params, index, M)
+        states = [self.state[p] for p in params]
+        average = MomentAverage(params, states, matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
         return await self._moment2.scale(average, Seen(G, M, O), L, eps=group["eps"]), O
 
-    async def _orthogonalized(self, stack: Stack, index: int, M: torch.Tensor) -> torch.Tensor:
+    async def _orthogonalized(
+        self, stack: Stack, params: Sequence[torch.Tensor], index: int, M: torch.Tensor
+    ) -> torch.Tensor:
         """Returns O, of matrices in pieces the pieces at hand."""
-        layout, functions = stack.matrices[index].layout, [self._of_whole(p, stack.group) for p in stack.params]
+        layout, functions = stack.matrices[index].layout, [self._of_whole(p, stack.group) for p in params]
         if isinstance(layout, ShardedLayout):
             assert self._mode is not None  # "blockwise" has no matrix in pieces
-            newton_schulz = cast(NewtonSchulz, self.scaled_orthogonalize_fn)
+            newton_schulz = cast(NewtonSchulz, self._iteration())
             return stacked(
                 await together(
                     self._mode(layout.group, piece, layout, home, of_whole, newton_schulz, stack.among_many).answer()
@@ -363,9 +378,28 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def _of_whole(self, p: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """Returns what orthogonalizes a whole matrix of a parameter; where a subclass has no say, the iteration itself."""
         if not self._has_own_orthogonalize():
-            return self.scaled_orthogonalize_fn
+            return self._iteration()
         options = {key: value for key, value in self.param_groups[group].items() if key != "params"}
-        return partial(self.orthogonalize, p, **options)
+        return self._in_precision(partial(self.orthogonalize, p, **options))
+
+    def _iteration(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns ``scaled_orthogonalize_fn``, which may be a user's, to be called in the precision set now."""
+        function: Callable[[torch.Tensor], torch.Tensor] = self.scaled_orthogonalize_fn
+        if isinstance(function, NewtonSchulz):
+            as_set = function.precision == self.fp32_matmul_prec
+            return function if as_set else replace(function, precision=self.fp32_matmul_prec)
+        return self._in_precision(function)
+
+    def _in_precision(
+        self, function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Returns a user's function as upstream calls it, with torch's precision of products set."""
+
+        def called(matrix: torch.Tensor) -> torch.Tensor:
+            with matmul_precision(self.fp32_matmul_prec):
+                return function(matrix)
+
+        return called
 
     def _decay(self, Ws: list[torch.Tensor], Gs: list[torch.Tensor], lr: float | torch.Tensor, decay: float) -> None:
         """Applies a weight decay of upstream's in place: to the weights, or the gradients' copies."""
@@ -394,7 +428,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def _hooked(self, p: torch.Tensor, local: torch.Tensor, W: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Calls the function that may change the update and the weight, and returns the weight to work on."""
         round_into(local, W)  # it sees the decayed weight,
-        self.pre_weight_update_fn_inplace(p, wrapped_like(p, U))
+        self.pre_weight_update_fn_inplace(p, wrapped_like(p, U.mT if is_transposed(p) else U))
         # and may change it
         return W if W is local or torch.equal(W.to(local.dtype), local) else in_work_dtype(local)
 
@@ -411,8 +445,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             grad: The momentum of one whole matrix of it, or of a stack of matrices.
             **kwargs: Options of the parameter's group.
         """
-        orthogonalized: torch.Tensor = self.scaled_orthogonalize_fn(grad)
-        return orthogonalized
+        return self._iteration()(grad)
 
     def _check_orthogonalization(self) -> None:
         """Raises a ``ValueError`` if the mode would pass over what is in the place of the iteration."""
@@ -448,7 +481,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             self._sharding.resolve(self.param_groups)
             state.update(new_buffers(p, self._sharding.matrices(p), self._moment2))
             if self.bias_correction:
-                device = local_of(p).device if self.capturable else None
+                device = p.device if self.capturable else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
 
     @override
@@ -522,6 +555,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         return checkpoint.attributes(self)
 
     @override
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        for name in ("scaled_orthogonalize_fn", *_EXTENSION_POINTS):
+            if name in vars(self):
+                require_picklable(name, vars(self)[name])
+        return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns a copy, of its parameters too, which keep what says how they are sharded: torch's copies lose that."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        for group, group_of_copy in zip(self.param_groups, copied.param_groups, strict=True):
+            for p, q in zip(group["params"], group_of_copy["params"], strict=True):
+                vars(q).update({name: getattr(p, name) for name in _TAGS if hasattr(p, name)})
+                copied._sharding.adopt(q, p, self._sharding)
+        return copied
+
+    @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # an upstream checkpoint's groups lack ours
@@ -534,6 +585,11 @@ def _function(method: Callable[..., Any]) -> Callable[..., Any]:
     function: Callable[..., Any] = getattr(method, "__func__", method)
     return function
 
+
+# What says on a parameter how it is sharded and which matrices it holds.
+_TAGS = ("partition_dim", "muon_blocks", "muon_stacked", "muon_transposed")
+# Where upstream lets a user, or a subclass, put a function of its own.
+_EXTENSION_POINTS = ("orthogonalize", "pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
 
 _OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}
 # Options that hold for all groups; in a group they would be passed over in silence.

@@ -2,11 +2,12 @@
 """One form for every refusal: the rule, the value that broke it, and the remedy."""
 
 import math
+import pickle
 from collections.abc import Iterable
 from typing import Any
 
 
-__all__ = ["refusal", "require", "require_one_of", "within"]
+__all__ = ["refusal", "require", "require_one_of", "require_picklable", "within"]
 
 
 def refusal(rule: str, value: object, remedy: str) -> ValueError:
@@ -51,3 +52,14 @@ def within(value: Any, low: float, high: float = math.inf) -> bool:
         return bool(low <= value < high)
     except TypeError:
         return False
+
+
+def require_picklable(name: str, value: object) -> None:
+    """Raises a ``PicklingError`` that names an option which pickle cannot carry, such as a lambda or a process group."""
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        raise pickle.PicklingError(
+            f"{name} must be None or something that pickle can carry, got {value!r} ({error}): use a function of a "
+            "module, or save the optimizer's state_dict() and make the optimizer anew"
+        ) from error

@@ -18,7 +18,16 @@ from emerging_optimizers.adaptive_muon.layout import Layout, Piece
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
-__all__ = ["gradient_of", "is_dtensor", "local_of", "piece_of", "placements_like", "wrapped_like"]
+__all__ = [
+    "as_matrices",
+    "gradient_of",
+    "is_dtensor",
+    "is_transposed",
+    "local_of",
+    "piece_of",
+    "placements_like",
+    "wrapped_like",
+]
 
 
 def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
@@ -29,6 +38,22 @@ def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns what this process holds of a tensor: its piece of a DTensor, all of any other, sharing the memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def is_transposed(p: torch.Tensor) -> bool:
+    """Returns whether a parameter is tagged ``muon_transposed``: stored (in, out), it is worked on as (out, in)."""
+    return bool(getattr(p, "muon_transposed", False))
+
+
+def as_matrices(p: torch.Tensor, like_p: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns what this process holds of a parameter as matrices (out, in), a view.
+
+    Args:
+        p: The parameter.
+        like_p: A tensor that lies like the parameter, or is broadcastable to it; the parameter itself by default.
+    """
+    local = local_of(p if like_p is None else like_p)
+    return local.mT if is_transposed(p) and local.ndim > 1 else local
 
 
 def gradient_of(p: torch.Tensor) -> torch.Tensor:

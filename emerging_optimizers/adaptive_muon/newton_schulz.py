@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import batched
@@ -14,11 +14,12 @@ from absl import logging
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
+from emerging_optimizers.adaptive_muon.precision import SWITCHES, matmul_precision
+from emerging_optimizers.adaptive_muon.symmetric import cpu_has_tiles, symmetric_product
 from emerging_optimizers.orthogonalized_optimizers import muon_utils
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import CoeffIterMode, NSCoeffT
 from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[attr-defined]
-from emerging_optimizers.utils import fp32_matmul_precision
+from emerging_optimizers.utils import FP32MatmulPrecT
 
 
 __all__ = [
@@ -39,6 +40,10 @@ Coefficients = tuple[float, float, float]
 # The GPU generations for which upstream's Muon vouches for its Triton kernel.
 _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
+# What a norm is at least taken for where a matrix is divided by it. Upstream's default was 1e-7 in 0.3, which stalls the
+# iteration on the small gradients that clipping a loss spike makes, and is this one since 0.4.
+_EPS = 1e-15
+
 # Several steps at once save products from this ratio of a matrix's sides on, see _several_pay.
 _SEVERAL_FROM = 1.5
 # They round no more than a few times as much from these short sides on, two steps at once and, in float32, the first
@@ -48,6 +53,11 @@ _TWO_FROM, _THREE_FROM = 96, 512
 # By device: the longest short side of matrices that are worked on as a stack, since longer ones keep it busy one at a
 # time, and the float32 bytes of a stack, which bound a step's temporary memory and on a CPU should fit its caches.
 _STACKS = {"cpu": (256, 2**24), "cuda": (1024, 2**27)}
+
+# At "medium" precision on a CPU, the short side from which bfloat16 is faster than float32: with tiles for it (AMX), also
+# for a single matrix; with AMD's vector units, where several steps at once in float32 do not pay. Intel's vector units
+# are no faster at it than at float32.
+_TILES_FROM, _VECTORS_FROM = 192, 96
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,6 @@ class NewtonSchulz:
     steps (in float32 after the first three of a large matrix): the rounding of A, which every step on it amplifies, then stays in
     the order of the plain iteration's own.
 
-    The precision of the products is torch's float32 matmul precision at the time of the call, as in upstream.
-
     Args:
         coefficient_type: A coefficient set of upstream's table, see
             :func:`~emerging_optimizers.orthogonalized_optimizers.muon_utils.newton_schulz`.
@@ -76,8 +84,11 @@ class NewtonSchulz:
         algorithm: "standard" is upstream's function, one matrix after the other, and gives its numbers to the last bit
             ("medium" precision iterates in bfloat16). "gram" takes several steps at once, of a stack of matrices. At
             "medium" precision it iterates in float16 on CUDA, which is as fast as bfloat16 and more exact, and in
-            float32 elsewhere. "auto" is the fastest of both for the shape and the device that rounds no more than a
-            few times as much as "standard", at "medium" precision less.
+            float32 elsewhere. "auto" is the fastest of all for the shape and the device that rounds no more than a
+            few times as much as "standard"; at "medium" precision it rounds less, or where a CPU is faster in bfloat16
+            as much.
+        precision: Precision of the products, whatever torch's own setting is: "highest", "high" or "medium", see
+            :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`.
 
     Raises:
         ValueError: If a name is unknown or ``num_steps`` is not a positive whole number.
@@ -87,6 +98,7 @@ class NewtonSchulz:
     num_steps: int
     use_syrk: bool = False
     algorithm: NSAlgorithmT = "auto"
+    precision: FP32MatmulPrecT = "medium"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -99,6 +111,7 @@ class NewtonSchulz:
             "upstream's default is 5",
         )
         require_one_of("ns_algorithm", self.algorithm, get_args(NSAlgorithmT))
+        require_one_of("fp32_matmul_prec", self.precision, get_args(FP32MatmulPrecT))
 
     def __call__(self, matrices: torch.Tensor) -> torch.Tensor:
         """Returns the orthogonalized matrices, in the shape and dtype of ``matrices``.
@@ -111,11 +124,9 @@ class NewtonSchulz:
         stack = matrices.reshape(-1, *matrices.shape[-2:]).float()
         return _ALGORITHMS[self.algorithm](self, stack).view(matrices.shape).to(matrices.dtype)
 
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """Returns the dtype of the iteration on a device, in which the result is exact, at the precision of the time."""
-        if _precision() != "medium":
-            return torch.float32
-        return _MEDIUM[self.algorithm](device)
+    def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
+        """Returns the dtype of the iteration on matrices of a shape on a device, in which the result is exact."""
+        return _MEDIUM[self.algorithm](device, shape) if self.precision == "medium" else torch.float32
 
     def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
         """Returns the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
@@ -134,24 +145,30 @@ class NewtonSchulz:
         return stacked([self._upstreams(matrix) for matrix in stack])
 
     def _gram(self, stack: torch.Tensor) -> torch.Tensor:
-        """Several steps at once; at "high" precision too in full, since TF32 would round the Gram matrix too coarsely."""
-        with fp32_matmul_precision("highest") if _precision() == "high" else nullcontext():
-            return self._iterated(stack, at_once=True)
+        """Several steps at once."""
+        return self._iterated(stack, at_once=True)
 
     def _auto(self, stack: torch.Tensor) -> torch.Tensor:
-        """The fastest of both, in the fastest dtype that is at least as exact as upstream's."""
-        if self.dtype(stack.device) == torch.bfloat16:
-            return self._standard(stack)
-        return self._iterated(stack, at_once=_several_pay(stack))
+        """Several steps at once where that saves products and is exact, else one after the other."""
+        coarse = self.dtype(stack.device, stack.shape) == torch.bfloat16 or (
+            self.precision == "high" and stack.is_cuda
+        )
+        return self._iterated(stack, at_once=not coarse and _several_pay(stack.shape))
 
     def _iterated(self, stack: torch.Tensor, *, at_once: bool) -> torch.Tensor:
         """Our own iteration of a whole stack."""
-        dtype = self.dtype(stack.device)
+        dtype = self.dtype(stack.device, stack.shape)
         blocks = _in_blocks(self._steps, min(stack.shape[1:]), dtype) if at_once else [*batched(self._steps, 1)]
         parts = torch.split(stack, stack_size(stack.shape[1:], stack.device))
-        with _sums_in_float32() if dtype == torch.float16 else nullcontext():
+        with self._switches(dtype, at_once):
             results = [iterated(part, blocks, dtype, self.use_syrk) for part in parts]
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _switches(self, dtype: torch.dtype, at_once: bool) -> AbstractContextManager[None]:
+        """Torch's switches as the products need them; several steps at once never in TF32, which rounds too coarsely."""
+        if dtype == torch.float32:
+            return matmul_precision("high" if self.precision == "high" and not at_once else "highest")
+        return _sums_in_float32() if dtype == torch.float16 else nullcontext()
 
     @property
     def _steps(self) -> tuple[Coefficients, ...]:
@@ -160,27 +177,29 @@ class NewtonSchulz:
 
     def _upstreams(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
         """Upstream's iteration of a float32 matrix; ``spread`` says how a matrix in strips lies."""
-        orthogonalized: torch.Tensor = muon_utils.newton_schulz(
-            matrix,
-            steps=self.num_steps,
-            coefficient_type=self.coefficient_type,
-            use_syrk=self.use_syrk and _syrk_takes(matrix),
-            **spread,
-        )
+        with matmul_precision(self.precision):
+            orthogonalized: torch.Tensor = muon_utils.newton_schulz(
+                matrix,
+                steps=self.num_steps,
+                coefficient_type=self.coefficient_type,
+                eps=_EPS,
+                use_syrk=self.use_syrk and _syrk_takes(matrix),
+                **spread,
+            )
         return orthogonalized
 
 
-def _medium_of_auto(device: torch.device) -> torch.dtype:
+def _medium_of_auto(device: torch.device, shape: Sequence[int]) -> torch.dtype:
     """The fastest dtype that is as exact as bfloat16: that itself where nothing is known."""
-    if device.type == "cuda":
-        return torch.float16
-    return torch.float32 if device.type == "cpu" and not _cpu_has_bfloat16_units() else torch.bfloat16
+    if device.type == "cpu":
+        return torch.bfloat16 if _is_faster_in_bfloat16(shape) else torch.float32
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
 # The dtype of "medium" precision on a device. Several steps at once are not safe in bfloat16.
-_MEDIUM: dict[str, Callable[[torch.device], torch.dtype]] = {
-    "standard": lambda device: torch.bfloat16,
-    "gram": lambda device: torch.float16 if device.type == "cuda" else torch.float32,
+_MEDIUM: dict[str, Callable[[torch.device, Sequence[int]], torch.dtype]] = {
+    "standard": lambda device, shape: torch.bfloat16,
+    "gram": lambda device, shape: torch.float16 if device.type == "cuda" else torch.float32,
     "auto": _medium_of_auto,
 }
 
@@ -217,7 +236,7 @@ def iterated(
         use_syrk: Whether symmetric products use our Triton kernel where it takes them.
     """
     product = partial(symmetric_product, use_syrk=use_syrk)
-    X = torch.nn.functional.normalize(stack, p=2.0, dim=(-2, -1), eps=1e-7).to(dtype)  # type: ignore[arg-type]
+    X = torch.nn.functional.normalize(stack, p=2.0, dim=(-2, -1), eps=_EPS).to(dtype)  # type: ignore[arg-type]
     tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
     A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
     for block in blocks:
@@ -275,16 +294,25 @@ def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficie
     return tuple(muon_utils.get_coefficient_iterator(num_steps, sets, mode=mode))
 
 
-def _several_pay(stack: torch.Tensor) -> bool:
+def _several_pay(shape: Sequence[int]) -> bool:
     """Whether several steps at once save products, and are exact.
 
     In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, a
     further step costs 5 in a block and 3r + 1 by itself; at full price 8 and 4r + 2.
     """
-    if stack.device.type == "cuda" and _precision() == "high":
-        return False  # TF32 rounds the Gram matrix too coarsely
-    short, long = sorted(stack.shape[-2:])
+    short, long = sorted(shape[-2:])
     return long >= _SEVERAL_FROM * short and short >= _TWO_FROM
+
+
+def _is_faster_in_bfloat16(shape: Sequence[int]) -> bool:
+    """Whether the CPU iterates on matrices of this shape faster in bfloat16. Nothing but the shape and the CPU decides:
+    replicas must round alike."""
+    short = min(shape[-2:])
+    if not _cpu_has_bfloat16_units():
+        return False
+    if cpu_has_tiles():
+        return short >= _TILES_FROM
+    return _cpu_is_amds_with_vectors() and short >= _VECTORS_FROM and not _several_pay(shape)
 
 
 def _in_blocks(steps: Sequence[Coefficients], short: int, dtype: torch.dtype) -> list[Sequence[Coefficients]]:
@@ -298,29 +326,32 @@ def _sums_in_float32() -> Iterator[None]:
     """Keeps cuBLAS from summing products of float16 in float16, which it may by default where it splits the sum."""
     flags, reduction, split_k = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "_split_k"
     names = (reduction, "allow_fp16_accumulation")
-    before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
-    if hasattr(flags, reduction + split_k):  # the first is set together with it, as a pair
-        before[reduction] = before[reduction], getattr(flags, reduction + split_k)
-    try:
-        for name, value in before.items():
-            setattr(flags, name, (False, value[1]) if isinstance(value, tuple) else False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(flags, name, value)
-
-
-def _precision() -> str:
-    """Torch's float32 matmul precision."""
-    return torch.get_float32_matmul_precision()
+    with SWITCHES:
+        before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+        if hasattr(flags, reduction + split_k):  # the first is set together with it, as a pair
+            before[reduction] = before[reduction], getattr(flags, reduction + split_k)
+        try:
+            for name, value in before.items():
+                setattr(flags, name, (False, value[1]) if isinstance(value, tuple) else False)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(flags, name, value)
 
 
 @cache
 def _cpu_has_bfloat16_units() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices faster than float32; others are 10 times slower at it."""
+    """Whether the CPU has instructions for products of bfloat16; others are 10 times slower at it."""
     return any(
         bool(getattr(torch.cpu, name, bool)()) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     )
+
+
+@cache
+def _cpu_is_amds_with_vectors() -> bool:
+    """Whether the CPU is one of AMD's that multiply vectors of bfloat16 twice as fast as of float32 (Zen 4 and newer)."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "AMD" in str(found.get("cpu_name")) and bool(found.get("avx512_bf16"))
 
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -82,7 +82,7 @@ class Orthogonalize(GroupRequest[torch.Tensor]):
     def dtype(self) -> torch.dtype:
         """The dtype in which the orthogonalized matrix is exact."""
         known = isinstance(self.of_whole, NewtonSchulz)
-        return self.newton_schulz.dtype(self.piece.device) if known else torch.float32
+        return self.newton_schulz.dtype(self.piece.device, self.layout.whole) if known else torch.float32
 
     @staticmethod
     def orthogonalized(

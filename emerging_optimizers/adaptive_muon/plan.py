@@ -10,7 +10,6 @@ from typing import NamedTuple, cast
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.dtensor import local_of
 from emerging_optimizers.adaptive_muon.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.newton_schulz import in_stacks
 from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
@@ -23,13 +22,14 @@ _BYTES = 4  # pieces travel in float32
 
 
 class Ready(NamedTuple):
-    """A parameter with a gradient, after all that a plan depends on: its matrices, its group's number, where it is."""
+    """All that a plan depends on of a parameter with a gradient: its matrices, its group's number, what is held here."""
 
     matrices: tuple[Matrix, ...]
     group: int
     dtype: torch.dtype
     device: torch.device
-    p: torch.Tensor
+    shape: torch.Size
+    transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +37,14 @@ class Stack:
     """Parameters alike in all but their values, to be worked on as one.
 
     Args:
-        params: The parameters.
+        members: The parameters, by their places among those of the step.
         group: The number of their group.
         matrices: The logical matrices of the first; the others' lie like them.
         homes: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
         among_many: Whether the step has so many matrices in pieces that they take several rounds.
     """
 
-    params: list[torch.Tensor]
+    members: list[int]
     group: int
     matrices: tuple[Matrix, ...]
     homes: list[list[int]]
@@ -73,54 +73,55 @@ def make_plan(ready: Sequence[Ready], mode: type[Orthogonalize] | None, max_byte
         max_bytes_in_flight: What a rank may have to send and to receive at once. A round ends where it would be more;
             a parameter that is beyond it by itself has a round of its own.
     """
-    by_group: dict[ProcessGroup | None, list[Ready]] = {}
-    for each in ready:
+    by_group: dict[ProcessGroup | None, dict[int, Ready]] = {}
+    for index, each in enumerate(ready):
         layouts = [matrix.layout for matrix in each.matrices]
         [group] = {layout.group if isinstance(layout, ShardedLayout) else None for layout in layouts}
-        by_group.setdefault(group, []).append(each)
-    plan = Plan([[stack] for stack in _stacks(by_group.pop(None, []), {})], {})
+        by_group.setdefault(group, {})[index] = each
+    plan = Plan([[stack] for stack in _stacks(by_group.pop(None, {}), {})], {})
     for group, held in by_group.items():
         assert group is not None and mode is not None
-        shared = [_Shared(each.p, matrix) for each in held for matrix in each.matrices]
+        shared = [_Shared(index, each.shape, matrix) for index, each in held.items() for matrix in each.matrices]
         plan.homes.update(_homes(shared, group.size()))
-        loads = {each.p: [0] * group.size() for each in held}
+        loads = {index: [0] * group.size() for index in held}
         for one in shared:
             receivers = mode.receivers(plan.homes[one.matrix], group.size())
-            loads[one.p] = list(map(add, loads[one.p], one.load(receivers)))
-        by_p = {each.p: each for each in held}
+            loads[one.index] = list(map(add, loads[one.index], one.load(receivers)))
         rounds = _rounds(loads, max_bytes_in_flight)
         plan.rounds.extend(
-            _stacks([by_p[p] for p in at_once], plan.homes, among_many=len(rounds) > 1) for at_once in rounds
+            _stacks({index: held[index] for index in at_once}, plan.homes, among_many=len(rounds) > 1)
+            for at_once in rounds
         )
     return plan
 
 
-def _stacks(ready: Sequence[Ready], homes: Mapping[Matrix, int], *, among_many: bool = False) -> list[Stack]:
+def _stacks(ready: Mapping[int, Ready], homes: Mapping[Matrix, int], *, among_many: bool = False) -> list[Stack]:
     """The parameters in stacks, each of no more than keep the device busy.
 
     Stacks wait for the other ranks one after the other, so that those of parameters in pieces must be the same on all
     ranks that hold some: only what all of these know decides.
     """
-    alike: dict[Hashable, list[Ready]] = {}
-    for each in ready:
-        kinds = tuple(matrix.kind for matrix in each.matrices)
-        alike.setdefault((kinds, *each[1:-1], local_of(each.p).shape), []).append(each)
+    alike: dict[Hashable, list[int]] = {}
+    for index, each in ready.items():
+        alike.setdefault((tuple(matrix.kind for matrix in each.matrices), *each[1:]), []).append(index)
     stacks = []
     for members in alike.values():
-        local, held = local_of(members[0].p), members[0].matrices[0].held
-        shape = local.shape if held is None else (*local.shape[:-2], *held.largest)
-        for some in in_stacks(members, shape, local.device):
-            same = zip(*(one.matrices for one in some), strict=True)
+        first = ready[members[0]]
+        held = first.matrices[0].held
+        shape = first.shape if held is None else (*first.shape[:-2], *held.largest)
+        for some in in_stacks(members, shape, first.device):
+            same = zip(*(ready[index].matrices for index in some), strict=True)
             of_homes = [[homes.get(matrix, 0) for matrix in each] for each in same]
-            stacks.append(Stack([one.p for one in some], some[0].group, some[0].matrices, of_homes, among_many))
+            stacks.append(Stack([*some], first.group, ready[some[0]].matrices, of_homes, among_many))
     return stacks
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """A matrix that a group holds in pieces, and its parameter."""
+    """A matrix that a group holds in pieces, and of its parameter the place and the shape at hand."""
 
-    p: torch.Tensor
+    index: int
+    shape: torch.Size
     matrix: Matrix
 
     @property
@@ -131,7 +132,7 @@ class _Shared:
     @property
     def stack(self) -> int:
         """How many matrices of this shape lie in a stack."""
-        return math.prod(local_of(self.p).shape[:-2])
+        return math.prod(self.shape[:-2])
 
     @property
     def cost(self) -> int:
@@ -158,15 +159,15 @@ def _homes(shared: list[_Shared], ranks: int) -> dict[Matrix, int]:
     return homes
 
 
-def _rounds(loads: dict[torch.Tensor, list[int]], most: int) -> list[list[torch.Tensor]]:
+def _rounds(loads: dict[int, list[int]], most: int) -> list[list[int]]:
     """The parameters, those with the most to send and receive first, in rounds in which no rank has too much."""
-    rounds: list[list[torch.Tensor]] = []
+    rounds: list[list[int]] = []
     in_flight: list[int] = []
-    for p in sorted(loads, key=lambda p: -sum(loads[p])):
-        together = list(map(add, in_flight, loads[p]))
+    for index in sorted(loads, key=lambda index: -sum(loads[index])):
+        together = list(map(add, in_flight, loads[index]))
         if not rounds or max(together) > most:
             rounds.append([])
-            together = loads[p]
-        rounds[-1].append(p)
+            together = loads[index]
+        rounds[-1].append(index)
         in_flight = together
     return rounds

@@ -3,10 +3,9 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from itertools import accumulate, count, pairwise
+from typing import Any, NamedTuple, override
 
 import torch
 from torch import distributed as dist
@@ -15,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from emerging_optimizers.adaptive_muon.agreement import require_agreement, tell_all
 from emerging_optimizers.adaptive_muon.blocks import row_blocks
-from emerging_optimizers.adaptive_muon.checks import require, within
-from emerging_optimizers.adaptive_muon.dtensor import is_dtensor, local_of, piece_of
+from emerging_optimizers.adaptive_muon.checks import require, require_picklable, within
+from emerging_optimizers.adaptive_muon.dtensor import as_matrices, is_dtensor, is_transposed, piece_of
 from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Rectangle, ShardedLayout, Split
 from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
@@ -27,6 +26,7 @@ __all__ = ["BlocksFn", "Held", "LayoutFn", "Matrix", "Sharding", "joined"]
 
 LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
 BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
+Key = tuple[int, int]
 
 
 class Held(NamedTuple):
@@ -161,27 +161,35 @@ class Sharding:
         )
         self._tp_group, self._mode, self._alike = tp_group, mode, alike
         self._layout_fn, self._blocks_fn = layout_fn, blocks_fn
-        self._checked: dict[torch.Tensor, None] = {}
-        self._known: dict[torch.Tensor, tuple[torch.Size, tuple[Matrix, ...]]] = {}
+        # By keys of parameters, which keep none alive that has left the groups.
+        self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
         # Of each group, the parameters that had a gradient when its ranks compared them; and groups that have yet to.
-        self._compared: dict[ProcessGroup, list[torch.Tensor]] = {}
+        self._compared: dict[ProcessGroup, list[Key]] = {}
         self._to_compare: set[ProcessGroup] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
-        """Returns one for a copy of the optimizer: process groups are shared, parameters are the copies.
-
-        They are given back the attributes that say how they are sharded, without which torch copies a parameter.
-        """
+        """Returns one for a copy of the optimizer, with the same process groups; :meth:`adopt` has it know the copies."""
         copy = Sharding(self._tp_group, self._mode, self._layout_fn, self._blocks_fn, self._alike)
         copy._to_compare = self._to_compare | self._compared.keys()
-        copy._known = {deepcopy(p, memo): known for p, known in self._known.items()}
-        for p in self._checked:
-            q = deepcopy(p, memo)
-            for name in ("partition_dim", "muon_blocks", "muon_stacked"):
-                if hasattr(p, name):
-                    setattr(q, name, getattr(p, name))
-            copy._checked[q] = None
         return copy
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what pickle carries: the options, or an error that names the one that cannot be carried."""
+        for name in ("tp_group", "layout_fn", "blocks_fn"):
+            require_picklable(name, getattr(self, f"_{name}"))
+        require(
+            not any(isinstance(matrix.layout, ShardedLayout) for _, known in self._known.values() for matrix in known),
+            "an optimizer must hold whole matrices to be pickled",
+            "parameters that a process group holds together",
+            "save its state_dict(), and make the optimizer anew",
+        )
+        return {**vars(self), "_known": {}, "_compared": {}, "_to_compare": set()}
+
+    def adopt(self, q: torch.Tensor, p: torch.Tensor, known_by: "Sharding") -> None:
+        """Takes what another knows of a parameter for a copy of it."""
+        if known_by._knows(p):
+            self._known[_key(q)] = known_by._known[_key(p)]
 
     def check(self, group: dict[str, Any]) -> None:
         """Raises a ``ValueError`` if what this process alone can know of a parameter group's sharding is wrong."""
@@ -189,15 +197,14 @@ class Sharding:
         for p, name in named:
             if isinstance(self._alone(p, name), Layout):
                 self._whole(p, name)
-        self._checked |= dict.fromkeys(p for p, _ in named)
 
     def matrices(self, p: torch.Tensor) -> tuple[Matrix, ...]:
         """Returns the logical matrices of a parameter that :meth:`resolve` has seen."""
-        return self._known[p][1]
+        return self._known[_key(p)][1]
 
     def is_empty(self, p: torch.Tensor) -> bool:
         """Returns whether there is nothing to do for a parameter, neither here nor for the others that hold it."""
-        local, layout = local_of(p), self.matrices(p)[0].layout
+        local, layout = as_matrices(p), self.matrices(p)[0].layout
         return 0 in (*local.shape[:-2], *layout.shape(local))
 
     @property
@@ -220,8 +227,8 @@ class Sharding:
             if isinstance(layout, ShardedLayout):
                 of_group.setdefault(layout.group, {})[p] = name
         for group, names in of_group.items():
-            having = [p for p in names if p.grad is not None]
-            if group in self._to_compare or [*map(id, having)] != [*map(id, self._compared.get(group, []))]:
+            having = [_key(p) for p in names if p.grad is not None]
+            if group in self._to_compare or having != self._compared.get(group, []):
                 mine = [f"{name} has {'no' if p.grad is None else 'a'} gradient" for p, name in names.items()]
                 require_agreement(
                     tell_all(group, mine, "which parameters have a gradient"),
@@ -244,6 +251,8 @@ class Sharding:
             ValueError: If ranks disagree, or pieces or blocks do not fit together.
             RuntimeError: If a rank does not answer.
         """
+        present = {_key(p) for group in param_groups for p in group["params"]}
+        self._known = {key: known for key, known in self._known.items() if key in present}
         found = [(p, name, self._alone(p, name)) for p, name in _named(param_groups, lambda p: not self._knows(p))]
         if not found:
             return
@@ -272,15 +281,16 @@ class Sharding:
             for (p, name, spec), *pieces in zip(members, *(pieces for _, pieces in told), strict=True):
                 if not isinstance(spec, Layout):
                     known[p] = self._sharded(p, name, group, pieces)
-        self._known.update({p: (local_of(p).shape, matrices) for p, matrices in known.items()})
+        self._known.update({_key(p): (as_matrices(p).shape, matrices) for p, matrices in known.items()})
 
     def _knows(self, p: torch.Tensor) -> bool:
         """Whether the matrices of a parameter are known, and still those."""
-        return p in self._known and self._known[p][0] == local_of(p).shape
+        known = self._known.get(_key(p))
+        return known is not None and known[0] == as_matrices(p).shape
 
     def _alone(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """How a parameter is split, as far as this process can know alone."""
-        spec = self._spec(p, name)
+        spec = _as_matrix(p, self._spec(p, name), name)
         if isinstance(spec, Layout) or (spec.group.size() == 1 and not getattr(spec, "padding", 0)):
             return Layout()
         if isinstance(spec, Split):
@@ -291,7 +301,7 @@ class Sharding:
                 "0 splits the rows of a matrix, 1 its columns",
             )
             return spec if spec.dim >= p.ndim - 2 else Layout()  # a stack of matrices, each of them whole
-        local, (rows, columns) = tuple(local_of(p).shape[-2:]), Rectangle(*spec.rectangle).shape
+        local, (rows, columns) = tuple(as_matrices(p).shape[-2:]), Rectangle(*spec.rectangle).shape
         require(
             within(spec.padding, 0) and local == (rows + spec.padding, columns),
             f"the piece of {name} at hand must have the {rows} x {columns} of its rectangle and {spec.padding} rows of "
@@ -348,7 +358,7 @@ class Sharding:
 
     def _tell(self, p: torch.Tensor, name: str, spec: Layout | Split | Piece, number: int) -> _Told:
         """What to tell the other ranks of a parameter."""
-        local = local_of(p).shape
+        local = as_matrices(p).shape
         whole, rectangle = (spec.whole, spec.rectangle) if isinstance(spec, Piece) else (None, None)
         return _Told(
             name,
@@ -363,7 +373,7 @@ class Sharding:
 
     def _whole(self, p: torch.Tensor, name: str) -> tuple[Matrix, ...]:
         """The matrices of a parameter that is held whole."""
-        local, blocks = local_of(p), self._blocks(p)
+        local, blocks = as_matrices(p), self._blocks(p)
         if blocks is None:
             return (Matrix(Layout()),)
         held = range(local.size(-2))
@@ -380,7 +390,7 @@ class Sharding:
         as_held = None if self._mode is None else Held(blocks, tuple(each.local for each in told))
         if blocks is None:
             rows = own.shape[0]
-            unpadded = slice(None) if rows == local_of(p).size(-2) else slice(rows)
+            unpadded = slice(None) if rows == as_matrices(p).size(-2) else slice(rows)
             return (Matrix(self._layout(group, whole, rectangles, name), rows=unpadded, held=as_held),)
         held = range(own.top, own.bottom)
         matrices = []
@@ -389,7 +399,7 @@ class Sharding:
                 Rectangle(block.rows_before(r.top), block.rows_before(r.bottom), r.left, r.right) for r in rectangles
             ]
             layout = self._layout(group, (block.rows_before(whole[0]), whole[1]), tuple(cut), f"a block of {name}")
-            matrices.append(Matrix(layout, index, block.rows_at(held, local_of(p).device), as_held))
+            matrices.append(Matrix(layout, index, block.rows_at(held, p.device), as_held))
         return tuple(matrices)
 
     def _layout(
@@ -401,6 +411,38 @@ class Sharding:
         layout = ShardedLayout(group, group.rank(), whole, rectangles)
         self._mode.check(layout, name)
         return layout
+
+
+_numbers = count()
+
+
+def _key(p: torch.Tensor) -> Key:
+    """Returns what no other parameter has nor will have: its ``id`` and a number that it is given.
+
+    What is known of a parameter is kept by it. Unlike the parameter itself it keeps nothing alive, unlike a weak
+    reference it lets ``torch.utils.swap_tensors`` work, and unlike the ``id`` alone it is never used again.
+    """
+    if not hasattr(p, "_muon_number"):
+        p._muon_number = next(_numbers)  # type: ignore[attr-defined]
+    number: int = p._muon_number  # type: ignore[attr-defined]
+    return id(p), number
+
+
+def _as_matrix(p: torch.Tensor, spec: Layout | Split | Piece, name: str) -> Layout | Split | Piece:
+    """How the matrix (out, in) of a parameter is split, where the parameter may be stored (in, out)."""
+    if not is_transposed(p) or isinstance(spec, Layout):
+        return spec
+    if isinstance(spec, Split):
+        swapped = {p.ndim - 2: p.ndim - 1, p.ndim - 1: p.ndim - 2}
+        return Split(spec.group, swapped.get(spec.dim, spec.dim))
+    require(
+        spec.padding == 0,
+        f"a parameter tagged muon_transposed must not be padded; the padding of {name} is",
+        spec.padding,
+        "store its transpose, without the tag",
+    )
+    top, bottom, left, right = spec.rectangle
+    return Piece(spec.group, spec.whole[::-1], (left, right, top, bottom))
 
 
 def _pieces(told: Sequence[_Told]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:

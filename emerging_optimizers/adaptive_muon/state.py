@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from emerging_optimizers.adaptive_muon.dtensor import local_of, placements_like, wrapped_like
+from emerging_optimizers.adaptive_muon.dtensor import (
+    as_matrices,
+    is_transposed,
+    local_of,
+    placements_like,
+    wrapped_like,
+)
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.newton_schulz import stacked
 from emerging_optimizers.adaptive_muon.parameters import work_dtype
@@ -22,7 +28,7 @@ __all__ = ["MomentAverage", "buffer_dims", "buffer_key", "buffer_shape", "new_bu
 
 
 def buffer_dims(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -> dict[str, tuple[int, ...]]:
-    """Returns the names of a parameter's buffers, and along which of -2 (rows) and -1 (columns) each lies as it does.
+    """Returns the names of a parameter's buffers, and along which of its dimensions -2 and -1 each lies as it does.
 
     Args:
         p: The parameter.
@@ -31,8 +37,9 @@ def buffer_dims(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -
     """
     dims: dict[str, tuple[int, ...]] = {"momentum_buffer": (-2, -1)}
     for matrix in matrices:
-        of_moment2 = moment2.dims(*matrix.layout.shape(matrix.of(local_of(p))))
-        dims[buffer_key(matrix, of_moment2)] = of_moment2
+        of_moment2 = moment2.dims(*matrix.layout.shape(matrix.of(as_matrices(p))))
+        of_p = tuple(-3 - dim for dim in of_moment2) if is_transposed(p) else of_moment2
+        dims[buffer_key(matrix, of_moment2)] = of_p
     return dims
 
 
@@ -52,7 +59,8 @@ def new_buffers(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -
     """
     buffers, local = {}, local_of(p)
     for key, dims in buffer_dims(p, matrices, moment2).items():
-        buffers[key] = local.new_zeros(buffer_shape(local, dims), dtype=work_dtype(p))
+        # not new_zeros, which gives a subclass of torch.Tensor, as some weights are, its own kind
+        buffers[key] = torch.zeros(buffer_shape(local, dims), dtype=work_dtype(p), device=local.device)
         placements = placements_like(p, dims)
         if placements is not None:
             buffers[key] = wrapped_like(p, buffers[key], placements, buffer_shape(p, dims))
@@ -64,12 +72,14 @@ class MomentAverage:
     """V of a stack of matrices: takes a statistic, averages it into V in place and returns V.
 
     Args:
-        states: The states of a stack of parameters.
+        params: The parameters of a stack.
+        states: Their states.
         matrix: The matrix, of each of them.
         dims: Along which of its rows (-2) and columns (-1) V has entries of its own.
         beta2: Decay rate of V.
     """
 
+    params: Sequence[torch.Tensor]
     states: Sequence[dict[str, torch.Tensor]]
     matrix: Matrix
     dims: tuple[int, ...]
@@ -78,7 +88,7 @@ class MomentAverage:
     def __call__(self, statistic: torch.Tensor) -> torch.Tensor:
         """Returns V, in the shape of ``statistic``, after its update."""
         key, by_row = buffer_key(self.matrix, self.dims), -2 in self.dims
-        buffers = [local_of(state[key]) for state in self.states]
+        buffers = [as_matrices(p, state[key]) for p, state in zip(self.params, self.states, strict=True)]
         statistics = statistic.unbind(0)
         averages = [
             (self.matrix.of(buffer) if by_row else buffer).view_as(each)

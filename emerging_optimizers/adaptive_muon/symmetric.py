@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products that are known to be symmetric: half of such a product says it all."""
 
+from functools import cache
+
 import torch
 
 from emerging_optimizers.adaptive_muon.symmetric_kernel import symmetric_product_on_cuda
 
 
-__all__ = ["symmetric_product"]
+__all__ = ["cpu_has_tiles", "symmetric_product"]
 
 # A CPU gains from this many rows on, down to blocks of this many (measured on two cores).
 _CPU_FROM = 384
@@ -41,11 +43,17 @@ def symmetric_product(
         symmetric_product_on_cuda(S, T, plus, out, beta, alpha)
         return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
-    if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM:
+    if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM and not (S.dtype == torch.bfloat16 and cpu_has_tiles()):
         for each in zip(S, T, plus, out, strict=True):
             _in_halves(*each, beta, alpha)
     else:
         torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
+
+
+@cache
+def cpu_has_tiles() -> bool:
+    """Returns whether the CPU multiplies bfloat16 in tiles (AMX): so fast that half of a product saves nothing."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def _in_halves(

@@ -133,6 +133,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Returns the state, with ``moment2_buffer`` in the shape of its parameter: a view of V where V is smaller."""
+        self._sharding.resolve(self.param_groups)
         state_dict = super().state_dict()
         states = {
             key: spread(state_dict["state"][key], p, self._sharding.matrices(p), self._moment2)

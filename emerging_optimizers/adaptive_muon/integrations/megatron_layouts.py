@@ -5,13 +5,14 @@ The float32 main parameters of bfloat16 training keep few of their model paramet
 upon, and the model parameter's reference to its main parameter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from absl import logging
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Split
 
@@ -40,7 +41,7 @@ class MegatronLayouts:
     ) -> None:
         self._groups, self._tensor_parallel = pg_collection, tensor_parallel
         self._is_qkv, self._qkv_split_shapes = is_qkv, qkv_split_shapes
-        self._padding_of: dict[torch.Tensor, int] = {}
+        self._padding_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
         self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
 
     def layout(self, p: torch.Tensor) -> Layout | Split | Piece | None:

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modes of torch in which a step runs, whatever modes are around it."""
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+__all__ = ["plain_modes"]
+
+
+@contextmanager
+def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
+    """Leaves autocast, inference mode, gradients and a default device that was set, for the time of a step.
+
+    Autocast would round the products of a step, and state made in inference mode could not be updated outside of it.
+    Parameters that are inference tensors themselves can only be updated in inference mode, which then stays.
+
+    Args:
+        params: The parameters of the step.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.no_grad())
+        if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in params):
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())  # inference mode's own setting went with it
+        for kind in {p.device.type for p in params}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            modes.enter_context(torch.device("cpu"))
+        yield
