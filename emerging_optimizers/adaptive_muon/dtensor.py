@@ -50,10 +50,11 @@ def as_matrices(p: torch.Tensor, like_p: torch.Tensor | None = None) -> torch.Te
 
     Args:
         p: The parameter.
-        like_p: A tensor that lies like the parameter, or is broadcastable to it; the parameter itself by default.
+        like_p: A tensor that lies like the parameter, or is broadcastable to it; the parameter itself by default. One
+            of fewer dimensions is returned as it is.
     """
     local = local_of(p if like_p is None else like_p)
-    return local.mT if is_transposed(p) and local.ndim > 1 else local
+    return local.mT if is_transposed(p) and local.ndim == p.ndim else local
 
 
 def gradient_of(p: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step is the same whatever modes of torch are around it, and leaves them as it found them."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, get_args
+
+import pytest
+import torch
+from side_by_side import each_method, normal
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.newton_schulz import NSAlgorithmT
+from emerging_optimizers.adaptive_muon.precision import matmul_precision
+
+
+SHAPES = [(40, 24), (24, 40), (24, 40), (200, 420), (7,)]
+
+
+@contextmanager
+def set_for_a_while(set_to: Callable[[Any], object], value: Any, before: Any) -> Iterator[None]:
+    set_to(value)
+    try:
+        yield
+    finally:
+        set_to(before)
+
+
+def deterministic() -> AbstractContextManager[None]:
+    return set_for_a_while(torch.use_deterministic_algorithms, True, False)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "inference": torch.inference_mode,
+    "gradients": torch.enable_grad,
+    "no gradients": torch.no_grad,
+    "a default device": lambda: torch.device("meta"),
+    "the default device, set": lambda: set_for_a_while(torch.set_default_device, "meta", None),
+    "default dtype float64": lambda: set_for_a_while(torch.set_default_dtype, torch.float64, torch.float32),
+    "default dtype float16": lambda: set_for_a_while(torch.set_default_dtype, torch.float16, torch.float32),
+    "deterministic": deterministic,
+    "anomaly detection": torch.autograd.detect_anomaly,
+    "precision high": lambda: set_for_a_while(torch.set_float32_matmul_precision, "high", "highest"),
+    "precision medium": lambda: set_for_a_while(torch.set_float32_matmul_precision, "medium", "highest"),
+}
+
+
+def trained(mode: Callable[[], AbstractContextManager[Any]], **options: Any) -> tuple[list[torch.Tensor], Any]:
+    """Weights and state after steps inside a mode, the last one outside again."""
+    params = [nn.Parameter(normal(shape, i)) for i, shape in enumerate(SHAPES)]
+    params[0].muon_blocks = (16, 16, 8)
+    if options.get("capturable"):  # torch's AdamW is not on a CPU
+        optimizer: Any = AdaptiveMuon(params[:-1], lr=0.05, **options)
+    else:
+        optimizer = HybridAdaptiveMuon(params, lr=0.05, **options)
+    for step in range(4):
+        for i, p in enumerate(params):
+            p.grad = normal(p.shape, 10 * step + i)
+        with mode() if step < 3 else nullcontext():
+            optimizer.step()
+    return [p.detach() for p in params], optimizer.state_dict()["state"]
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moment2_method": "adamuon", "ns_algorithm": "standard", "fp32_matmul_prec": "highest"},
+        {"moment2_method": "normuon", "ns_algorithm": "gram", "fp32_matmul_prec": "high", "nesterov": True},
+        {"moment2_method": "namo", "weight_decay_method": "adaptive", "bias_correction": True},
+        {"moment2_method": "namo_d", "fp32_matmul_prec": "highest", "capturable": True},
+    ],
+    ids=lambda options: options["moment2_method"],
+)
+def test_a_step_is_the_same_inside_a_mode(mode: str, options: dict[str, Any]) -> None:
+    """Bit for bit, weights and state, whose dtypes and devices are the same too."""
+    weights, state = trained(nullcontext, **options)
+    inside, state_inside = trained(MODES[mode], **options)
+    assert all(map(torch.equal, weights, inside))
+    if mode == "default dtype float64":  # torch's AdamW counts in the default dtype
+        for each in state_inside.values():
+            each.update({"step": each["step"].float()} if "exp_avg" in each else {})
+    torch.testing.assert_close(state_inside, state, atol=0, rtol=0)
+    assert not any(value.is_inference() for each in state_inside.values() for value in each.values())
+
+
+def test_parameters_made_in_inference_mode_are_updated_there() -> None:
+    with torch.inference_mode():
+        p = nn.Parameter(normal((4, 6)))
+        p.grad = normal((4, 6), 1)
+        AdaptiveMuon([p]).step()
+        assert not torch.equal(p, normal((4, 6)))
+
+
+# Torch's precision, set in ways that exclude each other or not; they run in processes of their own, one after the other.
+SETTINGS = [
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'ieee'",
+    "torch.backends.fp32_precision = 'bf16'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "torch.backends.mkldnn.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cudnn.conv.fp32_precision = 'ieee'; torch.backends.mkldnn.set_flags(_fp32_precision='tf32')",
+]
+PRECISION_TEST = """
+import sys, torch, warnings
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.precision import matmul_precision
+warnings.simplefilter("ignore")
+keys = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
+def read():
+    try: old = torch.get_float32_matmul_precision()
+    except RuntimeError: old = "contradicted"
+    return old, [torch._C._get_fp32_precision_getter(*key) for key in [("generic", "all"), *keys]]
+def all_settings():  # also what each follows
+    seen = [read()]
+    before = torch.backends.fp32_precision
+    for general in ("ieee", "tf32", "none"):
+        torch.backends.fp32_precision = general
+        seen.append(read())
+    torch.backends.fp32_precision = before
+    return seen
+def weights(precision, algorithm):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(120, 200))
+    optimizer = AdaptiveMuon([p], lr=0.1, moment2_method="namo", fp32_matmul_prec=precision, ns_algorithm=algorithm)
+    for _ in range(2):
+        p.grad = torch.randn(120, 200)
+        optimizer.step()
+    return p.detach()
+cases = [(p, a) for p in ("highest", "high", "medium") for a in ("auto", "gram", "standard")]
+plain = [weights(*case) for case in cases]
+for line in sys.argv[1:]:
+    exec(line)
+    before = all_settings()
+    for case, expected in zip(cases, plain):
+        assert torch.equal(weights(*case), expected), (line, case)
+        assert all_settings() == before, (line, case, all_settings(), before)
+    for wanted in ("highest", "high", "medium"):
+        with matmul_precision(wanted):
+            assert torch.get_float32_matmul_precision() == wanted
+        assert all_settings() == before, (line, wanted)
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_get_fp32_precision_getter"), reason="torch has one set of switches only")
+@pytest.mark.parametrize("settings", [*[[line] for line in SETTINGS], SETTINGS], ids=lambda lines: lines[0][15:70])
+def test_precision_settings_change_nothing_and_stay(settings: list[str]) -> None:
+    """By torch's older and newer switches, which may contradict each other: same bits, and the user's settings kept."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRECISION_TEST, *settings], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_users_function_is_called_in_the_precision_set_now() -> None:
+    seen = []
+
+    class Own(AdaptiveMuon):
+        def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            seen.append(torch.get_float32_matmul_precision())
+            return super().orthogonalize(p, grad, **kwargs)
+
+    p = nn.Parameter(normal((4, 6)))
+    p.grad = normal((4, 6), 1)
+    optimizer = Own([p], fp32_matmul_prec="high")
+    optimizer.step()
+    optimizer.fp32_matmul_prec = "medium"
+    optimizer.step()
+    plain = AdaptiveMuon([p], fp32_matmul_prec="medium")
+    plain.scaled_orthogonalize_fn = lambda x: seen.append(torch.get_float32_matmul_precision()) or x
+    plain.step()
+    assert seen == ["high", "medium", "medium"] and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_threads_that_step_side_by_side_leave_the_precision_as_it_was() -> None:
+    """In precisions of their own, and every one goes its own way to the last bit."""
+    precisions, results = ("highest", "high", "medium", "medium"), {}
+
+    def train(index: int) -> None:
+        options = {"fp32_matmul_prec": precisions[index], "ns_algorithm": "standard", "moment2_method": "namo"}
+        results[index] = trained(nullcontext, **options)[0]
+
+    def together(indices: list[int]) -> dict[int, list[torch.Tensor]]:
+        results.clear()
+        threads = [threading.Thread(target=train, args=[index]) for index in indices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return dict(results)
+
+    alone = {index: together([index])[index] for index in range(4)}
+    for _ in range(5):
+        for index, weights in together([*range(4)]).items():
+            assert all(map(torch.equal, weights, alone[index]))
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+
+
+def test_an_error_inside_leaves_the_precision_as_it_was() -> None:
+    with pytest.raises(RuntimeError, match="stop"), matmul_precision("medium"):
+        raise RuntimeError("stop")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# ------------------------------------------------------------------------------------------------ a compiled step
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+def test_a_compiled_step_is_the_step(make: Any, backend: str) -> None:
+    """Compiled by itself, or in a compiled function that makes the gradients too."""
+
+    def train(how: str) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 8, bias=False))
+        optimizer = make(model.parameters(), lr=1e-2, moment2_method="namo_d")
+        step = torch.compile(optimizer.step, backend=backend) if how == "step" else optimizer.step
+
+        def one(x: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            step()
+
+        one = torch.compile(one, backend=backend) if how == "train step" else one
+        for index in range(4):
+            one(normal((4, 8), index))
+        return [p.detach() for p in model.parameters()]
+
+    plain = train("plain")
+    for how in ("step", "train step"):
+        for compiled, expected in zip(train(how), plain, strict=True):
+            torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- making the state
+
+DECAYS = ["decoupled", "independent", "palm", "adaptive"]
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("biases", [False, True])
+def test_making_the_state_moves_and_counts_nothing(decay: str, capturable: bool, lr: Any, biases: bool) -> None:
+    """Torch's checkpoints do it by a step at rate zero with gradients of zero."""
+    if biases and (capturable or isinstance(lr, torch.Tensor)):
+        pytest.skip("torch's AdamW is not capturable on a CPU")
+    model = nn.Sequential(nn.Linear(8, 6, bias=biases), nn.Linear(6, 4, bias=biases))
+    options = {"weight_decay_method": decay, "moment2_method": "namo", "bias_correction": True}
+    make = HybridAdaptiveMuon if biases else AdaptiveMuon
+    optimizer = make(model.parameters(), lr=lr, weight_decay=0.5, capturable=capturable, **options)
+    before = copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, optimizer)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    assert all("momentum_buffer" in optimizer.state[p] for p in matrices)
+    assert all(not value.any() for p in matrices for value in optimizer.state[p].values())
+
+
+def test_a_zero_gradient_at_a_rate_above_zero_is_a_step() -> None:
+    p = nn.Parameter(torch.ones(4, 6))
+    p.grad = torch.zeros(4, 6)
+    optimizer = AdaptiveMuon([p], lr=0.5, weight_decay=0.5, moment2_method="namo_d")
+    optimizer.step()
+    assert torch.equal(p, torch.full((4, 6), 0.75)) and optimizer.state[p]["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- state and pickles
+
+
+class Wrapped(torch.Tensor):
+    """A weight that is a subclass of Tensor and makes new ones of its kind, as those of float8 training."""
+
+
+@each_method
+def test_state_is_of_plain_tensors(method: str) -> None:
+    p = nn.Parameter(normal((4, 6)).as_subclass(Wrapped))
+    plain = nn.Parameter(normal((4, 6)))
+    for each in (p, plain):
+        each.grad = normal((4, 6), 1)
+        optimizer = AdaptiveMuon([each], moment2_method=method)
+        optimizer.step()
+        assert {type(value) for value in optimizer.state[each].values()} == {torch.Tensor}
+    assert torch.equal(p.detach().as_subclass(torch.Tensor), plain)
+
+
+def a_layout(p: torch.Tensor) -> None:
+    return None
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("name", ["layout_fn", "blocks_fn", "scaled_orthogonalize_fn", "pre_weight_update_fn_inplace"])
+def test_pickle_names_the_option_that_it_cannot_carry(name: str, hybrid: bool) -> None:
+    """Of a function of a module it carries the name; a copy carries any function."""
+
+    def made(function: Any) -> Any:
+        options = {name: function} if name.endswith("s_fn") or name == "layout_fn" else {}
+        p = nn.Parameter(normal((4, 6)))
+        optimizer = HybridAdaptiveMuon([p], **options) if hybrid else AdaptiveMuon([p], **options)
+        if not options:
+            setattr(optimizer._muon if hybrid else optimizer, name, function)
+        return optimizer
+
+    pickle.loads(pickle.dumps(made(a_layout)))
+    nameless = made(lambda *_: None)
+    copy.deepcopy(nameless)
+    with pytest.raises(pickle.PicklingError, match=rf"{name} must be.*<lambda>.*state_dict\(\)"):
+        pickle.dumps(nameless)
+
+
+# -------------------------------------------------------------------------------------------- parameters that went
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_torch_can_swap_what_a_parameter_is(hybrid: bool) -> None:
+    """Which it refuses where something refers to the parameter weakly."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    params = [p for p in model.parameters() if p.ndim == 2]
+    optimizer = HybridAdaptiveMuon.from_model(model) if hybrid else AdaptiveMuon(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with set_for_a_while(torch.__future__.set_swap_module_params_on_conversion, True, False):
+            model.zero_grad()
+            model.to(torch.float64).to(torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------ tiny gradients
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-12], ids=str)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("algorithm", get_args(NSAlgorithmT))
+@each_method
+def test_the_size_of_the_gradients_does_not_matter(method: str, algorithm: Any, precision: Any, scale: float) -> None:
+    """With eps well below: a loss spike that was clipped must not stall a layer. 1e-12 is not a power of two, so that
+    rounding differs, and adamuon divides by small entries of O."""
+
+    def walked(scale: float) -> torch.Tensor:
+        p = nn.Parameter(torch.zeros(24, 40))
+        options = {"moment2_method": method, "ns_algorithm": algorithm, "fp32_matmul_prec": precision}
+        optimizer = AdaptiveMuon([p], lr=1.0, weight_decay=0.0, eps=1e-8 if "muon" in method else 1e-30, **options)
+        for step in range(3):
+            p.grad = normal((24, 40), step) * scale
+            optimizer.step()
+        return p.detach()
+
+    rounding = {"highest": 1e-3 if method == "adamuon" else 1e-4, "medium": 0.3 if method == "adamuon" else 0.05}
+    difference = (walked(scale) - walked(1.0)).norm() / walked(1.0).norm()
+    assert difference <= rounding[precision]
