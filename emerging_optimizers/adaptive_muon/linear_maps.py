@@ -63,7 +63,7 @@ def linear_map(module: nn.Module, leaf: str, p: torch.Tensor) -> LinearMap | Non
         return None
     rows, columns = p.shape
     if _is_conv1d(module):
-        stored_transposed = leaf.startswith("weight") and (rows, columns) == (module.nx, module.nf)
+        stored_transposed = leaf.startswith("weight") and [rows, columns] == [module.nx, module.nf]
         return LinearMap(columns, rows, transposed=True) if stored_transposed else None
     fits = (
         (leaf == "weight" and isinstance(module, nn.Linear))

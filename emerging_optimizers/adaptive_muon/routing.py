@@ -26,7 +26,7 @@ from emerging_optimizers.adaptive_muon.linear_maps import (
 from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
 
 
-__all__ = ["NOT_A_MAP", "STACK", "AlgorithmT", "Route", "route_model", "route_parameter"]
+__all__ = ["NOT_A_MAP", "STACK", "AlgorithmT", "Route", "plain_names", "route_model", "route_parameter", "unwrapped"]
 
 AlgorithmT = Literal["adaptive_muon", "adamw"]
 
@@ -143,10 +143,23 @@ def route_model(
             route = Route(routes[chosen], f"pattern {chosen!r}")
         else:
             route = _route_in_model(p, places, heads, tables)
-        if route.algorithm == "adaptive_muon" and any(use.map and use.map.transposed for use in places):
-            route = Route("adaptive_muon", f"{route.reason}, stored (in, out)", transposed=True)
+        if any(use.map and use.map.transposed for use in places):
+            suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
+            route = Route(route.algorithm, route.reason + suffix, transposed=True)
         routed.append((places[0].name, p, route))
     return routed
+
+
+def plain_names(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return name and parameter of each parameter of a model, once each, as :func:`route_model` does."""
+    return [(places[0].name, p) for p, places in _uses(model).items()]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers around all of it, such as ``torch.compile`` and DistributedDataParallel."""
+    while part := next((name for name, _ in model.named_children() if _is_wrapper(model, name)), None):
+        model = getattr(model, part)
+    return model
 
 
 def _check_patterns(routes: Mapping[str, AlgorithmT], names: Collection[str]) -> None:
@@ -192,7 +205,7 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
 def _is_wrapper(outer: nn.Module, part: str) -> bool:
     """Return whether a component of a name comes from a wrapper. A user's own ``module`` does not."""
     if part == "module":
-        kinds = nn.DataParallel | nn.parallel.DistributedDataParallel
+        kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
         return isinstance(outer, kinds) or type(outer).__name__ in _HOLDERS
     return part in _WRAPPERS
 
