@@ -24,7 +24,7 @@ _OUTPUT_WORDS = {
 # A last word that means an output head outside of repeated blocks. In them it is an attention head or its score.
 _LAST_WORDS = {"head", "heads", "score", "scores", "scorer"}
 # A word that means a hidden layer, whatever the other words of the name (multi_head, class_embedding).
-_HIDDEN_WORDS = {"multi", "embedding", "embeddings", "embedder", "emb", "token", "tokens"}
+_HIDDEN_WORDS = {"multi", "embedding", "embeddings", "embedder", "emb", "token", "tokens", "query", "pos"}
 # A word that means a hidden layer, wherever it stands in the path (self_attn.score, sa_head.key).
 _ATTENTION = {*("attention", "attentions", "attn", "attns", "mha", "mhsa", "sa", "multihead", "self", "cross")}
 # How deep in a head its linear maps may lie, indices not counted: head.mlp.0 and predictions.transform.dense. What is
@@ -44,6 +44,8 @@ def head_by_name(path: Sequence[str], *, in_blocks: bool = False) -> str | None:
         return None
     for index, part in enumerate(path):
         depth = sum(not each.isdigit() for each in path[index + 1 :])
+        if any(_HIDDEN_WORDS.intersection(each) for each in words[index + 1 :]):
+            continue  # predictor.embeddings.projection
         repeated = not in_blocks and _is_in_block(path[:index])
         if depth <= _DEPTH and (part in _NAMES or _means_head(words[index], repeated=repeated)):
             return part
