@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-__all__ = ["Adapted", "LinearMap", "adapted", "is_linear", "is_weight_by_name", "linear_map"]
+__all__ = ["Adapted", "LinearMap", "adapted", "is_linear", "is_weight_by_name", "linear_map", "parametrized"]
 
 # A weight, one of several (GroupedLinear's weight0), or one of a fused layer (in_proj_weight, fc1_weight).
 _WEIGHT = re.compile(r"(^|_)weight\d*$")
@@ -97,7 +97,7 @@ def adapted(path: Sequence[str], modules: Mapping[str, nn.Module]) -> Adapted | 
         modules: All modules of the model by their dotted names.
     """
     for at, part in enumerate(path):
-        outer = base = modules[".".join(path[:at]).partition(".parametrizations.")[0]]
+        outer = base = modules[parametrized(".".join(path[:at]))[0]]
         wrapped = _wrapped(base)
         if (wrapped and part != wrapped) or _LORA.search(part):
             while wrapped:  # wrappers may be nested
@@ -105,6 +105,12 @@ def adapted(path: Sequence[str], modules: Mapping[str, nn.Module]) -> Adapted | 
                 wrapped = _wrapped(base)
             return Adapted(path[:at], base, is_wrapped=base is not outer)
     return None
+
+
+def parametrized(name: str) -> tuple[str, str]:
+    """Split the name of a module into that of the module it parametrizes, and the rest; the rest is else empty."""
+    outer, found, rest = f".{name}".rpartition(".parametrizations.")
+    return (outer.removeprefix("."), rest) if found else (name, "")
 
 
 def _wrapped(module: nn.Module) -> str | None:

@@ -22,6 +22,7 @@ from emerging_optimizers.adaptive_muon.linear_maps import (
     is_linear,
     is_weight_by_name,
     linear_map,
+    parametrized,
 )
 from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
 
@@ -212,12 +213,12 @@ def _is_wrapper(outer: nn.Module, part: str) -> bool:
 
 def _owner(prefix: str, leaf: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
     """Return the module that has a parameter, and its name there; of a parametrized weight, those of the weight."""
-    outer, _, rest = f".{prefix}".rpartition(".parametrizations.")
+    outer, rest = parametrized(prefix)
     weight, _, index = rest.partition(".")
     if isinstance(modules[prefix], ParametrizationList):
-        return modules[outer.removeprefix(".")], weight
-    if outer and index.isdigit():  # a parametrization with parameters of its own, such as LoRA's factors
-        return modules[outer.removeprefix(".")], leaf
+        return modules[outer], weight
+    if index.isdigit():  # a parametrization with parameters of its own, such as LoRA's factors
+        return modules[outer], leaf
     return modules[prefix], leaf
 
 
