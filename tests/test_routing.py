@@ -5,8 +5,9 @@ import pytest
 import torch
 from small_model import MATRICES, Model, model_and_optimizer, names_of
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.routing import route_model, route_parameter
 
 
@@ -203,3 +204,220 @@ def test_patterns_match_every_name_of_a_shared_parameter():
 def test_bad_patterns_are_refused(routes, text):
     with pytest.raises(ValueError, match=text):
         model_and_optimizer(routes=routes)
+
+
+# ---- what AdaptiveMuon does not take ----
+
+
+def untakable():
+    """Matrices that torch's AdamW lets a model have, by what is wrong with them."""
+    kinds = {str(dtype): torch.ones(4, 6).to(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
+    kinds |= {str(dtype): torch.ones(4, 6, dtype=dtype) for dtype in (torch.int8, torch.uint8, torch.bool)}
+    kinds["torch.sparse_csr"] = torch.eye(4).to_sparse_csr()
+    return {name: nn.Parameter(p, requires_grad=False) for name, p in kinds.items()} | {
+        "torch.complex64": nn.Parameter(torch.ones(4, 6, dtype=torch.complex64)),
+        "torch.complex128": nn.Parameter(torch.ones(4, 6, dtype=torch.complex128)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "ndim"),
+    [(kind, ndim) for kind in untakable() for ndim in (2, 3) if (kind, ndim) != ("torch.sparse_csr", 3)],
+)
+def test_what_adaptive_muon_does_not_take_goes_to_adamw(kind, ndim):
+    model = nn.Linear(6, 4)
+    model.weight = untakable()[kind]
+    if ndim == 3:
+        model.weight = nn.Parameter(torch.stack([model.weight.data] * 2), requires_grad=model.weight.requires_grad)
+        model.weight.muon_stacked = True
+    fine = nn.Linear(6, 4)
+    both = nn.Sequential(model, fine)
+    before = model.weight.detach().clone()
+    for optimizer in (HybridAdaptiveMuon.from_model(both), HybridAdaptiveMuon(both.named_parameters())):
+        assert names_of(optimizer, True) == {"1.weight"}
+        assert f"({kind}, which AdaptiveMuon does not take)" in optimizer.describe()
+        for p in both.parameters():
+            p.grad = torch.ones_like(p) if p.requires_grad else None
+        optimizer.step()
+    assert HybridAdaptiveMuon(both.parameters())
+    trained = model.weight.requires_grad
+    assert trained or kind == "torch.sparse_csr" or torch.equal(model.weight.float(), before.float())
+    with pytest.raises(ValueError, match="real floating-point matrices.*another optimizer"):
+        HybridAdaptiveMuon.from_model(both, routes={"0.weight": "adaptive_muon"})
+
+
+def test_a_frozen_float8_base_stays_as_it_is_under_its_adapter():
+    """Torch's AdamW takes it; so must the AdamW part."""
+    model = nn.ModuleDict({"base": nn.Linear(6, 4), "lora_A": nn.Linear(6, 2), "lora_B": nn.Linear(2, 4)})
+    model["base"].weight = untakable()["torch.float8_e4m3fn"]
+    before = model["base"].weight.float()
+    optimizer = HybridAdaptiveMuon.from_model(model, weight_decay=0.5, capturable=False)
+    for _ in range(3):
+        model["lora_B"](model["lora_A"](torch.ones(2, 6))).square().sum().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert torch.equal(model["base"].weight.float(), before)
+    assert names_of(optimizer, True) == {"lora_A.weight", "lora_B.weight"}
+
+
+# ---- what a sharding engine has emptied or flattened ----
+
+
+def engine(numel, **attributes):
+    p = nn.Parameter(torch.ones(numel))
+    p.__dict__.update(attributes)
+    return p
+
+
+class FlatParameter(nn.Parameter):
+    """Of FSDP1 and fairscale."""
+
+
+PLACEHOLDERS = {
+    "ZeRO stage 3": lambda: engine(0, ds_id=0, ds_status=1, ds_shape=torch.Size([6, 4]), ds_tensor=torch.ones(12)),
+    "ZeRO stage 3, of a bias": lambda: engine(0, ds_id=0, ds_shape=torch.Size([6])),
+    "fairscale": lambda: engine(12, _is_sharded=True, _orig_size=torch.Size([6, 4])),
+    "an engine to come": lambda: engine(0, some_shape=[6, 4]),
+    "a flat piece": lambda: engine(12, original_shape=(6, 4)),
+    "FSDP1": lambda: engine(24, _fsdp_flattened=True),
+    "FlatParameter": lambda: FlatParameter(torch.ones(24)),
+    "Megatron-FSDP": lambda: engine((6, 4), __fsdp_param__=True),
+    "Megatron-FSDP, wrapped": lambda: engine((6, 4), _megatron_fsdp_model=None),
+}
+
+
+@pytest.mark.parametrize("kind", PLACEHOLDERS)
+@pytest.mark.parametrize("owner", ["linear", "embedding", "norm", "raw"])
+def test_placeholders_are_refused_wherever_they_are(kind, owner):
+    model = nn.ModuleDict(
+        {"fine": nn.Linear(3, 3), "linear": nn.Linear(3, 3), "embedding": nn.Embedding(3, 3), "norm": nn.LayerNorm(3)}
+    )
+    model["raw"] = nn.Module()
+    p = model[owner].weight = PLACEHOLDERS[kind]()
+    error = rf"must keep its rows and columns.*'?{owner}.weight.*use FSDP2, torch.distributed.fsdp.fully_shard"
+    for make in (
+        lambda: HybridAdaptiveMuon.from_model(model),
+        lambda: HybridAdaptiveMuon.from_model(model, routes={"*": "adaptive_muon"}),
+        lambda: HybridAdaptiveMuon(model.named_parameters()),
+        lambda: AdaptiveMuon([("fine.weight", model["fine"].weight), (f"{owner}.weight", p)]),
+    ):
+        with pytest.raises(ValueError, match=error):
+            make()
+    with pytest.raises(ValueError, match="use FSDP2"):
+        HybridAdaptiveMuon([p])
+    optimizer = HybridAdaptiveMuon(model["fine"].named_parameters())
+    with pytest.raises(ValueError, match="use FSDP2"):
+        optimizer.add_param_group({"params": [(f"{owner}.weight", p)]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_placeholder_says_which_shape_was_lost():
+    with pytest.raises(ValueError, match=r"DeepSpeed's ZeRO stage 3 holds as \(0,\) instead of \(6, 4\)"):
+        HybridAdaptiveMuon([("w.weight", PLACEHOLDERS["ZeRO stage 3"]())])
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        engine((0, 8)),
+        engine((8, 0), global_shape=(8, 16)),
+        engine(0),
+        engine(8, grid_size=(4, 4), qkv_split_shapes=[4, 4], muon_blocks=(4, 4)),
+        engine((6, 4), ds_id=0, ds_shape=torch.Size([6, 4])),
+        engine(6, ds_id=0, ds_shape=torch.Size([6])),
+    ],
+    ids=["no rows", "no columns", "empty bias", "attributes of other kinds", "gathered", "persistent"],
+)
+def test_whole_and_empty_parameters_are_no_placeholders(p):
+    p.grad = torch.ones_like(p)
+    HybridAdaptiveMuon([p]).step()
+
+
+# ---- names of wrapped models ----
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+DeepSpeedEngine, Users = (type(name, (Wrapper,), {}) for name in ("DeepSpeedEngine", "Users"))
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def net():
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+
+
+def inner(wrap):
+    def wrapped(module):
+        module[1] = wrap(module[1])
+        return module
+
+    return wrapped
+
+
+WRAPS = {
+    "compile": (compiled, "_orig_mod.1.0.weight"),
+    "DataParallel": (nn.DataParallel, "module.1.0.weight"),
+    "DeepSpeed": (DeepSpeedEngine, "module.1.0.weight"),
+    "compile(DP)": (lambda m: compiled(nn.DataParallel(m)), "_orig_mod.module.1.0.weight"),
+    "DP(compile)": (lambda m: nn.DataParallel(compiled(m)), "module._orig_mod.1.0.weight"),
+    "DP(DP)": (lambda m: nn.DataParallel(nn.DataParallel(m)), "module.module.1.0.weight"),
+    "compiled part": (inner(compiled), "1._orig_mod.0.weight"),
+    "checkpointed part": (inner(checkpoint_wrapper), "1._checkpoint_wrapped_module.0.weight"),
+    "both of a part": (
+        inner(lambda m: compiled(checkpoint_wrapper(m))),
+        "1._orig_mod._checkpoint_wrapped_module.0.weight",
+    ),
+    "all at once": (
+        lambda m: compiled(nn.DataParallel(inner(lambda part: checkpoint_wrapper(compiled(part)))(m))),
+        "_orig_mod.module.1._checkpoint_wrapped_module._orig_mod.0.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_plain_and_wrapped_names_match_and_checkpoints_fit(kind):
+    wrap, own = WRAPS[kind]
+    plain, wrapped = net(), wrap(net())
+    assert own in dict(wrapped.named_parameters())
+    expected = names_of(HybridAdaptiveMuon.from_model(plain, routes={"1.0.weight": "adamw"}), False)
+    for pattern in ("1.0.weight", own, "*1.*0.weight"):
+        optimizer = HybridAdaptiveMuon.from_model(wrapped, routes={pattern: "adamw"})
+        assert names_of(optimizer, False) == expected
+    other = HybridAdaptiveMuon.from_model(plain, routes={"1.0.weight": "adamw"})
+    for p in wrapped.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(other.state_dict())
+    assert len(other.state) == 4
+
+
+def test_the_remedy_for_a_pattern_without_a_match_works():
+    """Print the names, and take one of them."""
+    for wrap, _ in WRAPS.values():
+        model = wrap(net())
+        with pytest.raises(
+            ValueError, match=r"print the names with \[name for name, _ in model.named_parameters\(\)\]"
+        ):
+            HybridAdaptiveMuon.from_model(model, routes={"2.weight": "adamw"})
+        for name in [name for name, _ in model.named_parameters()]:
+            HybridAdaptiveMuon.from_model(model, routes={name: "adamw"})
+
+
+def test_a_users_own_module_keeps_its_name():
+    for model in (Users(net()), nn.DataParallel(Users(net())), nn.ModuleDict({"module": net()})):
+        names = [name for name, *_ in route_model(model)]
+        assert names[0] == "module.0.weight"
+    assert route_model(nn.DataParallel(nn.ModuleDict({"_orig_mod": Users(net())})))[0][0] == "module.0.weight"
+
+
+def test_a_pattern_of_a_compiled_model_serves_the_plain_one():
+    routes = {"_orig_mod.0.weight": "adamw"}
+    assert "0.weight" in names_of(HybridAdaptiveMuon.from_model(net(), routes=routes), False)
