@@ -36,16 +36,17 @@ class HybridAdaptiveMuon(Optimizer):
     (groups added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every
     optimizer's step run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor
     routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions (but for
-    stacks of matrices tagged ``muon_stacked``) or with a single row or column go to AdamW, and where names come along
-    (``model.named_parameters()``) so do biases, tables and output heads by their names. It cannot know an embedding
-    without name or tag: set ``use_muon`` in its group.
+    stacks of matrices tagged ``muon_stacked``), with a single row or column or of a dtype that AdaptiveMuon does not
+    take go to AdamW. Where names come along (``model.named_parameters()``), so do output heads and all that is not
+    called as a weight is. It cannot know an embedding without a tag: set ``use_muon`` in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
             group's parameters are routed one by one unless the group says ``use_muon``: True sends all of them to
             AdaptiveMuon, False to AdamW. A group's own ``lr``, ``weight_decay`` and ``eps`` hold for all its
             parameters unless it also has ``scalar_lr``, ``scalar_weight_decay`` or ``scalar_eps`` for those that go to
-            AdamW.
+            AdamW. A group with parameters of both kinds becomes two. Its ``name``, by which loggers tell groups
+            apart, gets "/adaptive_muon" and "/adamw" appended, and a list with an entry for each parameter is split.
         lr: Learning rate of the matrices. Default 3e-4.
         momentum: Decay rate of the matrices' momentum. Default 0.95.
         weight_decay: Weight decay coefficient of the matrices. Default 0.01.
@@ -110,10 +111,13 @@ class HybridAdaptiveMuon(Optimizer):
     ) -> Self:
         """Makes the optimizer of a model, routing its parameters by the modules that own them.
 
-        To AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
-        last linear layers if they have the shape of an embedding, and modules by names such as
-        ``lm_head``), norms, biases, recurrent weights, everything that has not two dimensions and everything tagged
-        ``is_embedding_or_output_parameter``. :meth:`describe` tells.
+        To AdaptiveMuon go the weights of hidden linear maps, such as ``nn.Linear`` and the like of other packages. To
+        AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
+        last linear layers if they have the shape of an embedding, and modules by the words of their names), norms,
+        biases, recurrent weights, everything that has not two dimensions, all other two-dimensional parameters, and
+        everything tagged ``is_embedding_or_output_parameter``. :meth:`describe` has the reason for each parameter.
+
+        The weight of Hugging Face's ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
 
         Args:
             model: The model.
@@ -121,13 +125,15 @@ class HybridAdaptiveMuon(Optimizer):
             momentum: Decay rate of the matrices' momentum. Default 0.95.
             weight_decay: Weight decay coefficient of the matrices. Default 0.01.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
-                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``.
+                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Names match with and without what
+                wrappers such as ``torch.compile`` put into them.
             params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
                 :meth:`add_param_group` routes and names as the model says when it is added.
             **options: All other arguments of the class.
 
         Raises:
-            ValueError: As the class, and if a pattern matches no parameter or a parameter is not the model's.
+            ValueError: As the class, and if a pattern matches no parameter, a parameter is not the model's, or a
+                sharding engine has emptied or flattened it.
         """
         routed = route_model(model, routes)
         of_model = ModelRoutes(model, routed)
@@ -235,6 +241,9 @@ class HybridAdaptiveMuon(Optimizer):
 
     def describe(self, *, each: bool = True) -> str:
         """Returns a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
+
+        The line of AdamW counts the two-dimensional parameters that are not the weights of linear maps, and the
+        three-dimensional ones that may be stacks of experts: look whether they are where you want them.
 
         Those that are frozen now, which no step changes before they are unfrozen, are counted by themselves.
         """
