@@ -11,10 +11,20 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, within
-from emerging_optimizers.adaptive_muon.routing import Route, plain_names, route_parameter, unwrapped
+from emerging_optimizers.adaptive_muon.routing import AlgorithmT, Route, plain_names, route_parameter, unwrapped
 
 
-__all__ = ["ModelRoutes", "as_groups", "check_scalar", "entries_of", "in_model", "split", "tag_transposed"]
+__all__ = [
+    "ModelRoutes",
+    "as_groups",
+    "check_scalar",
+    "entries_of",
+    "in_model",
+    "present_routes",
+    "split",
+    "tag_transposed",
+    "with_names",
+]
 
 _SCALAR_KEYS = ("scalar_lr", "scalar_eps", "scalar_weight_decay")
 # Keys by which loggers tell groups apart: Lightning's LearningRateMonitor refuses two groups of one name.
@@ -97,6 +107,44 @@ def in_model(known: Mapping[torch.Tensor, tuple[str, Route]], group: dict[str, A
             algorithm, reason = "adaptive_muon" if use_muon else "adamw", f"use_muon={use_muon} in its group"
             routes = [replace(route, algorithm=algorithm, reason=reason) for route in routes]
     return {**_without(group, "param_names"), "params": entries, "routes": routes}
+
+
+def with_names(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a group, as :func:`in_model` returned it, whose parameters have names if those in other groups have."""
+    taken = {name for each in others for name in each.get("param_names", [])}
+    entries = group["params"]
+    if not taken and not any(name for name, _ in entries):
+        return group
+    made_up = []
+    for index, (name, p) in enumerate(entries):
+        own = name or f"added.{len(others)}.{index}"
+        while not name and own in taken:
+            own += "_"
+        made_up.append((own, p))
+    return {**group, "params": made_up}
+
+
+def present_routes(
+    groups: Sequence[dict[str, Any]], reasons: Sequence[Sequence[tuple[str, Route]]], model: ModelRoutes
+) -> list[tuple[str, torch.Tensor, Route]]:
+    """Return name, parameter and route of each parameter in groups, which may have changed since they were added.
+
+    Args:
+        groups: The groups, each of one kind.
+        reasons: Names and routes of each group's parameters when it was added.
+        model: The routes of a model, for groups that have changed in length.
+    """
+    routes = []
+    for index, group in enumerate(groups):
+        algorithm: AlgorithmT = "adaptive_muon" if group["use_muon"] else "adamw"
+        by_group = Route(algorithm, "put into a group from outside")
+        names = group.get("param_names", [""] * len(group["params"]))
+        known = reasons[index] if index < len(reasons) else []
+        if len(known) != len(names) or any(route.algorithm != algorithm for _, route in known):
+            known = [("", model.routes.get(name, by_group)) for name in names]
+        rows = zip(names, group["params"], known, strict=True)
+        routes += [(name or own, p, route) for name, p, (own, route) in rows]
+    return routes
 
 
 def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]:

@@ -19,8 +19,10 @@ from emerging_optimizers.adaptive_muon.groups import (
     check_scalar,
     entries_of,
     in_model,
+    present_routes,
     split,
     tag_transposed,
+    with_names,
 )
 from emerging_optimizers.adaptive_muon.parameters import check_gradients
 from emerging_optimizers.adaptive_muon.routing import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
@@ -163,7 +165,7 @@ class HybridAdaptiveMuon(Optimizer):
             self._adamw.param_groups,
         )
         lengths = [len(entries) for entries in grown]
-        group = self._with_names(in_model(self._model.by_parameter(), param_group))
+        group = with_names(in_model(self._model.by_parameter(), param_group), self.param_groups)
         tagged = []
         try:
             for part in split(group, _names(self.param_groups)):
@@ -175,20 +177,6 @@ class HybridAdaptiveMuon(Optimizer):
             for p in tagged:
                 del p.muon_transposed
             raise
-
-    def _with_names(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Returns a group whose parameters have names if those in the other groups have."""
-        taken = {name for each in self.param_groups for name in each.get("param_names", [])}
-        entries = group["params"]
-        if not taken and not any(name for name, _ in entries):
-            return group
-        made_up = []
-        for index, (name, p) in enumerate(entries):
-            own = name or f"added.{len(self.param_groups)}.{index}"
-            while not name and own in taken:
-                own += "_"
-            made_up.append((own, p))
-        return {**group, "params": made_up}
 
     def _add_part(self, part: dict[str, Any]) -> None:
         """Adds a group of one kind to the optimizer of its kind, and shares it."""
@@ -247,35 +235,12 @@ class HybridAdaptiveMuon(Optimizer):
 
         Those that are frozen now, which no step changes before they are unfrozen, are counted by themselves.
         """
-        titles = {"adaptive_muon": f"AdaptiveMuon ({self._muon.moment2_method})", "adamw": "AdamW", "frozen": "frozen"}
-        lines = []
-        for kind, title in titles.items():
-            rows = [row for row in self._routes if kind == (row[2].algorithm if row[1].requires_grad else "frozen")]
-            line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
-            if kind == "adamw":
-                line += _counted(rows, NOT_A_MAP, NOT_A_MAP) + _counted(rows, STACK, "3-D, stacks of experts perhaps")
-            lines.append(line)
-            lines += [
-                f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
-            ]
-        return "\n".join(lines)
+        return _description(self._routes, self._muon.moment2_method, each=each)
 
     @property
     def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """Name, parameter and route of each parameter in the groups that stand here now."""
-        routes = []
-        for index, group in enumerate(self.param_groups):
-            algorithm: AlgorithmT = "adaptive_muon" if group["use_muon"] else "adamw"
-            by_group = Route(algorithm, "put into a group from outside")
-            names = group.get("param_names", [""] * len(group["params"]))
-            reasons = self._reasons[index] if index < len(self._reasons) else []
-            if len(reasons) != len(names) or any(route.algorithm != algorithm for _, route in reasons):
-                reasons = [("", self._model.routes.get(name, by_group)) for name in names]
-            routes += [
-                (name or known, p, route)
-                for name, p, (known, route) in zip(names, group["params"], reasons, strict=True)
-            ]
-        return routes
+        return present_routes(self.param_groups, self._reasons, self._model)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,3 +296,19 @@ def _counted(rows: list[tuple[str, torch.Tensor, Route]], reason: str, text: str
     """Returns how many parameters are where they are for a reason, where there are any."""
     count = sum(route.reason.startswith(reason) for *_, route in rows)
     return f"; {count} of them {text}" if count else ""
+
+
+def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, each: bool) -> str:
+    """Returns the table that :meth:`HybridAdaptiveMuon.describe` returns."""
+    titles = {"adaptive_muon": f"AdaptiveMuon ({method})", "adamw": "AdamW", "frozen": "frozen"}
+    lines = []
+    for kind, title in titles.items():
+        rows = [row for row in routes if kind == (row[2].algorithm if row[1].requires_grad else "frozen")]
+        line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
+        if kind == "adamw":
+            line += _counted(rows, NOT_A_MAP, NOT_A_MAP) + _counted(rows, STACK, "3-D, stacks of experts perhaps")
+        lines.append(line)
+        lines += [
+            f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
+        ]
+    return "\n".join(lines)
