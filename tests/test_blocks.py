@@ -251,14 +251,14 @@ def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
     p, good = fused((96, 32), blocks if told == "attribute" else None), fused((96, 32), (48, 48))
     options = {"blocks_fn": lambda each: blocks if each is p else None} if told == "function" else {}
     shown = tuple(blocks) if isinstance(blocks, Iterable) else blocks
-    expected = rf"blocks of parameter 'qkv'.* 96 rows, got {re.escape(repr(shown))}: "
+    expected = rf"blocks of parameter 'qkv.weight'.* 96 rows, got {re.escape(repr(shown))}: "
     with pytest.raises(ValueError, match=expected):
-        AdaptiveMuon([("qkv", p)], **options)
+        AdaptiveMuon([("qkv.weight", p)], **options)
     with pytest.raises(ValueError, match=expected):
-        HybridAdaptiveMuon([("qkv", p)], **options)
+        HybridAdaptiveMuon([("qkv.weight", p)], **options)
     optimizer = AdaptiveMuon([("good", good)], **options)
     with pytest.raises(ValueError, match=expected):
-        optimizer.add_param_group({"params": [("qkv", p)]})
+        optimizer.add_param_group({"params": [("qkv.weight", p)]})
     assert len(optimizer.param_groups) == 1 and torch.equal(p, normal((96, 32)))
 
 

@@ -173,7 +173,11 @@ def test_routing(method: str, tagged: bool) -> None:
     expected = {"router.weight"} | ({"up", "down"} if tagged else set())
     for each in (optimizer, by_itself):
         assert {n for g in each.param_groups if g["use_muon"] for n in g["param_names"]} == expected
-    assert f"3 x 8 x 6  up  ({'stack of hidden matrices' if tagged else '3-D, not a matrix'})" in optimizer.describe()
+    reason = (
+        "stack of hidden matrices)" if tagged else "3-D, not a matrix; if it is a stack of matrices (experts), set"
+    )
+    assert f"3 x 8 x 6  up  ({reason}" in optimizer.describe()
+    assert ("2 of them 3-D, stacks of experts perhaps" in optimizer.describe(each=False)) is not tagged
     losses = []
     for _ in range(30):
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Self, overload, override
 
@@ -12,14 +12,23 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import checkpoint
 from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
-from emerging_optimizers.adaptive_muon.checks import require, within
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.groups import (
+    ModelRoutes,
+    as_groups,
+    check_scalar,
+    entries_of,
+    in_model,
+    present_routes,
+    split,
+    tag_transposed,
+    with_names,
+)
 from emerging_optimizers.adaptive_muon.parameters import check_gradients
-from emerging_optimizers.adaptive_muon.routing import AlgorithmT, Route, route_model, route_parameter
+from emerging_optimizers.adaptive_muon.routing import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
 
 
 __all__ = ["HybridAdaptiveMuon"]
-
-_SCALAR_KEYS = ("scalar_lr", "scalar_eps", "scalar_weight_decay")
 
 
 class HybridAdaptiveMuon(Optimizer):
@@ -29,16 +38,17 @@ class HybridAdaptiveMuon(Optimizer):
     (groups added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every
     optimizer's step run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor
     routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions (but for
-    stacks of matrices tagged ``muon_stacked``) or with a single row or column go to AdamW, and where names come along
-    (``model.named_parameters()``) so do biases, tables and output heads by their names. It cannot know an embedding
-    without name or tag: set ``use_muon`` in its group.
+    stacks of matrices tagged ``muon_stacked``), with a single row or column or of a dtype that AdaptiveMuon does not
+    take go to AdamW. Where names come along (``model.named_parameters()``), so do output heads and all that is not
+    called as a weight is. It cannot know an embedding without a tag: set ``use_muon`` in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
             group's parameters are routed one by one unless the group says ``use_muon``: True sends all of them to
             AdaptiveMuon, False to AdamW. A group's own ``lr``, ``weight_decay`` and ``eps`` hold for all its
             parameters unless it also has ``scalar_lr``, ``scalar_weight_decay`` or ``scalar_eps`` for those that go to
-            AdamW.
+            AdamW. A group with parameters of both kinds becomes two. Its ``name``, by which loggers tell groups
+            apart, gets "/adaptive_muon" and "/adamw" appended, and a list with an entry for each parameter is split.
         lr: Learning rate of the matrices. Default 3e-4.
         momentum: Decay rate of the matrices' momentum. Default 0.95.
         weight_decay: Weight decay coefficient of the matrices. Default 0.01.
@@ -66,8 +76,9 @@ class HybridAdaptiveMuon(Optimizer):
         scalar_weight_decay: float | None = None,
         **options: Any,
     ) -> None:
-        self._routes: list[tuple[str, torch.Tensor, Route]] = []
-        self._of_model: dict[torch.Tensor, tuple[str, Route]] = {}
+        # Name and route of each parameter of each group, by their places: parameters that are replaced must not live on.
+        self._reasons: list[list[tuple[str, Route]]] = []
+        self._model = ModelRoutes()
         scalar: dict[str, Any] = {
             # a tensor of its own: a scheduler that multiplies each group's in place would meet a shared one twice
             "lr": deepcopy(lr) if scalar_lr is None else scalar_lr,
@@ -75,13 +86,15 @@ class HybridAdaptiveMuon(Optimizer):
             "eps": scalar_eps,
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
         }
-        _check_scalar(scalar)
+        check_scalar(scalar)
         # Made empty: add_param_group fills both.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
         self._muon.param_groups.clear()
         self._adamw.param_groups.clear()
-        parts = [part for group in _as_groups(params) for part in _split(group)]
+        groups = as_groups(params)
+        _check_names(groups)
+        parts = [part for group in groups for part in split(in_model({}, group), _names(groups))]
         # Schedulers and loggers take the first group for the learning rate.
         super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
         self._share()
@@ -100,10 +113,13 @@ class HybridAdaptiveMuon(Optimizer):
     ) -> Self:
         """Makes the optimizer of a model, routing its parameters by the modules that own them.
 
-        To AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
-        last linear layers if they have the shape of an embedding, and modules by names such as
-        ``lm_head``), norms, biases, recurrent weights, everything that has not two dimensions and everything tagged
-        ``is_embedding_or_output_parameter``. :meth:`describe` tells.
+        To AdaptiveMuon go the weights of hidden linear maps, such as ``nn.Linear`` and the like of other packages. To
+        AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
+        last linear layers if they have the shape of an embedding, and modules by the words of their names), norms,
+        biases, recurrent weights, everything that has not two dimensions, all other two-dimensional parameters, and
+        everything tagged ``is_embedding_or_output_parameter``. :meth:`describe` has the reason for each parameter.
+
+        The weight of Hugging Face's ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
 
         Args:
             model: The model.
@@ -111,66 +127,74 @@ class HybridAdaptiveMuon(Optimizer):
             momentum: Decay rate of the matrices' momentum. Default 0.95.
             weight_decay: Weight decay coefficient of the matrices. Default 0.01.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
-                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``.
+                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Names match with and without what
+                wrappers such as ``torch.compile`` put into them.
             params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
                 :meth:`add_param_group` routes and names as the model says when it is added.
             **options: All other arguments of the class.
 
         Raises:
-            ValueError: As the class, and if a pattern matches no parameter or a parameter is not the model's.
+            ValueError: As the class, and if a pattern matches no parameter, a parameter is not the model's, or a
+                sharding engine has emptied or flattened it.
         """
-        of_model: dict[torch.Tensor, tuple[str, Route]] = {
-            p: (name, route) for name, p, route in route_model(model, routes)
-        }
-        groups = [_as_in(of_model, group) for group in _as_groups(model.parameters() if params is None else params)]
-        optimizer = cls(groups, lr, momentum, weight_decay, **options)
-        optimizer._of_model = of_model
+        routed = route_model(model, routes)
+        of_model = ModelRoutes(model, routed)
+        groups = as_groups(model.parameters() if params is None else params)
+        known = of_model.by_parameter()
+        foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
+        require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
+        optimizer = cls([in_model(known, group) for group in groups], lr, momentum, weight_decay, **options)
+        optimizer._model = of_model
         return optimizer
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, split in two where it holds both kinds, or raises and leaves all as it was.
 
+        Where the other groups have names and a parameter has none, not even in the model of :meth:`from_model`, it is
+        called by the place of its group, such as "added.2.0": the same whenever groups are added in the same order.
+
         Args:
             param_group: As in the constructor's ``params``.
         """
         self._share()
         grown: tuple[list[Any], ...] = (
-            self._routes,
+            self._reasons,
             self.param_groups,
             self._muon.param_groups,
             self._adamw.param_groups,
         )
         lengths = [len(entries) for entries in grown]
+        group = with_names(in_model(self._model.by_parameter(), param_group), self.param_groups)
+        tagged = []
         try:
-            for part in _split(self._as_in_model(param_group)):
+            for part in split(group, _names(self.param_groups)):
+                tagged += tag_transposed(part["params"], part["routes"])
                 self._add_part(part)
         except Exception:
             for entries, length in zip(grown, lengths, strict=True):
                 del entries[length:]
+            for p in tagged:
+                del p.muon_transposed
             raise
-
-    def _as_in_model(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group that is added later, with names and routes where the model is known and all of it is the model's."""
-        params = [_named(entry)[1] for entry in _entries(group)]
-        return _as_in(self._of_model, group) if all(p in self._of_model for p in params) else group
 
     def _add_part(self, part: dict[str, Any]) -> None:
         """Adds a group of one kind to the optimizer of its kind, and shares it."""
-        routes = part.pop("routes")
+        routes, entries = part.pop("routes"), part["params"]
+        if any("param_names" not in group for group in self.param_groups) or not all(name for name, _ in entries):
+            part["params"] = [p for _, p in entries]  # torch wants names in all groups or in none
         if part["use_muon"]:
             inner: Optimizer = self._muon
         else:
             inner = self._adamw
-            _check_scalar({**inner.defaults, **part})
+            check_scalar({**inner.defaults, **part})
         inner.add_param_group(part)
         group = inner.param_groups[-1]
         held = {p for group in self.param_groups for p in group["params"]}
         repeated = [tuple(p.shape) for p in group["params"] if p in held]
         require(not repeated, "a parameter must be in one group only", repeated, "remove it from the other group")
         self.param_groups.append(group)
-        names = group.get("param_names", [""] * len(routes))
-        self._routes += zip(names, group["params"], routes, strict=True)
+        self._reasons.append([(name, route) for (name, _), route in zip(entries, routes, strict=True)])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -206,17 +230,17 @@ class HybridAdaptiveMuon(Optimizer):
     def describe(self, *, each: bool = True) -> str:
         """Returns a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
 
+        The line of AdamW counts the two-dimensional parameters that are not the weights of linear maps, and the
+        three-dimensional ones that may be stacks of experts: look whether they are where you want them.
+
         Those that are frozen now, which no step changes before they are unfrozen, are counted by themselves.
         """
-        titles = {"adaptive_muon": f"AdaptiveMuon ({self._muon.moment2_method})", "adamw": "AdamW", "frozen": "frozen"}
-        lines = []
-        for kind, title in titles.items():
-            rows = [row for row in self._routes if kind == (row[2].algorithm if row[1].requires_grad else "frozen")]
-            lines.append(f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements")
-            lines += [
-                f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
-            ]
-        return "\n".join(lines)
+        return _description(self._routes, self._muon.moment2_method, each=each)
+
+    @property
+    def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
+        """Name, parameter and route of each parameter in the groups that stand here now."""
+        return present_routes(self.param_groups, self._reasons, self._model)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,84 +271,44 @@ class HybridAdaptiveMuon(Optimizer):
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if bool(group["use_muon"]) is use_muon]
+        for reasons, group in zip(self._reasons, self.param_groups, strict=False):
+            # Copies of parameters, and what a wrapper has put in their place, lack the tag.
+            tag_transposed([("", p) for p in group["params"]], [route for _, route in reasons])
 
 
-def _as_groups(params: ParamsT) -> list[dict[str, Any]]:
-    """The constructor's ``params`` as parameter groups."""
-    if isinstance(params, torch.Tensor | nn.Module | Mapping):
-        raise TypeError(
-            "params must be an iterable of tensors, of (name, tensor) pairs or of dicts, "
-            f"got a {type(params).__name__}: pass model.named_parameters(), "
-            "or use HybridAdaptiveMuon.from_model(model)"
-        )
-    entries: list[Any] = list(params)
-    return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+def _check_names(groups: list[dict[str, Any]]) -> None:
+    """Raises a ``ValueError`` if some parameters have names and others have none, as torch does."""
+    named = {bool(name) for group in groups for name, _ in entries_of(group)}
+    require(
+        len(named) < 2,
+        "all parameters must have names, or none",
+        "some of each",
+        "pass (name, parameter) pairs for all of them, as in model.named_parameters()",
+    )
 
 
-def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """A group as one or two groups of one kind each, with ``use_muon`` and ``routes`` set and options resolved."""
-    entries = _entries(group)
-    unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
-    require(not unknown, "scalar_ options of a group must be known", unknown, f"choose from {', '.join(_SCALAR_KEYS)}")
-    routes = group.get("routes") or [_route(entry, group.get("use_muon")) for entry in entries]
-    parts = []
-    for use_muon, algorithm in ((True, "adaptive_muon"), (False, "adamw")):
-        chosen = [index for index, route in enumerate(routes) if route.algorithm == algorithm]
-        if not chosen:
-            continue
-        part = {key: value for key, value in group.items() if not key.startswith("scalar_")}
-        if use_muon:
-            part.pop("betas", None)
-        else:
-            part |= {key.removeprefix("scalar_"): value for key, value in group.items() if key.startswith("scalar_")}
-        part["params"] = [entries[index] for index in chosen]
-        part["routes"] = [routes[index] for index in chosen]
-        part["use_muon"] = use_muon
-        parts.append(part)
-    return parts
+def _names(groups: list[dict[str, Any]]) -> set[str]:
+    """Returns the names of groups, by which loggers tell them apart."""
+    return {str(group[key]) for group in groups for key in ("name", "group_name") if key in group}
 
 
-def _as_in(of_model: Mapping[torch.Tensor, tuple[str, Route]], group: dict[str, Any]) -> dict[str, Any]:
-    """A group with the names of its parameters in a model and, where it has not decided itself, their routes."""
-    params = [_named(entry)[1] for entry in _entries(group)]
-    foreign = [tuple(p.shape) for p in params if p not in of_model]
-    require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
-    named = {**group, "params": [(of_model[p][0], p) for p in params]}
-    return named if group.get("use_muon") is not None else {**named, "routes": [of_model[p][1] for p in params]}
+def _counted(rows: list[tuple[str, torch.Tensor, Route]], reason: str, text: str) -> str:
+    """Returns how many parameters are where they are for a reason, where there are any."""
+    count = sum(route.reason.startswith(reason) for *_, route in rows)
+    return f"; {count} of them {text}" if count else ""
 
 
-def _entries(group: dict[str, Any]) -> list[Any]:
-    """A group's parameters, or pairs of name and parameter."""
-    if "params" not in group:
-        raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
-    params = group["params"]
-    if isinstance(params, set):
-        raise TypeError("the order of a set changes between runs; pass the parameters as a list")
-    return [params] if isinstance(params, torch.Tensor) else list(params)
-
-
-def _named(entry: Any) -> tuple[str, torch.Tensor]:
-    """A group's entry as a pair of name, where it has one, and parameter."""
-    name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else ("", entry)
-    if not isinstance(name, str) or not isinstance(p, torch.Tensor):
-        raise TypeError(f"a parameter must be a tensor or a (name, tensor) pair, got {type(entry).__name__}")
-    return name, p
-
-
-def _route(entry: Any, use_muon: bool | None) -> Route:
-    """The route of a group's entry, which the group may have decided."""
-    name, p = _named(entry)
-    route = route_parameter(p, name)
-    if use_muon is None:
-        return route
-    return Route("adaptive_muon" if use_muon else "adamw", f"use_muon={use_muon} in its group")
-
-
-def _check_scalar(options: Mapping[str, Any]) -> None:
-    """Checks the options of the AdamW part."""
-    lr, betas, eps, weight_decay = options["lr"], options["betas"], options["eps"], options["weight_decay"]
-    two = isinstance(betas, Sequence) and len(betas) == 2 and all(within(beta, 0, 1) for beta in betas)
-    require(within(lr, 0), "scalar_lr must be >= 0", lr, "AdamW's rates are about 1e-4 to 3e-3")
-    require(two, "betas must be two numbers in [0, 1)", betas, "try (0.9, 0.95)")
-    require(within(eps, 0), "scalar_eps must be >= 0", eps, "the default is 1e-8")
-    require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")
+def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, each: bool) -> str:
+    """Returns the table that :meth:`HybridAdaptiveMuon.describe` returns."""
+    titles = {"adaptive_muon": f"AdaptiveMuon ({method})", "adamw": "AdamW", "frozen": "frozen"}
+    lines = []
+    for kind, title in titles.items():
+        rows = [row for row in routes if kind == (row[2].algorithm if row[1].requires_grad else "frozen")]
+        line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
+        if kind == "adamw":
+            line += _counted(rows, NOT_A_MAP, NOT_A_MAP) + _counted(rows, STACK, "3-D, stacks of experts perhaps")
+        lines.append(line)
+        lines += [
+            f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
+        ]
+    return "\n".join(lines)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters and gradients a step can take, and in which precision it works on them."""
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from emerging_optimizers.adaptive_muon.checks import refusal
 __all__ = [
     "check_gradients",
     "check_matrices",
+    "check_rows_and_columns",
+    "has_usable_dtype",
     "in_work_dtype",
     "is_matrix",
     "parameter_name",
@@ -20,6 +24,10 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Where sharding engines keep the shape of a parameter that they have emptied or flattened: DeepSpeed's ds_shape,
+# fairscale's _orig_size. An emptied one may have it anywhere; a flattened one looks like a bias with an attribute.
+_SHAPE = re.compile(r"(^|_)(shape|size)$")
+_WHOLE_SHAPE = re.compile(r"^_*(ds|orig|original|full|global|logical|unsharded|whole)_(shape|size)$")
 
 
 def parameter_name(group: dict[str, Any], index: int) -> str:
@@ -33,11 +41,48 @@ def is_matrix(p: torch.Tensor) -> bool:
     return p.ndim == 2 or (p.ndim == 3 and bool(getattr(p, "muon_stacked", False)))
 
 
+def has_usable_dtype(p: torch.Tensor) -> bool:
+    """Return whether AdaptiveMuon takes a parameter's dtype and memory layout, which is not to say its shape."""
+    return p.dtype in _DTYPES and p.layout == torch.strided
+
+
+def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
+    """Raise a ``ValueError`` if a sharding engine has taken a parameter's rows and columns, and so its matrix.
+
+    Args:
+        p: The parameter. One without rows, such as the empty shard of a small matrix, is as good as any other.
+        name: What the error calls it.
+    """
+    rule = "a parameter must keep its rows and columns to be optimized"
+    remedy = "use FSDP2, torch.distributed.fsdp.fully_shard"
+    if getattr(p, "_fsdp_flattened", False):
+        raise refusal(rule, f"{name} flattened by FullyShardedDataParallel", remedy)
+    if type(p).__name__ == "FlatParameter":
+        raise refusal(rule, f"{name}, a FlatParameter", remedy)
+    if hasattr(p, "_megatron_fsdp_model") or hasattr(p, "__fsdp_param__"):
+        raise refusal(rule, f"{name} sharded by Megatron-FSDP", remedy)
+    if p.ndim > 1 or not p.is_floating_point():
+        return
+    for key, kept in vars(p).items():
+        if not (isinstance(kept, tuple | list) and all(isinstance(size, int) for size in kept)):
+            continue
+        emptied = p.numel() == 0 < math.prod(kept) and _SHAPE.search(key)
+        flattened = p.ndim == 1 < len(kept) and p.numel() <= math.prod(kept) and _WHOLE_SHAPE.search(key)
+        if emptied or flattened:
+            engine = "DeepSpeed's ZeRO stage 3" if key.startswith("ds_") else "a sharding engine"
+            raise refusal(
+                rule,
+                f"{name}, which {engine} holds as {tuple(p.shape)} instead of {tuple(kept)}",
+                f"{remedy}, instead of the engine",
+            )
+
+
 def check_matrices(group: dict[str, Any]) -> None:
     """Raises a ``ValueError`` unless every parameter of a group is a real floating-point matrix or stack of them."""
     for index, p in enumerate(group["params"]):
         if is_lazy(p):
             continue  # it has no shape before the model's first forward; the step looks again
+        check_rows_and_columns(p, parameter_name(group, index))
         if not is_matrix(p):
             raise refusal(
                 "AdaptiveMuon takes matrices, parameters of two dimensions; "
@@ -46,10 +91,10 @@ def check_matrices(group: dict[str, Any]) -> None:
                 "give it to AdamW, as HybridAdaptiveMuon does by itself"
                 + ("; set its muon_stacked = True if it is a stack of matrices (experts)" if p.ndim == 3 else ""),
             )
-        if p.dtype not in _DTYPES:
+        if not has_usable_dtype(p):
             raise refusal(
                 f"AdaptiveMuon takes real floating-point matrices; {parameter_name(group, index)} has the dtype",
-                p.dtype,
+                p.dtype if p.layout == torch.strided else f"{p.dtype}, {p.layout}",
                 f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
             )
 

@@ -2,11 +2,10 @@
 """Which parameter goes to AdaptiveMuon, which to AdamW, and why."""
 
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import takewhile
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -15,30 +14,31 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.parameters import is_matrix
+from emerging_optimizers.adaptive_muon.heads import find_heads, head_by_name, is_embedding
+from emerging_optimizers.adaptive_muon.linear_maps import (
+    Adapted,
+    LinearMap,
+    adapted,
+    is_linear,
+    is_weight_by_name,
+    linear_map,
+    parametrized,
+)
+from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
 
 
-__all__ = ["AlgorithmT", "Route", "route_model", "route_parameter"]
+__all__ = ["NOT_A_MAP", "STACK", "AlgorithmT", "Route", "plain_names", "route_model", "route_parameter", "unwrapped"]
 
 AlgorithmT = Literal["adaptive_muon", "adamw"]
 
-# Components of a parameter's name that usually mean an output head.
-_HEADS = {
-    "qa_outputs",
-    "lm_head",
-    "head",
-    "output_layer",
-    "output_projection",
-    "classifier",
-    "embed_out",
-    "unembed",
-    "logits",
-    "score",
-}
+# Beginnings of the reasons that HybridAdaptiveMuon.describe() counts.
+NOT_A_MAP = "two-dimensional, but not the weight of a linear map"
+STACK = "3-D, not a matrix; if it is a stack of matrices (experts)"
+
 # What wrappers put into names: torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Parts of a parameter's own name that mean a two-dimensional bias (pos_bias_u) or a table (pos_embed).
-_TABLES = ("bias", "embed", "token")
+# Wrappers that call what they wrap "module": torch's, and Megatron's, DeepSpeed's and apex's by their names.
+_HOLDERS = {"DistributedDataParallel", "DeepSpeedEngine", "Float16Module", "MegatronFSDP"}
 
 
 @dataclass(frozen=True)
@@ -48,138 +48,253 @@ class Route:
     Args:
         algorithm: "adaptive_muon" or "adamw".
         reason: The rule that decided, in words.
+        transposed: Whether the matrix is stored as (in, out) instead of (out, in).
     """
 
     algorithm: AlgorithmT
     reason: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One place of a model where a parameter is.
+
+    Args:
+        path: Components of its name, without those of wrappers.
+        wrapped_path: All components of its name.
+        module: The module that holds it; of a parametrized weight, the module that was parametrized.
+        around: The modules around it, ``module`` included.
+        map: The linear map whose weight it is there, if it is one.
+        adapts: What it adapts there, if it is an adapter's.
+    """
+
+    path: list[str]
+    wrapped_path: list[str]
+    module: nn.Module
+    around: list[nn.Module]
+    map: LinearMap | None
+    adapts: Adapted | None
+
+    @property
+    def name(self) -> str:
+        """The dotted name without the components of wrappers."""
+        return ".".join(self.path)
+
+    @property
+    def names(self) -> set[str]:
+        """The dotted names with and without the components of wrappers."""
+        return {self.name, ".".join(self.wrapped_path)}
 
 
 def route_parameter(p: torch.Tensor, name: str = "") -> Route:
-    """Routes a parameter by itself: by its tag, its shape and, where there is one, its name.
+    """Route a parameter by itself: by its tag, its shape and dtype and, where there is one, its name.
 
     Args:
         p: The parameter. ``p.is_embedding_or_output_parameter``, Megatron's tag, sends it to AdamW.
-        name: Its dotted name in the model.
+        name: Its dotted name in the model. A matrix that has a name goes to AdaptiveMuon only if it is called as the
+            weight of a linear map is: ``weight``, ``weight0``, ``in_proj_weight``, ``lora_A``.
 
     Raises:
-        ValueError: If the parameter has no shape yet (a lazy module before its first forward), or none any more (FSDP1).
+        ValueError: If the parameter has no shape yet (a lazy module before its first forward), or no rows and columns
+            any more (FSDP1, ZeRO stage 3).
     """
-    require(
-        not is_lazy(p),
-        "a parameter must have a shape to be routed",
-        name or "an uninitialized parameter",
-        "run the model once before making the optimizer",
-    )
-    require(
-        not getattr(p, "_fsdp_flattened", False),
-        "a parameter must keep its rows and columns to be routed",
-        f"{name or 'a parameter'} flattened by FullyShardedDataParallel",
-        "use FSDP2, torch.distributed.fsdp.fully_shard",
-    )
-    *path, leaf = name.split(".")
-    if getattr(p, "is_embedding_or_output_parameter", False):
-        return Route("adamw", "tagged as embedding or output")
-    if not is_matrix(p):
-        return Route("adamw", f"{p.ndim}-D, not a matrix")
-    if not (p.is_floating_point() or p.is_complex()):
-        return Route("adamw", f"{p.dtype}, without gradients")
-    # Of a dimension that is split, the size at hand says nothing.
-    if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
-        return Route("adamw", "a single row or column")
-    if head := next((part for part in path if part in _HEADS), None):
-        return Route("adamw", f"output head by its name, {head!r}")
-    if any(word in leaf for word in _TABLES):
-        return Route("adamw", f"bias or table by its name, {leaf!r}")
-    return Route("adaptive_muon", "hidden matrix" if p.ndim == 2 else "stack of hidden matrices")
+    route = _route_by_itself(p, [name])
+    if route is not None:
+        return route
+    if not name or is_weight_by_name(name) or _is_tagged(p):
+        return _to_muon(p)
+    return Route("adamw", f"{NOT_A_MAP}; to override, set 'use_muon': True in its group")
 
 
 def route_model(
     model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None
 ) -> list[tuple[str, nn.Parameter, Route]]:
-    """Routes all parameters of a model by the modules that own them, then each by itself.
+    """Route all parameters of a model by the modules that own them, then each by itself.
 
     Args:
         model: The model.
-        routes: Name pattern (as in ``fnmatch``, matched against the parameter's dotted name) to algorithm, before all
-            other rules; the first pattern that matches wins.
+        routes: Name pattern (as in ``fnmatch``, matched against the parameter's dotted name, with or without what
+            wrappers such as ``torch.compile`` put into it) to algorithm, before all other rules; the first pattern
+            that matches wins.
 
     Returns:
-        Name, parameter and route of each parameter, once each, in the model's order.
+        Name, parameter and route of each parameter, once each, in the model's order. Names are those of the model
+        without its wrappers.
 
     Raises:
-        ValueError: If a pattern matches no parameter or names no algorithm.
+        ValueError: If a pattern matches no parameter or names no algorithm, or a parameter has no rows and columns.
     """
     routes = dict(routes or {})
-    owners = _owners(model)
-    heads = _heads(model)
-    names = {name for of_parameter in owners.values() for name, _ in of_parameter}
+    uses = _uses(model)
+    for p, places in uses.items():
+        if not is_lazy(p):
+            check_rows_and_columns(p, places[0].name)
+    _check_patterns(routes, {name for places in uses.values() for use in places for name in use.names})
+    heads = find_heads(
+        model,
+        ((use.path[:-1], use.module, use.map) for use in chain(*uses.values()) if use.map and not use.adapts),
+    )
+    tables = {p for p, places in uses.items() if any(is_embedding(use.module) for use in places)}
+    routed = []
+    for p, places in uses.items():
+        names = {name for use in places for name in use.names}
+        chosen = next((key for key in routes if any(_matches(name, key) for name in names)), None)
+        if chosen is not None:
+            route = Route(routes[chosen], f"pattern {chosen!r}")
+        else:
+            route = _route_in_model(p, places, heads, tables)
+        if any(use.map and use.map.transposed for use in places):
+            suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
+            route = Route(route.algorithm, route.reason + suffix, transposed=True)
+        routed.append((places[0].name, p, route))
+    return routed
+
+
+def plain_names(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return name and parameter of each parameter of a model, once each, as :func:`route_model` does."""
+    return [(places[0].name, p) for p, places in _uses(model).items()]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers around all of it, such as ``torch.compile`` and DistributedDataParallel."""
+    while part := next((name for name, _ in model.named_children() if _is_wrapper(model, name)), None):
+        model = getattr(model, part)
+    return model
+
+
+def _check_patterns(routes: Mapping[str, AlgorithmT], names: Collection[str]) -> None:
+    """Raise a ``ValueError`` if a pattern matches no name or is routed to no algorithm."""
     for pattern, algorithm in routes.items():
         require_one_of(f"routes[{pattern!r}]", algorithm, ("adaptive_muon", "adamw"))
         require(
-            any(fnmatchcase(name, pattern) for name in names),
+            any(_matches(name, pattern) for name in names),
             "a pattern of routes must match a parameter",
             pattern,
             "print the names with [name for name, _ in model.named_parameters()]",
         )
-    routed = []
-    for p, of_parameter in owners.items():
-        chosen = next((key for key in routes if any(fnmatchcase(name, key) for name, _ in of_parameter)), None)
-        if chosen is not None:
-            route = Route(routes[chosen], f"pattern {chosen!r}")
-        else:
-            route = _route_by_modules([module for _, module in of_parameter], heads) or route_parameter(
-                p, of_parameter[0][0]
-            )
-        routed.append((of_parameter[0][0], p, route))
-    return routed
 
 
-def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-    """Every parameter with all its names and the modules that hold it: several where it, or its module, is shared."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    owners: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        owner = module
-        if isinstance(module, ParametrizationList):  # holds what its owner computes the weight from
-            owner = model.get_submodule(prefix.rpartition("parametrizations.")[0].removesuffix("."))
-        path = [part for part in prefix.split(".") if part and part not in _WRAPPERS]
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether a pattern matches a name as it is, or without the wrappers that the pattern names."""
+    plain = ".".join(part for part in pattern.split(".") if part not in _WRAPPERS)
+    return fnmatchcase(name, pattern) or fnmatchcase(name, plain)
+
+
+def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
+    """Return every parameter with all its places: several where it, or its module, is shared."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    uses: dict[nn.Parameter, list[_Use]] = {}
+    for prefix, module in modules.items():
+        parts = prefix.split(".") if prefix else []
+        around = [modules[".".join(parts[:at])] for at in range(len(parts) + 1)]
+        path = [part for part, outer in zip(parts, around, strict=False) if not _is_wrapper(outer, part)]
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(p, []).append((".".join([*path, leaf]), owner))
-    return owners
+            owner, leaf_there = _owner(prefix, leaf, modules)
+            use = _Use(
+                path=[*path, leaf],
+                wrapped_path=[*parts, leaf],
+                module=owner,
+                around=[*around, owner],
+                map=None if is_lazy(p) else linear_map(owner, leaf_there, p),
+                adapts=adapted([*parts, leaf], modules),
+            )
+            uses.setdefault(p, []).append(use)
+    return uses
 
 
-def _route_by_modules(modules: list[nn.Module], heads: dict[nn.Module, str]) -> Route | None:
-    """The route that the modules holding a parameter decide, if they do."""
-    for module in modules:
-        kind = type(module).__name__
-        if module in heads:
-            return Route("adamw", heads[module])
-        if isinstance(module, nn.Linear):  # also a LayerNormLinear or an EmbeddingProjection
-            continue
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or kind.endswith("Embedding"):
-            return Route("adamw", "embedding" if len(modules) == 1 else "embedding, tied")
-        if re.search(r"Norm(\dd)?$", kind):
-            return Route("adamw", f"norm, {kind}")
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            return Route("adamw", f"recurrent, {kind}")
+def _is_wrapper(outer: nn.Module, part: str) -> bool:
+    """Return whether a component of a name comes from a wrapper. A user's own ``module`` does not."""
+    if part == "module":
+        kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        return isinstance(outer, kinds) or type(outer).__name__ in _HOLDERS
+    return part in _WRAPPERS
+
+
+def _owner(prefix: str, leaf: str, modules: Mapping[str, nn.Module]) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter, and its name there; of a parametrized weight, those of the weight."""
+    outer, rest = parametrized(prefix)
+    weight, _, index = rest.partition(".")
+    if isinstance(modules[prefix], ParametrizationList):
+        return modules[outer], weight
+    if index.isdigit():  # a parametrization with parameters of its own, such as LoRA's factors
+        return modules[outer], leaf
+    return modules[prefix], leaf
+
+
+def _route_in_model(
+    p: torch.Tensor, places: list[_Use], heads: Mapping[nn.Module, str], tables: Collection[torch.Tensor]
+) -> Route:
+    """Return the route that the modules around a parameter decide or, where they do not, its tags and shape."""
+    for use in places:
+        reason = _reason_of_place(use, heads, tables)
+        if reason:
+            return Route("adamw", reason + (", tied" if reason == "embedding" and len(places) > 1 else ""))
+    name = places[0].name
+    in_convolution = isinstance(places[0].module, nn.modules.conv._ConvNd)
+    route = _route_by_itself(p, [use.name for use in places], may_be_stack=not in_convolution)
+    if route is not None:
+        return route
+    if any(use.map for use in places) or _is_tagged(p):
+        return _to_muon(p)
+    return Route("adamw", f"{NOT_A_MAP}; to override, pass routes={{{name!r}: 'adaptive_muon'}}")
+
+
+def _reason_of_place(use: _Use, heads: Mapping[nn.Module, str], tables: Collection[torch.Tensor]) -> str | None:
+    """Return the reason for which the modules around a parameter send it to AdamW, if they do."""
+    head = next((heads[module] for module in use.around if module in heads), None)
+    if head:
+        return head
+    if use.adapts:
+        base = use.adapts.base
+        if is_embedding(base) or getattr(base, "weight", None) in tables:
+            return "adapter of an embedding"
+        if base in heads or head_by_name([part for part in use.adapts.path if part not in _WRAPPERS]):
+            return "adapter of an output head"
+        if use.adapts.is_wrapped and not is_linear(base):
+            return f"adapter of {type(base).__name__}, which is not a linear map"
+    kind = type(use.module).__name__
+    if isinstance(use.module, nn.Linear):  # also a LayerNormLinear
+        return None
+    if is_embedding(use.module):
+        return "embedding"
+    if re.search(r"Norm(\dd)?$", kind):
+        return f"norm, {kind}"
+    if isinstance(use.module, nn.RNNBase | nn.RNNCellBase):
+        return f"recurrent, {kind}"
     return None
 
 
-def _heads(model: nn.Module) -> dict[nn.Module, str]:
-    """Output heads that the model itself shows, with the reason."""
-    heads: dict[nn.Module, str] = {}
-    for module in model.modules():
-        ask = getattr(module, "get_output_embeddings", None)  # Hugging Face's
-        with suppress(NotImplementedError):
-            head = ask() if callable(ask) else None
-            if isinstance(head, nn.Module):
-                heads[head] = "output head by get_output_embeddings()"
-    # An untied head stands last and has the shape of an embedding; where that is square, any layer may have it.
-    tables = {m.weight.shape for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    shape = linears[-1].weight.shape if linears else torch.Size()
-    if shape in tables and len(set(shape)) == 2:
-        for module in takewhile(lambda module: module.weight.shape == shape, reversed(linears)):
-            heads.setdefault(module, f"output head by its shape, {shape[0]} x {shape[1]} as an embedding")
-    return heads
+def _route_by_itself(p: torch.Tensor, names: Sequence[str], *, may_be_stack: bool = True) -> Route | None:
+    """Return the route that a parameter's tags, shape, dtype and names decide, if they do."""
+    require(
+        not is_lazy(p),
+        "a parameter must have a shape to be routed",
+        names[0] or "an uninitialized parameter",
+        "run the model once before making the optimizer",
+    )
+    check_rows_and_columns(p, names[0] or "a parameter")
+    if getattr(p, "is_embedding_or_output_parameter", False):
+        return Route("adamw", "tagged as embedding or output")
+    if not is_matrix(p):
+        is_stack = may_be_stack and p.ndim == 3 and min(p.shape) > 1
+        return Route("adamw", f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix")
+    if not has_usable_dtype(p):
+        return Route(
+            "adamw", f"{p.dtype if p.layout == torch.strided else p.layout}, which AdaptiveMuon does not take"
+        )
+    # Of a dimension that is split, the size at hand says nothing.
+    if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
+        return Route("adamw", "a single row or column")
+    head = next(filter(None, (head_by_name(name.split(".")[:-1]) for name in names)), None)
+    return Route("adamw", f"output head by its name, {head!r}") if head else None
+
+
+def _is_tagged(p: torch.Tensor) -> bool:
+    """Return whether a parameter has an attribute that only AdaptiveMuon reads."""
+    return p.ndim == 3 or getattr(p, "muon_blocks", None) is not None or bool(getattr(p, "muon_transposed", False))
+
+
+def _to_muon(p: torch.Tensor) -> Route:
+    """Return the route of a matrix, or of a stack of them."""
+    return Route("adaptive_muon", "hidden matrix" if p.ndim == 2 else "stack of hidden matrices")

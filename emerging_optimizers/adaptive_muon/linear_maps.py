@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters are the weights of linear maps: the only matrices that AdaptiveMuon is for."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+__all__ = ["Adapted", "LinearMap", "adapted", "is_linear", "is_weight_by_name", "linear_map", "parametrized"]
+
+# A weight, one of several (GroupedLinear's weight0), or one of a fused layer (in_proj_weight, fc1_weight).
+_WEIGHT = re.compile(r"(^|_)weight\d*$")
+_LORA = re.compile(r"(^|_)lora(_|$)", re.IGNORECASE)
+# What adapters call the module that they wrap: peft (adapters, and modules_to_save), NeMo and Megatron Bridge.
+_WRAPPED = ("base_layer", "original_module", "to_wrap")
+_MERGED_LORA = re.compile(r"^lora_(A|B|a|b|down|up)$")
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """The shape of a linear map, as far as this process holds it.
+
+    Args:
+        outputs: Number of outputs.
+        inputs: Number of inputs.
+        transposed: Whether the weight is stored as (in, out), as Hugging Face's ``Conv1D`` does.
+    """
+
+    outputs: int
+    inputs: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What an adapter's parameter adapts.
+
+    Args:
+        path: Components of the name of the module that has the adapter.
+        base: The module that is adapted.
+        is_wrapped: Whether the adapter holds ``base``, as peft's do, which leaves no doubt.
+    """
+
+    path: Sequence[str]
+    base: nn.Module
+    is_wrapped: bool
+
+
+def linear_map(module: nn.Module, leaf: str, p: torch.Tensor) -> LinearMap | None:
+    """Return the linear map whose weight a parameter is, or None where it is not the weight of one.
+
+    Other packages' modules are recognized by their attributes; none of these packages is imported.
+
+    Args:
+        module: The module that holds the parameter; of a parametrized weight, the module that was parametrized.
+        leaf: The parameter's name in the module.
+        p: The parameter, of which this process may hold a shard.
+    """
+    if p.ndim != 2:
+        return None
+    rows, columns = p.shape
+    if _is_conv1d(module):
+        stored_transposed = leaf.startswith("weight") and [rows, columns] == [module.nx, module.nf]
+        return LinearMap(columns, rows, transposed=True) if stored_transposed else None
+    fits = (
+        (leaf == "weight" and isinstance(module, nn.Linear))
+        or any(_fits(leaf, rows, columns, outputs, inputs) for outputs, inputs in _features(module))
+        or _has_its_bias(module, leaf, rows)
+        or (isinstance(module, nn.MultiheadAttention) and leaf.endswith("_proj_weight"))
+    )
+    return LinearMap(rows, columns) if fits else None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear map, also where its weight is packed and has no rows and columns."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd):
+        return False
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or any(_features(module))
+
+
+def is_weight_by_name(name: str) -> bool:
+    """Return whether a parameter's name alone lets it pass for the weight of a linear map."""
+    *path, leaf = name.split(".")
+    if path[-2:-1] == ["parametrizations"]:  # parametrizations.weight.original1
+        leaf = path[-1]
+    return bool(_WEIGHT.search(leaf) or _MERGED_LORA.search(leaf) or leaf in ("weight_orig", "weight_v"))
+
+
+def adapted(path: Sequence[str], modules: Mapping[str, nn.Module]) -> Adapted | None:
+    """Return what an adapter's parameter adapts, or None where it is not an adapter's.
+
+    Args:
+        path: Components of the parameter's name, as the model has them.
+        modules: All modules of the model by their dotted names.
+    """
+    for at, part in enumerate(path):
+        outer = base = modules[parametrized(".".join(path[:at]))[0]]
+        wrapped = _wrapped(base)
+        if (wrapped and part != wrapped) or _LORA.search(part):
+            while wrapped:  # wrappers may be nested
+                base = getattr(base, wrapped)
+                wrapped = _wrapped(base)
+            return Adapted(path[:at], base, is_wrapped=base is not outer)
+    return None
+
+
+def parametrized(name: str) -> tuple[str, str]:
+    """Split the name of a module into that of the module it parametrizes, and the rest; the rest is else empty."""
+    outer, found, rest = f".{name}".rpartition(".parametrizations.")
+    return (outer.removeprefix("."), rest) if found else (name, "")
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Return under which name a module holds the one that it wraps, if it wraps one."""
+    return next((name for name in _WRAPPED if isinstance(getattr(module, name, None), nn.Module)), None)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is Hugging Face's ``Conv1D``, also where ``fully_shard`` has made a subclass of it."""
+    by_name = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+    return by_name and all(isinstance(getattr(module, name, None), int) for name in ("nf", "nx"))
+
+
+def _features(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Yield the numbers (outputs, inputs) that a module has as attributes.
+
+    These are two attributes whose names differ in "in" and "out" only: ``in_features`` and ``out_features`` (torch,
+    Transformer Engine), ``input_size`` and ``output_size`` (Megatron), ``in_dim`` and ``out_dim``, ``d_in`` and
+    ``d_out``, and so on.
+    """
+    sizes = {name: size for name, size in vars(module).items() if type(size) is int}
+    for name, inputs in sizes.items():
+        for found in re.finditer("in", name):
+            outputs = sizes.get(f"{name[: found.start()]}out{name[found.end() :]}")
+            if outputs is not None:
+                yield outputs, inputs
+
+
+def _fits(leaf: str, rows: int, columns: int, outputs: int, inputs: int) -> bool:
+    """Return whether a parameter of a module with so many outputs and inputs has the name and shape of its weight."""
+    if (rows, columns) == (outputs, inputs):
+        return leaf.startswith("weight") or bool(_WEIGHT.search(leaf))
+    if _MERGED_LORA.search(leaf):
+        return columns == inputs or rows == outputs
+    # A tensor-parallel shard, or one part of a fused layer. Not weight_scale_inv, one number per block of the weight.
+    shard = (rows == outputs and columns < inputs) or (columns == inputs and rows < outputs)
+    return shard and bool(_WEIGHT.search(leaf))
+
+
+def _has_its_bias(module: nn.Module, leaf: str, rows: int) -> bool:
+    """Return whether ``in_proj_weight``, ``fc1_weight`` or the like has its ``in_proj_bias`` beside it, or None."""
+    if not leaf.endswith("_weight"):
+        return False
+    bias = getattr(module, leaf.removesuffix("weight") + "bias", module)
+    # Transformer Engine has an empty tensor in place of None.
+    return bias is None or (isinstance(bias, torch.Tensor) and bias.ndim == 1 and bias.numel() in (0, rows))

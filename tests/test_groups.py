@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups: what the two halves of a split one keep, and groups that are added later."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from small_model import Model, names_of
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
+
+
+def layer(outputs=3, inputs=2):
+    return nn.Linear(inputs, outputs)
+
+
+def step(optimizer):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def values(optimizer, key):
+    return [group.get(key) for group in optimizer.param_groups]
+
+
+# ---- names of groups ----
+
+
+@pytest.mark.parametrize("key", ["name", "group_name"])
+def test_halves_have_names_that_tell_them_apart(key):
+    body, top, norm = layer(), layer(), nn.LayerNorm(3)
+    groups = [
+        {"params": [*body.parameters()], key: "body"},
+        {"params": [*top.parameters()], key: "top"},
+        {"params": [*norm.parameters()], key: "norm"},
+        {"params": [nn.Parameter(torch.ones(2, 2))], key: "matrix"},
+    ]
+    optimizer = HybridAdaptiveMuon(groups)
+    assert values(optimizer, key) == [
+        *("body/adaptive_muon", "top/adaptive_muon", "matrix"),
+        *("body/adamw", "top/adamw", "norm"),
+    ]
+    optimizer.add_param_group({"params": [*layer().parameters()], key: "later"})
+    assert values(optimizer, key)[-2:] == ["later/adaptive_muon", "later/adamw"]
+    names = values(optimizer, key)
+    step(optimizer)
+    other = HybridAdaptiveMuon([copy.deepcopy(group) for group in groups])
+    other.add_param_group({"params": [*layer().parameters()], key: "later"})
+    other.load_state_dict(optimizer.state_dict())
+    assert values(other, key) == values(copy.deepcopy(optimizer), key) == names
+    assert [group[key] for group in groups] == ["body", "top", "norm", "matrix"], "the user's own stay as they are"
+
+
+def test_a_users_name_is_not_given_twice():
+    groups = [
+        {"params": [*layer().parameters()], "name": "body"},
+        {"params": [nn.Parameter(torch.ones(3))], "name": "body/adamw"},
+    ]
+    for order in (groups, groups[::-1]):
+        optimizer = HybridAdaptiveMuon([dict(group) for group in order])
+        assert sorted(values(optimizer, "name")) == ["body/adamw", "body/adamw_", "body/adaptive_muon"]
+    optimizer.add_param_group({"params": [*layer().parameters()], "name": "body"})
+    assert len(set(values(optimizer, "name"))) == 5, "nor one that an earlier half has"
+
+
+def test_groups_of_another_optimizer_keep_their_names():
+    """As wrappers do that make the inner optimizer from their own groups."""
+    first = HybridAdaptiveMuon([{"params": [*layer().named_parameters()], "name": "body"}])
+    second = HybridAdaptiveMuon(first.param_groups)
+    for key in ("name", "use_muon", "param_names"):
+        assert values(second, key) == values(first, key)
+    third = HybridAdaptiveMuon([{"params": [*layer().parameters()], "param_names": ["weight", "bias"]}])
+    assert values(third, "param_names") == [["weight"], ["bias"]]
+    with pytest.raises(ValueError, match="param_names.* 2 params, got 1"):
+        HybridAdaptiveMuon([{"params": [*layer().parameters()], "param_names": ["weight"]}])
+
+
+def test_lists_of_an_entry_for_each_parameter_are_split_with_them():
+    model = layer(), nn.LayerNorm(3)
+    params = [p for module in model for p in module.parameters()]
+    options = {
+        "layers": [1, 1, 2, 2],
+        "scales": [0.5, 1.0, 1.5, 2.0],
+        "lr_scale": 0.5,
+        "shape": (1, 2, 3, 4),
+        "tags": ["a"],
+    }
+    muon, rest = HybridAdaptiveMuon([{"params": params, **options}]).param_groups
+    assert (muon["layers"], muon["scales"], rest["layers"], rest["scales"]) == ([1], [0.5], [1, 2, 2], [1.0, 1.5, 2.0])
+    for group in (muon, rest):
+        assert (group["lr_scale"], group["shape"], group["tags"]) == (0.5, (1, 2, 3, 4), ["a"])
+    (_, rest) = HybridAdaptiveMuon([{"params": [*layer().parameters()], "betas": [0.5, 0.6]}]).param_groups
+    assert rest["betas"] == [0.5, 0.6]
+
+
+def test_a_schedulers_base_rate_is_that_of_the_half():
+    group = {"params": [*layer().parameters()], "lr": 0.25, "initial_lr": 0.5, "scalar_lr": 0.125}
+    optimizer = HybridAdaptiveMuon([group])
+    assert values(optimizer, "initial_lr") == [0.5, 0.25]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5, last_epoch=4)
+    assert values(optimizer, "lr") == [0.25, 0.125] and schedule.base_lrs == [0.5, 0.25]
+    assert values(HybridAdaptiveMuon([{**group, "scalar_lr": 0.25}]), "initial_lr") == [0.5, 0.5]
+
+
+def test_lightnings_monitor_of_learning_rates_takes_them(tmp_path):
+    pl = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body, self.top = layer(4, 4), layer(4, 4)
+
+        def training_step(self, batch, index):
+            return self.top(self.body(batch)).square().mean()
+
+        def configure_optimizers(self):
+            groups = [{"params": [*getattr(self, name).parameters()], "name": name} for name in ("body", "top")]
+            optimizer = HybridAdaptiveMuon.from_model(self, params=groups)
+            return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer)]
+
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    logger, monitor = CSVLogger(tmp_path), LearningRateMonitor("step")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=logger, callbacks=[monitor], log_every_n_steps=1, **quiet
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 4)))
+    halves = {
+        f"lr-HybridAdaptiveMuon/{name}/{kind}" for name in ("body", "top") for kind in ("adaptive_muon", "adamw")
+    }
+    assert halves <= monitor.lrs.keys()
+
+
+# ---- groups that are added later ----
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copy"])
+def test_unnamed_layers_can_be_added_and_resumed(copied):
+    def make():
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = HybridAdaptiveMuon.from_model(model)
+        extra = layer(), layer(4, 3), nn.LayerNorm(4)
+        for each in extra:
+            optimizer.add_param_group({"params": [*each.parameters()]})
+            if copied:
+                model, optimizer = copy.deepcopy((model, optimizer))
+        return optimizer
+
+    one, other = make(), make()
+    named = [name for names in values(one, "param_names") for name in names]
+    assert len(named) == len(set(named)) == sum(len(group["params"]) for group in one.param_groups)
+    assert values(one, "param_names")[2:] == [
+        *(["added.2.0"], ["added.2.1"], ["added.4.0"], ["added.4.1"], ["added.6.0", "added.6.1"])
+    ]
+    assert values(one, "use_muon")[2:] == [True, False, True, False, False], "by shape alone: the names say nothing"
+    step(one)
+    other.load_state_dict(one.state_dict())
+    assert values(other, "param_names") == values(one, "param_names")
+    assert pickle.loads(pickle.dumps(one)).describe() == one.describe() and "added.4.0" in one.describe()
+
+
+def test_a_made_up_name_is_not_taken():
+    optimizer = HybridAdaptiveMuon(
+        [("added.2.0", nn.Parameter(torch.ones(3))), ("a.weight", nn.Parameter(torch.ones(2, 2)))]
+    )
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert values(optimizer, "param_names")[-1] == ["added.2.0_"]
+
+
+def test_a_group_of_the_models_and_of_other_parameters():
+    model = Model()
+    optimizer = HybridAdaptiveMuon.from_model(model, params=model.blocks[0].parameters())
+    foreign = nn.Parameter(torch.ones(2, 2))
+    optimizer.add_param_group(
+        {"params": [model.embed.weight, foreign, ("mine.weight", nn.Parameter(torch.ones(2, 3)))]}
+    )
+    assert names_of(optimizer, True) >= {"added.2.1", "mine.weight"} and "embed.weight" in names_of(optimizer, False)
+
+
+def test_named_layers_can_be_added_to_an_optimizer_without_names():
+    one = HybridAdaptiveMuon(layer().parameters())
+    one.add_param_group({"params": [*layer(4, 3).named_parameters(), ("latents", nn.Parameter(torch.ones(2, 2)))]})
+    assert values(one, "param_names") == [None] * 4 and values(one, "use_muon") == [True, False, True, False]
+    assert "latents  (two-dimensional, but not the weight of a linear map" in one.describe(), "they are routed by name"
+    step(one)
+    other = HybridAdaptiveMuon(layer().parameters())
+    other.add_param_group({"params": [*layer(4, 3).parameters()]})
+    other.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": False})
+    with pytest.raises(ValueError):
+        other.load_state_dict(one.state_dict())
+
+
+def test_names_for_some_of_the_first_parameters_are_refused():
+    """Torch's rule, which is for a slip here: later groups may come from elsewhere."""
+    p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    for params in ([("p", p), q], [{"params": [("p", p)]}, {"params": [q]}]):
+        with pytest.raises(ValueError, match="names, or none.*model.named_parameters"):
+            HybridAdaptiveMuon(params)
+
+
+def test_lightning_adds_what_it_unfreezes():
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    model = Model()
+    model.blocks[1].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = HybridAdaptiveMuon.from_model(model, params=trained)
+    extra = nn.Linear(8, 8)  # not of the model that the optimizer knows
+    for part in (model.blocks[1], extra):
+        callbacks.BaseFinetuning.unfreeze_and_add_param_group(part, optimizer, lr=0.5)
+    assert {f"blocks.1.{n}.weight" for n in ("query", "out_proj")} | {"added.4.0"} <= names_of(optimizer, True)
+    step(optimizer)
+
+
+# ---- what the optimizer keeps alive ----
+
+
+def test_neither_the_model_nor_a_parameter_is_kept_alive_by_the_routes():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = HybridAdaptiveMuon.from_model(model, params=model[2].parameters())
+    optimizer.param_groups.clear()
+    optimizer._muon._sharding = optimizer._muon._plan = None  # of the matrices' optimizer, which has its own test
+    optimizer._share()
+    alive = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+    del model
+    gc.collect()
+    assert not any(each() is not None for each in alive)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})  # and nothing is missed
+
+
+def test_description_is_of_the_parameters_that_stand_there_now():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6))
+    optimizer = HybridAdaptiveMuon.from_model(model)
+    group = optimizer.param_groups[0]
+    group["params"][1] = nn.Parameter(torch.ones(2, 4))
+    assert "AdaptiveMuon (adamuon): 2 parameters, 24 elements" in optimizer.describe()
+    assert "2 x 4  1.weight  (hidden matrix)" in optimizer.describe(), "what replaces a parameter has its route"
+    del group["params"][0], group["param_names"][0]
+    lines = optimizer.describe().splitlines()
+    assert lines[0] == "AdaptiveMuon (adamuon): 1 parameters, 8 elements" and "1.weight  (hidden matrix)" in lines[1]
+    unnamed = HybridAdaptiveMuon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3, 3))])
+    del unnamed.param_groups[0]["params"][0]
+    assert "3 x 3    (put into a group from outside)" in unnamed.describe()
+
+
+def test_a_parameter_replaced_in_the_model_is_added_under_its_name():
+    """As fully_shard replaces them."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = HybridAdaptiveMuon.from_model(model, params=model[0].parameters(), routes={"1.weight": "adamw"})
+    model[1].weight = nn.Parameter(torch.ones(4, 4))
+    optimizer.add_param_group({"params": model[1].weight})
+    assert names_of(optimizer, False) == {"0.bias", "1.weight"} and "pattern '1.weight'" in optimizer.describe()
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "DP"])
+def test_a_wrapper_that_is_gone_leaves_the_model(wrap):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4))
+    optimizer = HybridAdaptiveMuon.from_model(wrap(model), params=model[0].parameters())
+    gc.collect()
+    optimizer.add_param_group({"params": model[1].parameters()})
+    assert names_of(optimizer, False) == {"0.bias", "1.weight"}
