@@ -7,6 +7,7 @@ from typing import Any, Self, overload, override
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -24,6 +25,7 @@ from emerging_optimizers.adaptive_muon.groups import (
     tag_transposed,
     with_names,
 )
+from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.parameters import check_gradients
 from emerging_optimizers.adaptive_muon.routing import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
 
@@ -203,7 +205,7 @@ class HybridAdaptiveMuon(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @override
-    @torch.no_grad()
+    @_disable_dynamo  # as AdaptiveMuon's
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates all parameters that have a gradient.
 
@@ -223,8 +225,9 @@ class HybridAdaptiveMuon(Optimizer):
         self._share()
         for group in self._adamw.param_groups:
             check_gradients(group, "AdamW", complex_too=True)
-        self._muon.step()  # checks its own before it changes anything
-        self._adamw.step()
+        with plain_modes([p for group in self.param_groups for p in group["params"]]):
+            self._muon.step()  # checks its own before it changes anything
+            self._adamw.step()
         return loss
 
     def describe(self, *, each: bool = True) -> str:
