@@ -60,9 +60,9 @@ def set_gradients(pairs: list[Pair], step: int) -> None:
 class Recording(AdaptiveMuon):
     """Keeps the last orthogonalized momentum of every matrix."""
 
-    async def _adapted(self, stack: Any, index: int, *args: Any) -> Any:
-        D, O = await super()._adapted(stack, index, *args)
-        for p, each in zip(stack.params, O, strict=True):
+    async def _adapted(self, stack: Any, params: Any, index: int, *args: Any) -> Any:
+        D, O = await super()._adapted(stack, params, index, *args)
+        for p, each in zip(params, O, strict=True):
             self.__dict__.setdefault("orthogonalized", {})[p, stack.matrices[index].block] = each.clone()
         return D, O
 
