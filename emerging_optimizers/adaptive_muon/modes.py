@@ -12,7 +12,7 @@ __all__ = ["plain_modes"]
 
 @contextmanager
 def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
-    """Leaves autocast, inference mode, gradients and a default device that was set, for the time of a step.
+    """Leaves autocast, inference mode and gradients for the time of a step.
 
     Autocast would round the products of a step, and state made in inference mode could not be updated outside of it.
     Parameters that are inference tensors themselves can only be updated in inference mode, which then stays.
@@ -28,6 +28,4 @@ def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
         for kind in {p.device.type for p in params}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            modes.enter_context(torch.device("cpu"))
         yield
