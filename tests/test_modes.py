@@ -200,6 +200,19 @@ def test_a_users_function_is_called_in_the_precision_set_now() -> None:
     assert seen == ["high", "medium", "medium"] and torch.get_float32_matmul_precision() == "highest"
 
 
+def test_a_precision_that_is_set_later_holds() -> None:
+    """As for upstream's class, which reads it in every step."""
+    weights = []
+    for at_first in ("highest", "medium"):
+        p = nn.Parameter(normal((40, 60)))
+        p.grad = normal((40, 60), 1)
+        optimizer = AdaptiveMuon([p], lr=0.1, ns_algorithm="standard", fp32_matmul_prec=at_first)
+        optimizer.fp32_matmul_prec = "medium"
+        optimizer.step()
+        weights.append(p.detach())
+    assert torch.equal(*weights)
+
+
 def test_threads_that_step_side_by_side_leave_the_precision_as_it_was() -> None:
     """In precisions of their own, and every one goes its own way to the last bit."""
     precisions, results = ("highest", "high", "medium", "medium"), {}
