@@ -67,4 +67,4 @@ links: $(DOCS)
 	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) build dist runs upstream-patch docs/_build *.egg-info

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What checks the source tree itself.
-OF_SOURCES = ("tests/test_package.py", "tests/test_upstream_patch.py")
+OF_SOURCES = ("tests/test_package.py", "tests/test_upstream_patch.py", "tests/test_written_files.py")
 
 
 def run(*command: object, cwd: Path) -> None:
