@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole matrices, this rank's pieces of them, and a walk of both side by side."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
 # Wide, tall, square, tall as a whole but wide in four strips of rows, the reverse, strips that differ in size, and
@@ -98,6 +100,26 @@ def walk(pairs: list[Pair], steps: int = 4, same: dict[str, Any] | None = None, 
             if pair.piece.numel() and not hasattr(pair.whole, "muon_blocks"):
                 see("O", pieces.orthogonalized[pair.piece, None], pair.cut(whole.orthogonalized[pair.whole, None]))
     return dict(seen)
+
+
+def far_apart(seen: dict[str, float], method: str) -> dict[str, float]:
+    """Returns what is further apart, in a result of :func:`walk`, than rounding explains.
+
+    The pieces are worked on in stacks of other sizes than the whole matrices, and in other shapes. Bits are promised
+    for the same operations on tensors of the same shapes and strides only. A last bit of the momentum, or of a product,
+    is magnified by the iteration, up to 500 times. V of "adamuon" and "normuon" is made of the result. The weights move
+    by a small part of it, but for "adamuon", which divides by its smallest elements.
+    """
+    reads_gradient = METHODS[method].reads_gradient
+    most = {
+        "W": 1e-4 if method == "adamuon" else 1e-6,
+        "O": 2e-5,
+        "momentum_buffer": 1e-6,
+        "moment2_buffer": 1e-6 if reads_gradient else 2e-5,
+        "step": 0.0,
+    }
+    # V of a block that has no entries a row has a number in its name.
+    return {name: value for name, value in seen.items() if not value <= most[re.sub(r"_\d+$", "", name)]}
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
