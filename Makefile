@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
 # make bench: steps beside upstream's and torch's.   make bench-growth, make bench-communication: two more questions.
-# make test: lint, types, tests.   make docs: the documentation.   CONTRIBUTING.md has all others.
+# make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
+# CONTRIBUTING.md has all others.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV   := .venv
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication convergence upstream-patch test lint docs links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication convergence upstream-patch test test-long lint docs links release-check clean
 
 venv: $(STAMP)
 
@@ -52,8 +53,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two files at a time, the longest first (tests/conftest.py). A file's tests share fixtures, and some have an order.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(SIDE_BY_SIDE))
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long $(or $(ARGS),$(SIDE_BY_SIDE))
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -67,4 +74,4 @@ links: $(DOCS)
 	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) build dist runs upstream-patch docs/_build *.egg-info

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packaging of the overlay: installs ``emerging_optimizers/adaptive_muon/`` beside upstream's own files."""
 
+import tomllib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from setuptools import find_namespace_packages, setup
+from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
+# Folders that commands write. One of them may be within the package.
+WRITTEN = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["extend-exclude"]
+# A wheel holds all that is in its build directory. In build/ there may be modules of an earlier version.
+BUILD = TemporaryDirectory()
 
 MEGATRON = ["megatron-core>=0.18.2,<0.20", "psutil"]
 NEMO = ["nemo-toolkit[core,asr]>=2.7,<4", "lightning<=2.4"]
 AUTOMODEL = ["nemo-automodel>=0.7,<0.8"]
-TEST = ["pytest>=8", "hypothesis>=6.100", "numpy", "ruff>=0.9.9", "mypy>=1.13", "build", "setuptools", "wheel"]
+TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "numpy", "ruff>=0.9.9", "mypy>=1.13"]
+TEST += ["build", "setuptools", "wheel"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "sphinx-copybutton>=0.5.2", "sphinxcontrib-katex>=0.9.11", "furo"]
 DEMO = ["tqdm", "matplotlib"]
 
@@ -34,9 +41,17 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.12",
-    # Upstream owns emerging_optimizers/__init__.py. A namespace search finds our sub-packages only, so no wheel or
-    # editable install of ours can ever replace that file.
-    packages=find_namespace_packages(include=["emerging_optimizers.adaptive_muon*"]),
+    # Upstream owns emerging_optimizers/__init__.py. Only our sub-packages are named, so no wheel or editable install
+    # of ours can ever replace that file.
+    packages=[
+        f"emerging_optimizers.{name}"
+        for name in find_packages(
+            str(ROOT / "emerging_optimizers"),
+            include=["adaptive_muon", "adaptive_muon.*", "adaptive_muon_discovery"],
+            exclude=[pattern for name in WRITTEN for pattern in (f"*.{name}", f"*.{name}.*")],
+        )
+    ],
+    options={"build": {"build_base": BUILD.name}},
     # How NeMo knows adaptive_muon without a line of code: Lightning calls it in every Trainer.
     entry_points={
         "lightning.pytorch.callbacks_factory": [

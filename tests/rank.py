@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-import torch
 from torch import distributed as dist
 
 
@@ -36,9 +35,12 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The process group of all processes. A rank that fails alone leaves the others waiting no longer than this."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    """The process group of all processes.
+
+    torchrun ends all of them when one fails. The timeout is for ranks that wait for each other, which must end too; it
+    is long, since on a busy machine a rank may have to wait minutes for the others to be given time.
+    """
+    dist.init_process_group("gloo", timeout=timedelta(minutes=15))
     yield
     if not request.session.testsfailed:
         dist.barrier()  # nobody leaves while another still talks to it

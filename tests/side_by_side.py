@@ -26,8 +26,17 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest element."""
+    assert one.shape == other.shape and one.dtype == other.dtype
+    return float((one - other).detach().abs().max() / other.detach().abs().max().clamp_min(1e-30))
+
+
 def assert_same(left: tuple[Any, list[Any]], right: tuple[Any, list[Any]]) -> None:
-    """Checks that two optimizers with their parameters have the same weights and state, bit for bit."""
+    """Checks that two optimizers with their parameters have the same weights and state, bit for bit.
+
+    Which is promised for the same operations on tensors of the same shapes and strides, and for no others.
+    """
     (one, ones), (other, others) = left, right
     assert all(torch.equal(p, q) for p, q in zip(ones, others, strict=True))
     torch.testing.assert_close(one.state_dict()["state"], other.state_dict()["state"], atol=0, rtol=0)

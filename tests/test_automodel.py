@@ -12,4 +12,5 @@ from torchrun import run_in_processes
 
 def test_in_two_processes() -> None:
     pytest.importorskip("nemo_automodel", reason="needs pip install '.[automodel]'")
-    run_in_processes(Path(__file__).parent / "automodel", 2)
+    imports = "import nemo_automodel.recipes._typed_config, transformers.models.llama.modeling_llama"
+    run_in_processes([Path(__file__).parent / "automodel"], 2, imports)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import assert_resumes, assert_same, each_dtype, each_method, legal, normal, saved
+from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
@@ -18,7 +18,7 @@ from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
 # Two tall halves; tall and wide blocks; four query groups, of which the queries are tall and keys and values wide;
-# three groups in which only the middle block is square. 32 columns fill the CPU's vectors, see test_equal_to_separate_matrices.
+# three groups in which only the middle block is square.
 FUSED = {
     "halves": ((96, 32), (48, 48)),
     "tall and wide": ((96, 32), (64, 24, 8)),
@@ -28,7 +28,7 @@ FUSED = {
 QUERY_GROUPS = FUSED["query groups"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "nesterov": {"nesterov": True, "fp32_matmul_prec": "highest", "beta2": 0.8, "scale_mode": "unit_rms_norm"},
+    "nesterov": {"nesterov": True, "beta2": 0.8, "scale_mode": "unit_rms_norm"},
     "corrected": {"bias_correction": True, "nesterov": True, "extra_scale_factor": 0.2},
     "not corrected": {"bias_correction": False, "weight_decay_method": "independent", "weight_decay": 0.01},
     "palm": {"weight_decay_method": "palm", "num_ns_steps": 3},
@@ -87,12 +87,17 @@ def state_apart(state: dict[str, torch.Tensor], blocks: tuple[int, ...]) -> list
 @each_dtype
 @pytest.mark.parametrize(("method", "options"), PAIRS)
 def test_equal_to_separate_matrices(method: str, options: str, dtype: torch.dtype) -> None:
-    """Bit for bit: a block is worked on as its own matrix, or entry by entry.
+    """A block is worked on as its own matrix.
 
-    Entry by entry the last few of a tensor may round differently, as the rest of a vector register, and the last of a
-    block are not the last of the fused matrix. Hence 32 columns, which are whole registers.
+    Its rows lie apart in the fused matrix, and sums over other strides may turn a last bit, which the iteration
+    magnifies. adamuon enlarges it (ADAMUON_TOLERANCE, test_oracle.py), and V squares the result. A bfloat16 weight may
+    be rounded to the next number then.
     """
-    hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "moment2_method": method, **OPTIONS[options]}
+    # In full precision, since bfloat16 turns the last bit of a sum into a difference of 2^-8.
+    hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "fp32_matmul_prec": "highest"}
+    hyper |= {"moment2_method": method, **OPTIONS[options]}
+    within = {"momentum_buffer": 1e-6, "moment2_buffer": 1e-5, "step": 0.0}
+    of_weights = 2**-7 if dtype == torch.bfloat16 else 1e-4 if method == "adamuon" else 2e-6
     params = [fused(*each, dtype) for each in FUSED.values()]
     parts = [[nn.Parameter(part.clone()) for part in apart(p, p.muon_blocks)] for p in params]
     one, other = AdaptiveMuon(params, **hyper), AdaptiveMuon([part for each in parts for part in each], **hyper)
@@ -107,8 +112,10 @@ def test_equal_to_separate_matrices(method: str, options: str, dtype: torch.dtyp
             assert p.dtype == dtype
             states = state_apart(one.state[p], p.muon_blocks)
             for part, rows, state in zip(each, apart(p, p.muon_blocks), states, strict=True):
-                assert torch.equal(part, rows), (step, p.muon_blocks)
-                torch.testing.assert_close(state, dict(other.state[part]), atol=0, rtol=0)
+                assert difference(part, rows) <= of_weights, (step, p.muon_blocks)
+                assert state.keys() == other.state[part].keys()
+                for key, value in other.state[part].items():
+                    assert difference(state[key], value) <= within[key], (key, step, p.muon_blocks)
 
 
 @each_method

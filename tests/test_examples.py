@@ -123,8 +123,10 @@ def test_tensor_parallel():
 def test_documentation_of_sharding(tmp_path, script):
     path = tmp_path / f"{script}.py"
     # A gloo group that a script's variables still refer to may abort in Python's clean-up, in about one run of twenty.
-    leave = "\nimport os, sys, time\nsys.stdout.flush()\ntime.sleep(1)\nos._exit(0)\n"
-    path.write_text("".join(f"# {block}" for name, block in BLOCKS if name == script) + leave)
+    end, leave = "dist.destroy_process_group()", "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+    text = "".join(f"# {block}" for name, block in BLOCKS if name == script)
+    assert text.rstrip().endswith(end)
+    path.write_text(text.replace(end, f"dist.barrier()\n{end}{leave}"))  # nobody leaves while another talks to it
     done = run_in_two_processes(path)
     assert done.returncode == 0, done.stderr
 

@@ -28,6 +28,13 @@ STEPS = sorted(
 )
 # The short sides lie on both sides of every change of method.
 SHAPES = [(64, 128), (96, 160), (160, 96), (500, 300), (512, 640), (640, 512)]
+# Of the largest, most are left to the long sweep.
+LARGE = [((512, 640), "quintic", 5), ((640, 512), "polar_express", 8)]
+SWEEP = [
+    pytest.param(shape, *each, marks=[] if max(shape) < 640 or (shape, *each) in LARGE else pytest.mark.long)
+    for shape in SHAPES
+    for each in STEPS
+]
 
 
 def spectra(n: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -68,20 +75,25 @@ def coefficients(name: str, steps: int) -> list[tuple[float, float, float]]:
     return list(get_coefficient_iterator(steps, _COEFFICIENT_SETS[name], mode=mode))
 
 
-def exact(x: torch.Tensor, name: str, steps: int) -> torch.Tensor:
-    """The iteration in float64, as its formula says it, from upstream's float32 division by the norm."""
-    X = torch.nn.functional.normalize(x, p=2.0, dim=(-2, -1), eps=1e-15).double()
-    for a, b, c in coefficients(name, steps):
-        A = X @ X.mT if X.size(0) <= X.size(1) else X.mT @ X
-        B = b * A + c * A @ A
-        X = a * X + (B @ X if X.size(0) <= X.size(1) else X @ B)
-    return X
+@lru_cache(maxsize=2)
+def decomposed(shape: tuple[int, int]) -> list[tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """The hard inputs, and the singular value decomposition in float64 of what upstream's float32 division leaves."""
+    found = []
+    for what, x in hard_inputs(shape):
+        X = torch.nn.functional.normalize(x, p=2.0, dim=(-2, -1), eps=1e-15).double()
+        found.append((what, x, torch.linalg.svd(X, full_matrices=False)))
+    return found
 
 
 @lru_cache(maxsize=1)
 def exactly(name: str, steps: int, shape: tuple[int, int]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """The hard inputs, and what exact iteration makes of them."""
-    return [(what, x, exact(x, name, steps)) for what, x in hard_inputs(shape)]
+    """The hard inputs, and what exact iteration makes of them: an odd polynomial of the singular values."""
+    found = []
+    for what, x, (U, S, Vh) in decomposed(shape):
+        for a, b, c in coefficients(name, steps):
+            S = a * S + b * S**3 + c * S**5
+        found.append((what, x, U * S @ Vh))
+    return found
 
 
 @cache
@@ -96,12 +108,16 @@ def errors(
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize(("name", "steps"), STEPS)
+@pytest.mark.parametrize(("shape", "name", "steps"), SWEEP, ids=str)
 def test_rounds_no_more_than_a_few_times_the_standard(shape: tuple[int, int], name: Any, steps: int) -> None:
-    """The default, in full precision: within five times of the standard's own error, whatever the input."""
+    """The default, in full precision: within five times of the standard's own error, whatever the input.
+
+    Where that is below float32's resolution, as of a tiny matrix, which hardly leaves the linear part of the
+    polynomials, it is the last bit's luck, which differs from one CPU's products to the next.
+    """
     standard, own = (errors(each, "highest", name, steps, shape) for each in ("standard", "auto"))
-    assert {what: own[what] / standard[what] for what in own if not own[what] <= 5 * standard[what]} == {}
+    most = {what: 5 * max(error, torch.finfo(torch.float32).eps) for what, error in standard.items()}
+    assert {what: own[what] / standard[what] for what in own if not own[what] <= most[what]} == {}
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "gram"])
@@ -113,8 +129,9 @@ def test_rounds_less_than_the_standard_at_medium_precision(algorithm: Any, name:
 
 
 @pytest.mark.parametrize("tiles", [True, False])
-@pytest.mark.parametrize("shape", [(200, 320), (512, 400)], ids=str)
-@pytest.mark.parametrize(("name", "steps"), STEPS)
+@pytest.mark.parametrize(
+    ("name", "steps", "shape"), [*((*each, (200, 320)) for each in STEPS), ("quintic", 5, (512, 400))], ids=str
+)
 def test_in_bfloat16_rounds_as_the_standard_does(
     monkeypatch: Any, name: Any, steps: int, shape: tuple[int, int], tiles: bool
 ) -> None:
@@ -127,8 +144,8 @@ def test_in_bfloat16_rounds_as_the_standard_does(
         assert off.norm() <= 1.5 * standard[what] * should.norm(), what
 
 
-@pytest.mark.parametrize(("name", "steps"), STEPS)
 @pytest.mark.parametrize("shape", [(96, 160), (320, 96)], ids=str)
+@pytest.mark.parametrize(("name", "steps"), STEPS)
 def test_float16_rounds_less_than_the_standards_bfloat16(
     monkeypatch: Any, shape: tuple[int, int], name: Any, steps: int
 ) -> None:

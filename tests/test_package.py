@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from tree import ROOT, own_files
 
 import emerging_optimizers.adaptive_muon as package
 from emerging_optimizers.adaptive_muon import Moment2MethodT
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
-ROOT = Path(__file__).parent.parent
 SOURCES = Path(package.__file__).parent
 
 
@@ -37,7 +37,8 @@ def wheel(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Not in the checkout, whose folder named build would be run.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -53,7 +54,7 @@ def test_wheel_never_holds_upstreams_file(wheel):
 
 
 def test_wheel_holds_every_source_and_the_type_marker(wheel):
-    sources = {str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*") if path.suffix in (".py", ".typed")}
+    sources = {str(path.relative_to(SOURCES)) for path in own_files(SOURCES) if path.suffix in (".py", ".typed")}
     sources |= {"py.typed"}
     assert {f"emerging_optimizers/adaptive_muon/{name}" for name in sources} <= wheel.keys()
     assert "emerging_optimizers/adaptive_muon_discovery/__init__.py" in wheel
@@ -94,14 +95,13 @@ def test_checkout_has_no_init_at_the_top():
 def test_every_file_names_its_licence():
     kept = ["emerging_optimizers", "tests", "examples", "benchmarks", "experiments", "tools", "docs", ".ci"]
     kept += ["setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in"]
-    files = [
-        path for name in kept for path in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"))
-    ]
+    kept = [name for name in kept if (ROOT / name).exists()]
+    files = [path for name in kept for path in ([ROOT / name] if (ROOT / name).is_file() else own_files(ROOT / name))]
     files = [f for f in files if f.suffix in (".py", ".toml", ".md") or f.name in ("Makefile", "MANIFEST.in", "run")]
     without = [
         str(f.relative_to(ROOT))
         for f in files
-        if "_build" not in f.parts and "SPDX-License-Identifier: Apache-2.0" not in f.read_text(encoding="utf-8")
+        if "SPDX-License-Identifier: Apache-2.0" not in f.read_text(encoding="utf-8")
     ]
     assert len(files) > 20 and not without
 

@@ -18,4 +18,5 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("processes", [4, 2, 1])  # in this order, for the checkpoints
 def test_in_processes(processes: int, checkpoints: Path) -> None:
-    run_in_processes(Path(__file__).parent / "sharded", processes, CHECKPOINTS=str(checkpoints))
+    imports = "import torch.distributed.checkpoint, torch.distributed.fsdp, emerging_optimizers.adaptive_muon"
+    run_in_processes([Path(__file__).parent / "sharded"], processes, imports, CHECKPOINTS=str(checkpoints))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import assert_resumes, assert_same, each_dtype, each_method, legal, normal, saved
+from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, newton_schulz
@@ -63,12 +63,6 @@ def apart(tensor: torch.Tensor, blocks: tuple[int, ...] | None) -> list[torch.Te
         groups = matrix.view(-1, sum(blocks or matrix.shape[:1]), matrix.size(-1))
         parts += [part.reshape(-1, matrix.size(-1)) for part in groups.split(list(blocks or matrix.shape[:1]), dim=1)]
     return parts
-
-
-def difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest difference of two tensors, relative to the largest element."""
-    assert one.shape == other.shape and one.dtype == other.dtype
-    return float((one - other).detach().abs().max() / other.detach().abs().max().clamp_min(1e-30))
 
 
 def check_equal(params: list[nn.Parameter], method: str, **options: Any) -> None:

@@ -198,7 +198,7 @@ def test_its_tests_pass_on_one_device(patched):
     assert done.returncode == 0 and "OK" in done.stderr, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("ranks", [4, 8])
+@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.long)])
 def test_its_tests_pass_in_several_processes(patched, ranks):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks)
     test = ("tests/test_distributed_adaptive_muon_cpu.py", "--device=cpu", "--seed=42")

@@ -4,14 +4,24 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def run_in_processes(tests: Path, processes: int, *arguments: str, **environment: str) -> None:
-    """Runs pytest on ``tests`` in every process of a torchrun, and fails with its output if a test does."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def run_in_processes(tests: Sequence[Path], processes: int, imports: str, **environment: str) -> None:
+    """Runs pytest on files or folders in several processes, and fails with its output if a test does.
+
+    Args:
+        tests: What to run.
+        processes: How many processes.
+        imports: Statements that import what takes long, which is then done once.
+        **environment: Additional environment variables.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("forked.py")), str(processes), imports]
     # The first rank that fails ends the run; the others would wait for it.
-    pytest_ = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", str(tests), *arguments]
-    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([*torchrun, *pytest_], capture_output=True, text=True, check=False, env=env)
+    command += ["-x", "-q", "--no-header", "-p", "no:cacheprovider", *map(str, tests)]
+    # Plugins of other packages, such as Hypothesis's, take each process seconds to import.
+    own = {"OMP_NUM_THREADS": os.environ.get("TEST_THREADS", "1"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    env = {"GLOO_SOCKET_IFNAME": "lo", **os.environ, **own, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, (done.stdout + done.stderr)[-20_000:]

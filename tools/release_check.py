@@ -2,7 +2,7 @@
 """Builds sdist and wheel, installs the wheel beside upstream in an empty environment, and tests what is there then.
 
 Upstream's files must be the same before and after, and the tests run from the sdist, whose package is put away: what
-they import is the wheel's. Arguments go to pytest.
+they import is the wheel's. All tests run, the long sweeps among them. Arguments go to pytest.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What checks the source tree itself.
-OF_SOURCES = ("tests/test_package.py", "tests/test_upstream_patch.py")
+OF_SOURCES = ("tests/test_package.py", "tests/test_upstream_patch.py", "tests/test_written_files.py")
 
 
 def run(*command: object, cwd: Path) -> None:
@@ -72,7 +72,8 @@ def main() -> None:
         [source] = scratch.glob("emerging_optimizers_adaptive_muon-*/")
         shutil.rmtree(source / "emerging_optimizers")
         ignored = [f"--ignore={path}" for path in OF_SOURCES]
-        run(python, "-m", "pytest", *ignored, *for_pytest, cwd=source)
+        every = ("-m", "", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+        run(python, "-m", "pytest", *every, *ignored, *for_pytest, cwd=source)
     print("Fit for release.")
 
 

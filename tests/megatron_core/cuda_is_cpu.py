@@ -2,6 +2,7 @@
 """Lets Megatron, which asks for CUDA devices, run on the CPU: for tests only."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ def _uneven_all_gather(
     return None
 
 
+@cache
 def install() -> None:
-    """Puts it in the place of CUDA, for as long as the process lives."""
+    """Puts it in the place of CUDA, for as long as the process lives, and those that are copies of it."""
     dist.all_gather = _uneven_all_gather
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.current_stream = lambda *_, **__: None

@@ -135,4 +135,6 @@ def test_layer_wise_distributed_optimizer(method: str, kind: str) -> None:
             # Clipping would sum the gradients' norm in another order.
             optimizer = optimizer_of(model, method, optimizer=name, clip_grad=0.0)
             losses[layer_wise] = train(model, optimizer, range(10))
-    assert losses[kind] == losses[""]
+    # Not bit for bit: a rank that has fewer of the matrices works on stacks of other sizes, whose last bits may differ,
+    # and a bfloat16 weight is rounded to the next number then.
+    assert losses[kind] == pytest.approx(losses[""], rel=1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import WAYS, fsdp, full, hsdp, local, models, train
 from models import mesh as mesh_of
-from pieces import OPTIONS, difference
+from pieces import OPTIONS, difference, far_apart
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -43,13 +43,14 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
         for optimizer in optimizers:
             optimizer.step()
     for p, q in pairs:
-        assert difference(full(q), p.detach()) <= 1e-6
+        seen = {"W": difference(full(q), p.detach())}
         state, other = optimizers[0].state[p], optimizers[1].state[q]
         assert state.keys() == other.keys()
         for key, value in state.items():
-            assert difference(full(other[key]), value) <= 1e-6, key
+            seen[key] = difference(full(other[key]), value)
             if isinstance(q, DTensor) and value.shape == p.shape:
                 assert isinstance(other[key], DTensor) and other[key].placements == q.placements
+        assert not far_apart(seen, method)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -131,8 +132,9 @@ def test_hooks_see_dtensors(method: str) -> None:
         p = model.down.weight
         p.grad = torch.ones_like(p)
         Hooked([p], moment2_method=method, **OPTIONS).step()
-    assert difference(seen[1], seen[0]) <= 1e-6
-    assert difference(full(sharded.down.weight), whole.down.weight) <= 1e-6
+    within = 1e-4 if method == "adamuon" else 2e-5  # see far_apart: the update is D times O
+    assert difference(seen[1], seen[0]) <= within
+    assert difference(full(sharded.down.weight), whole.down.weight) <= within
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,7 +149,7 @@ DYING = """
 import os, sys, torch
 from torch import distributed as dist, nn
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 p = nn.Parameter(torch.randn(4, 8))
 p.partition_dim = 0
 optimizer = AdaptiveMuon([p], tp_group=dist.group.WORLD)
@@ -162,24 +163,24 @@ except RuntimeError as error:
 """
 
 
-def test_a_rank_that_dies() -> None:
-    """The others learn at once that not all answered. Two processes of their own, started by the first rank."""
+def test_a_rank_that_dies(tmp_path: Path) -> None:
+    """The others learn that not all answered. Two processes of their own, started by the first rank."""
     if dist.get_rank() == 0:
-        with_port = {**os.environ, "WORLD_SIZE": "2", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-        for name in [name for name in with_port if name.startswith("TORCHELASTIC")]:
-            del with_port[name]
+        ours = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        meeting = f"file://{tmp_path / 'meeting'}"
         running = [
             subprocess.Popen(
-                [sys.executable, "-c", DYING],
-                env={**with_port, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                [sys.executable, "-c", DYING, meeting, str(rank)],
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
             for rank in range(2)
         ]
-        out = running[0].communicate(timeout=50)[0]
-        running[1].communicate(timeout=50)
+        out = running[0].communicate(timeout=600)[0]
+        running[1].communicate(timeout=600)
         assert running[1].returncode == 3
         assert re.search(r"rank 0 of 2 compared its pieces of the parameters .* not all answered", out), out
     dist.barrier()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import mesh as mesh_of
-from pieces import OPTIONS, Pair, Recording, collectives, difference, set_gradients, strips, walk
+from pieces import OPTIONS, Pair, Recording, collectives, difference, far_apart, set_gradients, strips, walk
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -30,31 +30,30 @@ for _method in ("namo", "namo_d"):
 @pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_modes(method: str, mode: str, group: ProcessGroup) -> None:
-    """The orthogonalization bit for bit, and all else within the rounding of a sum in another order."""
-    seen = walk(strips(), same=SAME[method], tp_group=group, tp_mode=mode)
-    assert seen.pop("O") == seen.pop("momentum_buffer") == 0
-    assert max(seen.values()) <= 1e-6, seen
+    assert not far_apart(walk(strips(), same=SAME[method], tp_group=group, tp_mode=mode), method)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_given_the_same_momentum_the_standard_iteration_gives_the_same_bits(mode: str, group: ProcessGroup) -> None:
+    """The first momentum is a multiple of the gradient, and "standard" takes one matrix at a time.
+
+    So that the whole matrices and the assembled ones meet the same operations, in the same shapes and strides.
+    """
+    same = {"ns_algorithm": "standard", "nesterov": False}
+    seen = walk(strips(), 1, same, tp_group=group, tp_mode=mode)
+    assert seen["O"] == seen["momentum_buffer"] == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_distributed_mode(method: str, group: ProcessGroup) -> None:
-    """Sums of Gram matrices in another order, which the iteration magnifies by up to the product of its slopes.
-
-    What is made of O as it is has that difference too: V of adamuon and normuon. The weights have less of it, but for
-    adamuon, which divides by O's smallest elements.
-    """
-    seen = walk(strips(), 2, SAME[method], tp_group=group, tp_mode="distributed")
-    assert seen.pop("momentum_buffer") == 0
-    assert seen.pop("O") <= 2e-5
-    assert seen.pop("moment2_buffer") <= (1e-6 if METHODS[method].reads_gradient else 2e-5)
-    assert seen.pop("W") <= (1e-4 if method == "adamuon" else 1e-6)
+    """Sums of Gram matrices in another order, which the iteration magnifies by up to the product of its slopes."""
+    assert not far_apart(walk(strips(), 2, SAME[method], tp_group=group, tp_mode="distributed"), method)
 
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_the_iteration_in_bfloat16(mode: str, group: ProcessGroup) -> None:
     same = {"moment2_method": "namo_d", "fp32_matmul_prec": "medium"}
-    seen = walk(strips(), 2, same, tp_group=group, tp_mode=mode)
-    assert seen["O"] == 0 and max(seen.values()) <= 1e-6
+    assert not far_apart(walk(strips(), 2, same, tp_group=group, tp_mode=mode), "namo_d")
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -63,9 +62,8 @@ def test_mixed_dtypes(method: str, mode: str, group: ProcessGroup) -> None:
     """Side by side in one step; a bfloat16 weight can fall on the other side of a rounding."""
     dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
     seen = walk(strips(dtypes=dtypes), same=SAME[method], tp_group=group, tp_mode=mode)
-    assert seen.pop("O") == seen.pop("momentum_buffer") == 0
     assert seen.pop("W") <= 2**-7
-    assert max(seen.values()) <= 1e-6
+    assert not far_apart(seen, method)
 
 
 def fused_layers(count: int) -> list[Pair]:
@@ -126,7 +124,7 @@ def test_blockwise_takes_pieces_for_matrices(method: str, group: ProcessGroup) -
     for pair in pairs:
         pair.whole = nn.Parameter(pair.piece.detach().clone())
         pair.cut = lambda tensor: tensor
-    assert max(walk(pairs, same=SAME[method], tp_group=group, tp_mode="blockwise").values()) == 0
+    assert not far_apart(walk(pairs, same=SAME[method], tp_group=group, tp_mode="blockwise"), method)
     optimizer = AdaptiveMuon(
         [pair.piece for pair in pairs], tp_group=group, tp_mode="blockwise", moment2_method=method
     )
@@ -180,8 +178,7 @@ def grid(shape: tuple[int, int], group: ProcessGroup) -> tuple[Pair, Piece]:
 def test_layout_fn_says_any_rectangles(method: str, mode: str, group: ProcessGroup) -> None:
     pairs, pieces = zip(*(grid(shape, group) for shape in [(31, 18), (18, 31), (32, 32)]), strict=True)
     layouts = {pair.piece: piece for pair, piece in zip(pairs, pieces, strict=True)}
-    seen = walk(list(pairs), same=SAME[method], layout_fn=layouts.get, tp_mode=mode)
-    assert seen.pop("O") == 0 and max(seen.values()) <= 1e-6
+    assert not far_apart(walk(list(pairs), same=SAME[method], layout_fn=layouts.get, tp_mode=mode), method)
 
 
 def test_layout_fn_comes_before_partition_dim(group: ProcessGroup) -> None:
@@ -190,9 +187,9 @@ def test_layout_fn_comes_before_partition_dim(group: ProcessGroup) -> None:
     said = {pairs[0].piece: Split(group, 0), pairs[1].piece: Split(group, 1), pairs[2].piece: Layout()}
     for pair in pairs:
         pair.piece.partition_dim = 0  # type: ignore[attr-defined]
-    assert walk(pairs, layout_fn=said.get, tp_group=group)["O"] == 0
+    assert not far_apart(walk(pairs, layout_fn=said.get, tp_group=group), "adamuon")
     pairs = strips([(24, 64)])
-    assert walk(pairs, layout_fn=lambda p: None, tp_group=group)["O"] == 0
+    assert not far_apart(walk(pairs, layout_fn=lambda p: None, tp_group=group), "adamuon")
 
 
 def test_distributed_mode_refuses_a_grid(group: ProcessGroup) -> None:
@@ -233,7 +230,7 @@ def test_collectives_of_a_step(method: str, mode: str, count: int, group: Proces
 
 @pytest.mark.parametrize("mode", EXACT)
 def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No message of a round is larger, there are more rounds of the same, and the result is the same bit for bit."""
+    """No message of a round is larger, and there are more rounds of the same, in stacks of other sizes."""
     cap, sizes = 3 * 64 * 24 * 4, []  # three of the larger matrices
     names = ("all_to_all_single", "_all_gather")
     originals = {name: getattr(dist, name, None) for name in names}
@@ -261,7 +258,8 @@ def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: p
             set_gradients(pairs, step)
             optimizer.step()
         runs.append(([p.piece.detach() for p in pairs], list(sizes)))
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
+    seen = {"W": max(difference(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))}
+    assert not far_apart(seen, "adamuon")
     if dist.get_world_size() > 1:
         assert max(runs[0][1]) > cap >= max(runs[1][1])
         assert len(runs[1][1]) > len(runs[0][1])
@@ -283,9 +281,7 @@ def test_parts_that_travel_while_others_are_computed(
     set_gradients(pairs, 0)
     whole_round, rounds = (count(), count(**capped))
     monkeypatch.setattr(orthogonalizer, "_PARTS", {"gloo": parts})
-    seen = walk(strips(), same=SAME["namo_d"], tp_group=group, **capped)
-    assert seen.pop("O") == seen.pop("momentum_buffer") == 0
-    assert max(seen.values()) <= 1e-6, seen
+    assert not far_apart(walk(strips(), same=SAME["namo_d"], tp_group=group, **capped), "namo_d")
     assert count() == whole_round
     if dist.get_world_size() > 1:
         in_parts, both_ways = count(**capped), "c10d::alltoall_base_"
@@ -371,11 +367,11 @@ def test_another_shape_is_another_plan(group: ProcessGroup) -> None:
 
 
 def test_a_matrix_beyond_the_cap_goes_alone(group: ProcessGroup) -> None:
-    assert walk(strips(), 2, max_bytes_in_flight=1, tp_group=group)["O"] == 0
+    assert not far_apart(walk(strips(), 2, max_bytes_in_flight=1, tp_group=group), "adamuon")
 
 
 def test_fewer_matrices_than_ranks(group: ProcessGroup) -> None:
-    assert walk(strips([(24, 64)])[:1], tp_group=group)["O"] == 0
+    assert not far_apart(walk(strips([(24, 64)])[:1], tp_group=group), "adamuon")
 
 
 def test_gradients_that_come_and_go(group: ProcessGroup) -> None:

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of the checkout that are the project's, which excludes what commands have written into it."""
+
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+# The names of the folders that commands write.
+WRITTEN: list[str] = SETTINGS["ruff"]["extend-exclude"]
+
+
+def own_files(folder: Path) -> Iterator[Path]:
+    """Yields the files below a folder."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif path.name != "__pycache__" and not any(fnmatch(path.name, name) for name in WRITTEN):
+            yield from own_files(path)
