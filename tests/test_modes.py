@@ -102,6 +102,21 @@ def test_parameters_made_in_inference_mode_are_updated_there() -> None:
         assert not torch.equal(p, normal((4, 6)))
 
 
+def test_state_made_in_inference_mode_goes_on_outside() -> None:
+    """Also of a parameter that is updated beside one that is an inference tensor."""
+    p = nn.Parameter(normal((4, 6)))
+    with torch.inference_mode():
+        q = nn.Parameter(normal((4, 6)))
+        for each in (p, q):
+            each.grad = normal((4, 6), 1)
+        AdaptiveMuon([q]).step()
+        optimizer = AdaptiveMuon([p, q])
+        optimizer.step()
+    q.grad = None
+    optimizer.step()
+    assert not torch.equal(p, normal((4, 6)))
+
+
 # Torch's precision, set in ways that contradict each other or not.
 SETTINGS = [
     "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
@@ -116,6 +131,10 @@ SETTINGS = [
     "torch.set_float32_matmul_precision('high'); torch.backends.cuda.matmul.fp32_precision = 'ieee'",
     "torch.set_float32_matmul_precision('medium')",
     "torch.backends.cudnn.conv.fp32_precision = 'ieee'; torch.backends.mkldnn.set_flags(_fp32_precision='tf32')",
+    "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "torch.backends.cudnn.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.mkldnn.set_flags(_fp32_precision='ieee')",
+    "torch.backends.mkldnn.set_flags(_fp32_precision='none'); torch.backends.cudnn.fp32_precision = 'none'",
 ]
 PRECISION_TEST = """
 import os, sys, torch, traceback, warnings
@@ -128,13 +147,22 @@ def read():
     try: old = torch.get_float32_matmul_precision()
     except RuntimeError: old = "contradicted"
     return old, [torch._C._get_fp32_precision_getter(*key) for key in [("generic", "all"), *keys]]
-def all_settings():  # also what each follows
-    seen = [read()]
-    before = torch.backends.fp32_precision
-    for general in ("ieee", "tf32", "none"):
-        torch.backends.fp32_precision = general
-        seen.append(read())
-    torch.backends.fp32_precision = before
+def all_settings():  # also what each follows: in a child, where it can be tried
+    seen, (end, start) = [read()], os.pipe()
+    child = os.fork()
+    if not child:
+        for general in ("ieee", "tf32", "none"):
+            torch.backends.fp32_precision = general
+            seen.append(read())
+            for backend in ("cuda", "mkldnn"):
+                for value in ("ieee", "tf32", "none"):
+                    torch._C._set_fp32_precision_setter(backend, "all", value)
+                    seen.append(read())
+        os.write(start, repr(seen).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    seen = os.read(end, 65536).decode()
+    os.close(end), os.close(start)
     return seen
 def weights(precision, algorithm):
     torch.manual_seed(0)
@@ -238,6 +266,28 @@ def test_threads_that_step_side_by_side_leave_the_precision_as_it_was() -> None:
         assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
 
 
+def test_threads_that_need_the_same_precision_have_it_together() -> None:
+    """As ranks that are threads must, which wait for each other in a step's all-reduces; each may need another inside."""
+    both = threading.Barrier(2, timeout=60)
+    seen = []
+
+    def wait_inside() -> None:
+        with matmul_precision("medium"):
+            both.wait()
+            with matmul_precision("highest"):
+                both.wait()
+                seen.append(torch.get_float32_matmul_precision())
+            both.wait()
+            seen.append(torch.get_float32_matmul_precision())
+
+    threads = [threading.Thread(target=wait_inside) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == ["highest"] * 2 + ["medium"] * 2 and torch.get_float32_matmul_precision() == "highest"
+
+
 def test_an_error_inside_leaves_the_precision_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="stop"), matmul_precision("medium"):
         raise RuntimeError("stop")
@@ -325,6 +375,30 @@ def test_state_is_of_plain_tensors(method: str) -> None:
         optimizer.step()
         assert {type(value) for value in optimizer.state[each].values()} == {torch.Tensor}
     assert torch.equal(p.detach().as_subclass(torch.Tensor), plain)
+
+
+@each_method
+def test_a_loaded_subclass_is_plain_again(method: str) -> None:
+    p = nn.Parameter(normal((4, 6)))
+    p.grad = normal((4, 6), 1)
+    optimizer = AdaptiveMuon([p], moment2_method=method)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for key, value in state["state"][0].items():
+        state["state"][0][key] = value.as_subclass(Wrapped)
+    optimizer.load_state_dict(state)
+    assert {type(value) for value in optimizer.state[p].values()} == {torch.Tensor}
+
+
+def test_a_gradient_of_several_tensors_is_refused() -> None:
+    """Torch would apply an average in place to the plain state once for each."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    p = nn.Parameter(normal((4, 6)))
+    p.grad = two_tensor.TwoTensor(normal((4, 6), 1), normal((4, 6), 1))
+    optimizer = AdaptiveMuon([("w", p)])
+    with pytest.raises(ValueError, match=r"one tensor each; that of parameter 'w' is, got 'TwoTensor': convert"):
+        optimizer.step()
+    assert torch.equal(p, normal((4, 6))) and not optimizer.state[p]
 
 
 def a_layout(p: torch.Tensor) -> None:

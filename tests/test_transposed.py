@@ -150,6 +150,6 @@ def test_gpt2_of_hugging_face_trains_as_the_same_model_of_linears(method: str) -
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[-1].append(float(loss))
+            losses[-1].append(float(loss.detach()))
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=1e-4 if method == "adamuon" else 1e-6)

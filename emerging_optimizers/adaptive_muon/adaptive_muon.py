@@ -467,6 +467,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     @override
     @torch.no_grad()
+    @torch.inference_mode(False)  # what is made in it could not be updated outside
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
         """Makes the state of the parameters that have none yet.
 

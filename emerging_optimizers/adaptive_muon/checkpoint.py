@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.dtensor import placements_like
@@ -69,7 +70,7 @@ def load(
                 if isinstance(value, torch.Tensor):
                     dtype = work_dtype(p) if key.startswith(_BUFFERS) else value.dtype
                     on_host = key == "step" and not muon.capturable
-                    optimizer.state[p][key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
+                    optimizer.state[p][key] = _plain(value).to(device="cpu" if on_host else p.device, dtype=dtype)
             if not muon.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
 
@@ -82,6 +83,11 @@ def load(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """The tensor itself of a subclass that only has another class, as older checkpoints' buffers may."""
+    return value if is_traceable_wrapper_subclass(value) else value.as_subclass(torch.Tensor)
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:

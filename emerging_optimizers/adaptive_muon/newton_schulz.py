@@ -14,7 +14,7 @@ from absl import logging
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.precision import SWITCHES, matmul_precision
+from emerging_optimizers.adaptive_muon.precision import Turns, Undo, matmul_precision
 from emerging_optimizers.adaptive_muon.symmetric import cpu_has_tiles, symmetric_product
 from emerging_optimizers.orthogonalized_optimizers import muon_utils
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import CoeffIterMode, NSCoeffT
@@ -321,22 +321,30 @@ def _in_blocks(steps: Sequence[Coefficients], short: int, dtype: torch.dtype) ->
     return [steps[:first], *batched(steps[first:], 2)]
 
 
+_turns = Turns()
+
+
 @contextmanager
 def _sums_in_float32() -> Iterator[None]:
     """Keeps cuBLAS from summing products of float16 in float16, which it may by default where it splits the sum."""
+    with _turns.at("float32", _sum_in_float32):
+        yield
+
+
+def _sum_in_float32() -> Undo:
+    """Sets cuBLAS's flags, and returns what restores them."""
     flags, reduction, split_k = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "_split_k"
     names = (reduction, "allow_fp16_accumulation")
-    with SWITCHES:
-        before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
-        if hasattr(flags, reduction + split_k):  # the first is set together with it, as a pair
-            before[reduction] = before[reduction], getattr(flags, reduction + split_k)
-        try:
-            for name, value in before.items():
-                setattr(flags, name, (False, value[1]) if isinstance(value, tuple) else False)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(flags, name, value)
+    before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+    if hasattr(flags, reduction + split_k):  # the first is set together with it, as a pair
+        before[reduction] = before[reduction], getattr(flags, reduction + split_k)
+
+    def set_all(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(flags, name, value)
+
+    set_all({name: (False, value[1]) if isinstance(value, tuple) else False for name, value in before.items()})
+    return partial(set_all, before)
 
 
 @cache

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import refusal
 
@@ -100,9 +101,15 @@ def check_matrices(group: dict[str, Any]) -> None:
 
 
 def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool = False) -> None:
-    """Raises a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex."""
+    """Raises a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors."""
     for index, p in enumerate(group["params"]):
         grad = p.grad
+        if grad is not None and not complex_too and _is_several(grad):
+            raise refusal(
+                f"{algorithm} takes gradients that are one tensor each; that of {parameter_name(group, index)} is",
+                type(grad).__name__,
+                "convert it to a plain tensor, or give the parameter to another optimizer",
+            )
         if grad is not None and (grad.layout != torch.strided or (grad.is_complex() and not complex_too)):
             raise refusal(
                 f"{algorithm} takes dense{'' if complex_too else ' real'} gradients; that of "
@@ -110,6 +117,16 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
                 f"{grad.layout}, {grad.dtype}",
                 "make it dense (sparse=False in an embedding), or give the parameter to another optimizer",
             )
+
+
+def _is_several(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a wrapper class holds several: an average in place would be taken once for each of them."""
+    while is_traceable_wrapper_subclass(tensor):
+        held = tensor.__tensor_flatten__()[0]
+        if len(held) > 1:
+            return True
+        tensor = getattr(tensor, held[0])
+    return False
 
 
 def work_dtype(p: torch.Tensor) -> torch.dtype:

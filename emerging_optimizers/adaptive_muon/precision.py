@@ -2,28 +2,84 @@
 """The precision of float32 products: set for a while, and afterwards exactly what the user had set, in whichever way.
 
 Torch has two sets of switches: ``torch.set_float32_matmul_precision`` and, since 2.9, ``fp32_precision`` for each
-backend. It refuses to read the first where the second contradicts it. Both are global: two threads that need different
-precisions take turns.
+operation of each backend, which may follow that of the backend, and that the general one. Torch refuses to read the
+first where the second contradicts it. All are global.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import RLock
+from threading import Condition, local
 from typing import Any
 
 import torch
-from torch import backends
 
 from emerging_optimizers.utils import FP32MatmulPrecT
 
 
-__all__ = ["SWITCHES", "matmul_precision"]
+__all__ = ["Turns", "Undo", "matmul_precision"]
 
-# Held while torch's global switches for products are not the user's.
-SWITCHES = RLock()
+# Torch's functions for the new switches, by backend and operation. Its attributes do not reach all of them: that of
+# torch.backends.mkldnn sets the general one.
+_get: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+_set: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
 
-# What the old switch makes of the new ones, for CUDA and for the CPU's oneDNN.
-_NEW = {"highest": ("ieee", "ieee"), "high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}
+# What the old switch makes of the new ones for products, on CUDA and in the CPU's oneDNN.
+_NEW: dict[FP32MatmulPrecT, dict[str, str]] = {
+    "highest": {"cuda": "ieee", "mkldnn": "ieee"},
+    "high": {"cuda": "tf32", "mkldnn": "tf32"},
+    "medium": {"cuda": "tf32", "mkldnn": "bf16"},
+}
+
+Undo = Callable[[], None]
+
+
+class Turns:
+    """A global setting that threads take turns at: those that need the same value have it together, others wait."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._value: object = None
+        self._holders = 0
+        self._undo: Undo = lambda: None
+        self._of_thread = local()
+
+    @contextmanager
+    def at(self, value: object, set_to: Callable[[], Undo]) -> Iterator[None]:
+        """Has the setting at a value. Inside, the same thread may have it at another for a while.
+
+        Args:
+            value: The value.
+            set_to: Sets it, and returns what sets it back.
+        """
+        around = getattr(self._of_thread, "held", None)
+        if around:
+            self._leave()
+        self._enter(value, set_to)
+        try:
+            yield
+        finally:
+            self._leave()
+            if around:
+                self._enter(*around)
+
+    def _enter(self, value: object, set_to: Callable[[], Undo]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._holders or self._value == value)
+            if not self._holders:
+                self._value, self._undo = value, set_to()
+            self._holders += 1
+        self._of_thread.held = value, set_to
+
+    def _leave(self) -> None:
+        self._of_thread.held = None
+        with self._changed:
+            self._holders -= 1
+            if not self._holders:
+                self._undo()
+            self._changed.notify_all()
+
+
+_turns = Turns()
 
 
 @contextmanager
@@ -33,48 +89,26 @@ def matmul_precision(precision: FP32MatmulPrecT) -> Iterator[None]:
     Args:
         precision: "highest", "high" or "medium", as in ``torch.set_float32_matmul_precision``.
     """
-    with SWITCHES:
-        if _is_set_to(precision):
-            yield
-            return
-        before = _inherited_or_set()
-        for switch in _switches():
-            switch.fp32_precision = "ieee"  # contradicts nothing, so that the old switch can be read
-        old = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision(precision)
-            yield
-        finally:
-            torch.set_float32_matmul_precision(old)
-            for switch, value in zip(_switches(), before, strict=True):
-                switch.fp32_precision = value
+    with _turns.at(precision, lambda: _set_to(precision)):
+        yield
 
 
-def _switches() -> list[Any]:
-    """The new switches that the old one sets too: of CUDA's and oneDNN's products."""
-    switches = (backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None))
-    return [switch for switch in switches if hasattr(switch, "fp32_precision")]
+def _set_to(precision: FP32MatmulPrecT) -> Undo:
+    """Sets all switches, and returns what restores them."""
+    if _is_set_to(precision):
+        return lambda: None
+    before = {} if _get is None else {backend: _own(backend, "matmul") for backend in _NEW[precision]}
+    for backend in before:
+        _set(backend, "matmul", "ieee")  # contradicts nothing, so that the old switch can be read
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
 
+    def undo() -> None:
+        torch.set_float32_matmul_precision(old)
+        for backend, value in before.items():
+            _set(backend, "matmul", value)
 
-def _inherited_or_set() -> list[str]:
-    """The values of the new switches, "none" for one that follows ``torch.backends.fp32_precision``.
-
-    Torch gives the value that holds. Whether a switch follows the general one shows when that is changed.
-    """
-    values = [switch.fp32_precision for switch in _switches()]
-    if not values:
-        return []
-    set_general: Any = backends.set_flags  # untyped
-    [general] = set_general(None)
-    followers = set()
-    try:
-        for trial in ("ieee", "tf32"):
-            set_general(trial)
-            now = [switch.fp32_precision for switch in _switches()]
-            followers |= {index for index, (a, b) in enumerate(zip(now, values, strict=True)) if a != b}
-    finally:
-        set_general(general)
-    return ["none" if index in followers else value for index, value in enumerate(values)]
+    return undo
 
 
 def _is_set_to(precision: FP32MatmulPrecT) -> bool:
@@ -83,9 +117,26 @@ def _is_set_to(precision: FP32MatmulPrecT) -> bool:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:  # they contradict each other
         return False
-    values = (switch.fp32_precision for switch in _switches())
-    # "none" is "ieee" where nothing else is set.
-    return old == precision and all(
-        value in (wanted, "none" if wanted == "ieee" else wanted)
-        for value, wanted in zip(values, _NEW[precision], strict=False)
-    )
+    new = {} if _get is None else {backend: _get(backend, "matmul") for backend in _NEW[precision]}
+    # "none" is "ieee" where nothing is set.
+    return old == precision and all((value, "ieee")[value == "none"] == _NEW[precision][b] for b, value in new.items())
+
+
+def _own(backend: str, operation: str) -> str:
+    """Returns a new switch's own value: "none" for one that follows another.
+
+    Torch gives the value that holds. Whether a switch follows the one above it shows when that is changed.
+    """
+    assert _get is not None
+    if backend == "generic":
+        return _get(backend, operation)
+    above = (backend, "all") if operation != "all" else ("generic", "all")
+    holds, of_above = _get(backend, operation), _own(*above)
+    try:
+        for trial in ("ieee", "tf32"):
+            _set(*above, trial)
+            if _get(backend, operation) != holds:
+                return "none"
+        return holds
+    finally:
+        _set(*above, of_above)
