@@ -122,10 +122,11 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
 def _is_several(tensor: torch.Tensor) -> bool:
     """Whether a tensor of a wrapper class holds several: an average in place would be taken once for each of them."""
     while is_traceable_wrapper_subclass(tensor):
-        held = tensor.__tensor_flatten__()[0]
-        if len(held) > 1:
+        held = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        first, *others = [each for each in held if isinstance(each, torch.Tensor)]  # a DTensor also holds its mesh
+        if others:
             return True
-        tensor = getattr(tensor, held[0])
+        tensor = first
     return False
 
 
