@@ -26,6 +26,15 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def smooth(method: str) -> dict[str, float]:
+    """Options with which rounding stays small.
+
+    "adamuon" divides every element of O by about its own size. Of an element that is near zero, rounding is then as
+    large as the element, or turns the sign. An eps of the order of O keeps that small.
+    """
+    return {"eps": 1e-2} if method == "adamuon" else {}
+
+
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """The largest difference of two tensors, relative to the largest element."""
     assert one.shape == other.shape and one.dtype == other.dtype

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved
+from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved, smooth
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
@@ -90,12 +90,11 @@ def test_equal_to_separate_matrices(method: str, options: str, dtype: torch.dtyp
     """A block is worked on as its own matrix.
 
     Its rows lie apart in the fused matrix, and sums over other strides may turn a last bit, which the iteration
-    magnifies. adamuon enlarges it (ADAMUON_TOLERANCE, test_oracle.py), and V squares the result. A bfloat16 weight may
-    be rounded to the next number then.
+    magnifies. V squares the result. A bfloat16 weight may be rounded to the next number then.
     """
     # In full precision, since bfloat16 turns the last bit of a sum into a difference of 2^-8.
     hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "fp32_matmul_prec": "highest"}
-    hyper |= {"moment2_method": method, **OPTIONS[options]}
+    hyper |= {"moment2_method": method, **smooth(method), **OPTIONS[options]}
     within = {"momentum_buffer": 1e-6, "moment2_buffer": 1e-5, "step": 0.0}
     of_weights = 2**-7 if dtype == torch.bfloat16 else 1e-4 if method == "adamuon" else 2e-6
     params = [fused(*each, dtype) for each in FUSED.values()]

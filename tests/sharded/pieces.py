@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from side_by_side import smooth
 from torch import distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,11 @@ from emerging_optimizers.adaptive_muon.moment2 import METHODS
 # more ranks than rows or columns.
 SHAPES = [(24, 64), (64, 24), (32, 32), (48, 40), (40, 48), (30, 17), (3, 18), (18, 3)]
 OPTIONS: dict[str, Any] = {"lr": 0.05, "fp32_matmul_prec": "highest", "nesterov": True, "extra_scale_factor": 0.2}
+
+
+def options_of(method: str = "adamuon") -> dict[str, Any]:
+    """Returns the options with which whole and sharded matrices are compared."""
+    return {**OPTIONS, "moment2_method": method, **smooth(method)}
 
 
 @dataclass(eq=False)
@@ -81,7 +87,8 @@ def walk(pairs: list[Pair], steps: int = 4, same: dict[str, Any] | None = None, 
     Returns:
         For O, W and the names of the state's buffers, the largest difference relative to the largest element.
     """
-    options = {**OPTIONS, **(same or {})}
+    same = same or {}
+    options = {**options_of(same.get("moment2_method", "adamuon")), **same}
     whole = Recording([pair.whole for pair in pairs], **options)
     pieces = Recording([pair.piece for pair in pairs], **options, **of_pieces)
     seen: Counter[str] = Counter()

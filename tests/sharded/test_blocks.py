@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused matrices and stacks of matrices in pieces: every block and every expert is a matrix of its own."""
 
-from typing import Any
-
 import pytest
 import torch
 from models import mesh as mesh_of
-from pieces import OPTIONS, Pair, collectives, difference, far_apart, set_gradients, strip, strips, walk
+from pieces import OPTIONS, Pair, collectives, difference, far_apart, options_of, set_gradients, strip, strips, walk
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -49,9 +47,9 @@ def test_blocks_in_pieces(method: str, dim: int, mode: str, group: ProcessGroup)
     """Go the way of the fused whole matrix, whose blocks go the way of separate matrices."""
     pairs = [fused(*each, dim) for each in FUSED]
     parts = [[nn.Parameter(part.clone()) for part in apart(p.whole.detach(), p.whole.muon_blocks)] for p in pairs]
-    same = {"moment2_method": method, "weight_decay": 0.1, "bias_correction": True}
-    separate = AdaptiveMuon([part for each in parts for part in each], **OPTIONS, **same)
-    seen = walk(pairs, 3, same, tp_group=group, tp_mode=mode)
+    same = {"weight_decay": 0.1, "bias_correction": True}
+    separate = AdaptiveMuon([part for each in parts for part in each], **options_of(method), **same)
+    seen = walk(pairs, 3, {"moment2_method": method, **same}, tp_group=group, tp_mode=mode)
     if mode == "distributed":
         assert seen["W"] <= (1e-4 if method == "adamuon" else 1e-5) and max(seen.values()) <= 1e-4, seen
     else:
@@ -142,7 +140,7 @@ def test_experts_as_dtensors(method: str) -> None:
     size = dist.get_world_size()
     mesh = mesh_of((max(size // 2, 1), min(size, 2)), ("ep", "tp"))
     whole = torch.randn(4, 12, 20, generator=torch.Generator().manual_seed(3))
-    options: dict[str, Any] = {"moment2_method": method, **OPTIONS}
+    options = options_of(method)
     for placements in ([Shard(0), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Shard(2)]):
         expected = nn.Parameter(whole.clone())
         sharded = nn.Parameter(distribute_tensor(whole, mesh, placements))

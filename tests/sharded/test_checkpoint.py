@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import fsdp, full, local, models, tensor_parallel_and_fsdp, train
-from pieces import OPTIONS, difference
+from pieces import difference, options_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
@@ -36,8 +36,8 @@ def make(way: Callable[[nn.Module], None] | None, method: str) -> tuple[nn.Modul
     """A model sharded in a way, or whole, and its optimizer."""
     whole, sharded, _ = models(way or fsdp)
     model = sharded if way else whole
-    options = {**OPTIONS, "weight_decay": 0.1, "scalar_lr": 1e-3, "bias_correction": True}
-    return model, HybridAdaptiveMuon.from_model(model, moment2_method=method, **options)
+    options = {**options_of(method), "weight_decay": 0.1, "scalar_lr": 1e-3, "bias_correction": True}
+    return model, HybridAdaptiveMuon.from_model(model, **options)
 
 
 def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> dict[str, object]:
@@ -73,7 +73,8 @@ def test_training_goes_on(method: str, way: Callable[[nn.Module], None]) -> None
         set_model_state_dict(model, loaded["model"])  # type: ignore[arg-type]
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=options)  # type: ignore[arg-type]
-        within = 1e-5 if way is fsdp else 1e-2  # where the model's own products are split, their rounding differs
+        # Where the model's own products are split, their rounding differs. adamuon: see far_apart.
+        within = 1e-2 if way is not fsdp else 1e-4 if method == "adamuon" else 1e-5
         assert train(model, optimizer, range(SAVED_AFTER, STEPS)) == pytest.approx(losses, rel=within)
         for p, expected in zip(model.parameters(), weights, strict=True):
             assert difference(full(p), expected) <= within

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import WAYS, fsdp, full, hsdp, local, models, train
 from models import mesh as mesh_of
-from pieces import OPTIONS, difference, far_apart
+from pieces import OPTIONS, difference, far_apart, options_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -28,7 +28,7 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
     """
     whole, sharded, places = models(way, hidden=14)
     pairs = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True) if p.ndim == 2]
-    options = {**OPTIONS, "moment2_method": method, "weight_decay": 0.1}
+    options = {**options_of(method), "weight_decay": 0.1}
     optimizers = (
         AdaptiveMuon([p for p, _ in pairs], **options),
         AdaptiveMuon([q for _, q in pairs], tp_mode=mode, **options),
@@ -58,10 +58,10 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
 def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> None:
     """With its own gradients too; where the model's own products are split, rounding differs before the optimizer."""
     whole, sharded, _ = models(way)
-    options = {**OPTIONS, "moment2_method": method, "scalar_lr": 1e-3}
+    options = {**options_of(method), "scalar_lr": 1e-3}
     losses = [train(model, HybridAdaptiveMuon.from_model(model, **options), range(6)) for model in (whole, sharded)]
     assert losses[0][-1] < losses[0][0]
-    within = 1e-5 if way in (fsdp, hsdp) else 1e-2
+    within = 1e-2 if way not in (fsdp, hsdp) else 1e-4 if method == "adamuon" else 1e-5  # adamuon: see far_apart
     assert losses[1] == pytest.approx(losses[0], rel=within)
     assert all(
         difference(full(q), p.detach()) <= within
@@ -110,8 +110,8 @@ def test_partial_sums_are_refused_as_parameters_and_summed_as_gradients(group: P
     first = p.grad - (size - 1) * torch.eye(4, 3)  # terms that differ in more than a factor, which O would not see
     q.grad = DTensor.from_local(torch.eye(4, 3) if dist.get_rank() else first, mesh, [Partial()])
     for each in (p, q):
-        AdaptiveMuon([each], **OPTIONS).step()
-    assert difference(full(q), p) <= 1e-6
+        AdaptiveMuon([each], **options_of()).step()
+    assert not far_apart({"W": difference(full(q), p)}, "adamuon")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -131,7 +131,7 @@ def test_hooks_see_dtensors(method: str) -> None:
     for model in (whole, sharded):
         p = model.down.weight
         p.grad = torch.ones_like(p)
-        Hooked([p], moment2_method=method, **OPTIONS).step()
+        Hooked([p], **options_of(method)).step()
     within = 1e-4 if method == "adamuon" else 2e-5  # see far_apart: the update is D times O
     assert difference(seen[1], seen[0]) <= within
     assert difference(full(sharded.down.weight), whole.down.weight) <= within

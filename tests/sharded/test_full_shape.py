@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pieces import OPTIONS, Pair, set_gradients, strips
+from pieces import OPTIONS, Pair, options_of, set_gradients, strips
 from side_by_side import each_method
 from torch import distributed as dist
 from torch import nn
@@ -43,7 +43,7 @@ def padded_strips(shapes: list[tuple[int, int]], group: ProcessGroup) -> tuple[l
 @pytest.mark.parametrize("kind", ["strips", "blocks", "padded"])
 def test_spread_state_is_cut_as_the_parameter_is(method: str, kind: str, group: ProcessGroup) -> None:
     """And what is read off its pieces, also of pieces without a row of a block, is the state of the pieces."""
-    options = {**OPTIONS, "moment2_method": method}
+    options = options_of(method)
     layouts: dict[Any, Piece] = {}
     if kind == "padded":
         pairs, layouts = padded_strips([(30, 17), (17, 30), (3, 18)], group)
