@@ -29,6 +29,33 @@ def values(optimizer, key):
     return [group.get(key) for group in optimizer.param_groups]
 
 
+# ---- params that can be read once ----
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        nn.Module.parameters,
+        nn.Module.named_parameters,
+        lambda m: (p for p in m.parameters()),
+        lambda m: filter(lambda p: p.requires_grad, m.parameters()),
+        lambda m: map(lambda p: p, m.parameters()),
+        lambda m: dict(m.named_parameters()).values(),
+        lambda m: dict(m.named_parameters()).items(),
+        lambda m: tuple(m.parameters()),
+        lambda m: nn.ParameterList(m.parameters()),
+    ],
+    ids=["parameters", "named_parameters", "generator", "filter", "map", "values", "items", "tuple", "ParameterList"],
+)
+def test_params_of_a_group_may_be_any_iterable(params):
+    model, later = nn.Sequential(layer(), layer(4, 3)), nn.Sequential(layer(), layer(4, 3))
+    for make in (HybridAdaptiveMuon, lambda groups: HybridAdaptiveMuon.from_model(model, params=groups)):
+        optimizer = make([{"params": params(part)} for part in model])
+        optimizer.add_param_group({"params": params(later)})
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        assert trained == {*model.parameters(), *later.parameters()}
+
+
 # ---- names of groups ----
 
 

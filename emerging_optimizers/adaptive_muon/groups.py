@@ -20,6 +20,7 @@ __all__ = [
     "check_scalar",
     "entries_of",
     "in_model",
+    "listed",
     "present_routes",
     "split",
     "tag_transposed",
@@ -69,7 +70,15 @@ def as_groups(params: ParamsT) -> list[dict[str, Any]]:
             "or use HybridAdaptiveMuon.from_model(model)"
         )
     entries: list[Any] = list(params)
-    return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    return [listed(group) for group in groups]
+
+
+def listed(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group whose ``params`` can be read more than once, unlike a generator; a set stays one, to be refused."""
+    if "params" not in group or isinstance(group["params"], torch.Tensor | set):
+        return group
+    return {**group, "params": list(group["params"])}
 
 
 def entries_of(group: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ from emerging_optimizers.adaptive_muon.groups import (
     check_scalar,
     entries_of,
     in_model,
+    listed,
     present_routes,
     split,
     tag_transposed,
@@ -167,7 +168,7 @@ class HybridAdaptiveMuon(Optimizer):
             self._adamw.param_groups,
         )
         lengths = [len(entries) for entries in grown]
-        group = with_names(in_model(self._model.by_parameter(), param_group), self.param_groups)
+        group = with_names(in_model(self._model.by_parameter(), listed(param_group)), self.param_groups)
         tagged = []
         try:
             for part in split(group, _names(self.param_groups)):
