@@ -108,7 +108,7 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
 
 
 def route_model(
-    model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None
+    model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None, *, partly: bool = False
 ) -> list[tuple[str, nn.Parameter, Route]]:
     """Route all parameters of a model by the modules that own them, then each by itself.
 
@@ -117,6 +117,7 @@ def route_model(
         routes: Name pattern (as in ``fnmatch``, matched against the parameter's dotted name, with or without what
             wrappers such as ``torch.compile`` put into it) to algorithm, before all other rules; the first pattern
             that matches wins.
+        partly: Whether patterns may match no parameter.
 
     Returns:
         Name, parameter and route of each parameter, once each, in the model's order. Names are those of the model
@@ -130,7 +131,8 @@ def route_model(
     for p, places in uses.items():
         if not is_lazy(p):
             check_rows_and_columns(p, places[0].name)
-    _check_patterns(routes, {name for places in uses.values() for use in places for name in use.names})
+    if not partly:
+        _check_patterns(routes, {name for places in uses.values() for use in places for name in use.names})
     heads = find_heads(
         model,
         ((use.path[:-1], use.module, use.map) for use in chain(*uses.values()) if use.map and not use.adapts),
