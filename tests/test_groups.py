@@ -12,6 +12,7 @@ from small_model import Model, names_of
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.routing import route_model
 
 
 def layer(outputs=3, inputs=2):
@@ -27,6 +28,33 @@ def step(optimizer):
 
 def values(optimizer, key):
     return [group.get(key) for group in optimizer.param_groups]
+
+
+# ---- params that can be read once ----
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        nn.Module.parameters,
+        nn.Module.named_parameters,
+        lambda m: (p for p in m.parameters()),
+        lambda m: filter(lambda p: p.requires_grad, m.parameters()),
+        lambda m: map(lambda p: p, m.parameters()),
+        lambda m: dict(m.named_parameters()).values(),
+        lambda m: dict(m.named_parameters()).items(),
+        lambda m: tuple(m.parameters()),
+        lambda m: nn.ParameterList(m.parameters()),
+    ],
+    ids=["parameters", "named_parameters", "generator", "filter", "map", "values", "items", "tuple", "ParameterList"],
+)
+def test_params_of_a_group_may_be_any_iterable(params):
+    model, later = nn.Sequential(layer(), layer(4, 3)), nn.Sequential(layer(), layer(4, 3))
+    for make in (HybridAdaptiveMuon, lambda groups: HybridAdaptiveMuon.from_model(model, params=groups)):
+        optimizer = make([{"params": params(part)} for part in model])
+        optimizer.add_param_group({"params": params(later)})
+        trained = {p for group in optimizer.param_groups for p in group["params"]}
+        assert trained == {*model.parameters(), *later.parameters()}
 
 
 # ---- names of groups ----
@@ -247,7 +275,203 @@ def test_description_is_of_the_parameters_that_stand_there_now():
     assert lines[0] == "AdaptiveMuon (adamuon): 1 parameters, 8 elements" and "1.weight  (hidden matrix)" in lines[1]
     unnamed = HybridAdaptiveMuon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3, 3))])
     del unnamed.param_groups[0]["params"][0]
-    assert "3 x 3    (put into a group from outside)" in unnamed.describe()
+    assert "3 x 3    (hidden matrix)" in unnamed.describe()
+    unnamed.param_groups[0]["params"].append(nn.Parameter(torch.ones(5, 3)))
+    assert "5 x 3    (put into a group from outside)" in unnamed.describe()
+
+
+# ---- groups edited from outside ----
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's, whose weight is stored as (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.ones(nx, nf))
+
+
+def pop(optimizer):
+    optimizer.param_groups[0]["params"].pop(0)
+
+
+def delete_group(optimizer):
+    del optimizer.param_groups[0]
+
+
+def reverse(optimizer):
+    optimizer.param_groups.reverse()
+
+
+def reverse_params(optimizer):
+    for group in optimizer.param_groups:
+        group["params"].reverse()
+        group["param_names"].reverse()
+
+
+def insert(optimizer):
+    optimizer.param_groups[0]["params"].insert(0, nn.Parameter(torch.ones(2, 5)))
+
+
+def exchange(optimizer):
+    optimizer.param_groups[0]["params"].pop(0)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2, 5)))
+
+
+def move(optimizer):
+    optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"].pop())
+
+
+@pytest.mark.parametrize("edit", [pop, delete_group, reverse, reverse_params, insert, exchange, move])
+@pytest.mark.parametrize("together", [True, False], ids=["one group", "a group each"])
+@pytest.mark.parametrize("described", [True, False])
+def test_names_and_tags_follow_the_parameters(edit, together, described):
+    model = nn.ModuleDict(
+        {"c": Conv1D(12, 8), "l": nn.Linear(8, 12, bias=False), "d": Conv1D(6, 8), "n": nn.LayerNorm(3)}
+    )
+    groups = [{"params": [*part.parameters()]} for part in model.values()]
+    optimizer = HybridAdaptiveMuon.from_model(model, params=None if together else groups)
+    edit(optimizer)
+    if described:
+        optimizer.describe()
+    step(optimizer)
+    tagged = {name for name, p in model.named_parameters() if getattr(p, "muon_transposed", False)}
+    assert tagged == {"c.weight", "d.weight"}
+    names = {p: name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert len(group["param_names"]) == len(group["params"])
+        for p, name in zip(group["params"], group["param_names"], strict=True):
+            replaced = edit is exchange and not together and p not in names
+            assert name == names.get(p, "c.weight" if replaced else name)
+            assert getattr(p, "muon_transposed", False) == (name in ("c.weight", "d.weight"))
+    shown = {p: (name, route) for name, p, route in optimizer._routes}
+    for p, (name, route) in shown.items():
+        assert name == names.get(p, name)
+        assert route.transposed is (name in ("c.weight", "d.weight"))
+    text = pickle.loads(pickle.dumps(optimizer)).describe()
+    assert text == optimizer.describe() and copy.deepcopy(optimizer).describe() == text
+
+
+@pytest.mark.parametrize("how", ["replaced", "swapped", "copied", "pickled", "another's"])
+def test_what_takes_a_parameters_place_takes_its_route(how):
+    """As accelerate, torch's conversions and copies do it."""
+    model = nn.ModuleDict({"c": Conv1D(12, 8), "l": nn.Linear(8, 12, bias=False)})
+    optimizer = HybridAdaptiveMuon.from_model(model)
+    before = optimizer.describe()
+    (group,) = optimizer.param_groups
+    new = [nn.Parameter(torch.ones_like(p)) for p in group["params"]]
+    if how == "another's":
+        HybridAdaptiveMuon([{"params": new, "use_muon": True}])
+    if how in ("replaced", "another's"):
+        group["params"] = new
+    elif how == "swapped":
+        for p, q in zip(group["params"], new, strict=True):
+            torch.utils.swap_tensors(p, q)
+    elif how == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    else:
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    step(optimizer)
+    assert optimizer.describe() == before
+    (group,) = optimizer.param_groups
+    assert [getattr(p, "muon_transposed", False) for p in group["params"]] == [True, False]
+    group["params"].pop(0)
+    step(optimizer)
+    assert "l.weight  (hidden matrix)" in optimizer.describe() and group["param_names"] == ["l.weight"]
+
+
+def test_a_copied_parameter_has_a_name_of_its_own():
+    p = torch.ones(3, 3, requires_grad=True)
+    optimizer = HybridAdaptiveMuon([("first.weight", p)])
+    optimizer.add_param_group({"params": [("second.weight", copy.deepcopy(p))]})
+    assert [name for name, *_ in optimizer._routes] == ["first.weight", "second.weight"]
+
+
+def test_parameters_can_be_loaded_with_weights_only(tmp_path):
+    model = layer()
+    HybridAdaptiveMuon.from_model(model)
+    torch.save([*model.parameters()], tmp_path / "params.pt")
+    assert len(torch.load(tmp_path / "params.pt", weights_only=True)) == 2
+
+
+@pytest.mark.parametrize("use_muon", [True, False])
+def test_a_kind_that_is_flipped_from_outside_is_refused(use_muon):
+    model = layer(3, 3)
+    optimizer = HybridAdaptiveMuon.from_model(model)
+    (group,) = (group for group in optimizer.param_groups if group["use_muon"] is not use_muon)
+    group["use_muon"] = use_muon
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"lacks.*add_param_group\(\{'params': ..., 'use_muon': ...\}\)"):
+        step(optimizer)
+    optimizer.describe()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    optimizer.param_groups.remove(group)
+    optimizer.param_groups.append({"params": group["params"]})
+    with pytest.raises(ValueError, match="must have all options of its kind"):
+        step(optimizer)
+
+
+def test_halves_share_no_tensor():
+    """Schedulers change a tensor in place."""
+    lr = torch.tensor(0.5)
+    group = {"params": [*layer().parameters()], "lr": lr}
+    for optimizer in (HybridAdaptiveMuon([group]), HybridAdaptiveMuon(layer().parameters(), lr=lr)):
+        torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda epoch: 0.5)
+        muon, rest = optimizer.param_groups
+        muon["lr"].mul_(0.5)
+        assert (float(muon["lr"]), float(rest["lr"])) == (0.25, 0.5)
+        lr.fill_(0.5)
+    optimizer = HybridAdaptiveMuon([{"params": [*layer().parameters()], "bounds": (lr, [lr])}])
+    (muon, rest) = values(optimizer, "bounds")
+    assert muon[0] is not rest[0] and muon[1][0] is not rest[1][0]
+
+
+@pytest.mark.parametrize("key", ["name", "group_name"])
+def test_two_groups_of_one_name_are_told_apart(key):
+    groups = [{"params": [*layer().parameters()], key: "x"}, {"params": [*layer().parameters()], key: "x"}]
+    optimizer = HybridAdaptiveMuon(groups)
+    optimizer.add_param_group({"params": [*layer().parameters()], key: "x"})
+    for _ in range(2):
+        optimizer.add_param_group({"params": [*nn.LayerNorm(3).parameters()], key: "norm"})
+    assert len(set(values(optimizer, key))) == 8
+    assert {"norm", "norm_", "x/adamw", "x/adamw_", "x/adamw__"} <= set(values(optimizer, key))
+
+
+# ---- a model that has grown ----
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.fc = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def grow(self):
+        self.classifier, self.new_emb, self.lstm, self.c = (
+            *(nn.Linear(8, 5), nn.Embedding(5, 8), nn.LSTM(8, 8)),
+            Conv1D(12, 8),
+        )
+        self.latents, self.more = nn.Parameter(torch.ones(4, 8)), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_a_model_has_got_since_is_routed_as_from_model_would(named):
+    model = Growing()
+    routes = {"*fc.*": "adaptive_muon", "fc.bias": "adamw", "more*.weight": "adamw"}
+    with pytest.raises(ValueError, match="more"):
+        HybridAdaptiveMuon.from_model(model, routes=routes)
+    routes = {"fc.bias": "adamw", "[fm]*.weight": "adamw"}
+    optimizer = HybridAdaptiveMuon.from_model(model, routes=routes)
+    old = set(model.parameters())
+    del model.fc.bias  # a pattern that matches nothing any more
+    model.grow()
+    new = [(name, p) if named else p for name, p in model.named_parameters() if p not in old]
+    optimizer.add_param_group({"params": new})
+    model.fc.bias = None
+    expected = {p: (name, route) for name, p, route in route_model(model, {"[fm]*.weight": "adamw"})}
+    shown = {p: (name, route) for name, p, route in optimizer._routes if name != "fc.bias"}
+    assert shown == expected and model.c.weight.muon_transposed
+    step(optimizer)
 
 
 def test_a_parameter_replaced_in_the_model_is_added_under_its_name():

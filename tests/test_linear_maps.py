@@ -290,12 +290,23 @@ HEADS = [
     *("class_labels_classifier.layers.0", "class_labels_classifier", "class_labels_proj", "bbox_predictor.layers.2"),
     *("bbox_embed.0.layers.1", "model.decoder.class_embed.3", "enc_score_head", "mask_logits", "box_pred", "cls.fc"),
     *("cls.predictions.transform.dense", "pre_classifier", "0.lm_head", "value_head", "layers.3.classifier"),
+    # words in the names of outer modules
+    *("cross_encoder.classifier", "self_training_model.classifier", "token_model.classifier", "attention_net.head"),
+    *("attention_model.classifier", "multi_head_model.lm_head", "attn.model.model.score", "attention_classifier"),
+    # words before a last one that decides
+    *("token_classifier", "pos_tag_classifier", "multi_class_head", "pos_head", "query_head", "self_predictor"),
+    *("embedding_head", "token_logits", "cross_head", "self_supervised_head.fc", "encoder_bbox_head.layers.1"),
+    *("head_dist", "head_dist.linear", "head_linear", "logits_proj", "encoder_output_bbox_embed.layers.2"),
 ]
 HIDDEN = [
     *("attention_head_proj", "multi_head_attention.out", "blocks.0.heads.3.key", "sa_head.key", "attn.score"),
     *("self_attn.heads.0", "score_proj", "layers.2.score", "headless", "class_embedding.linear_1"),
     *("predictor.layer.3.attention.query", "predictor.layer.3.mlp.fc1", "predictor.embeddings.projection"),
     *("joint.pred", "classical", "overhead.fc.inner.outer", "token_class_token", "blocks.1.mlp.fc2"),
+    *("multi_head.fc", "cross_attention_heads.0", "attention.heads.1", "crossattention.self.head", "attn.head"),
+    *("layers.0.mlp.router.classifier", "gate.classifier", "head.attention.out_proj", "head.layers.0.linear"),
+    *("bbox_embeddings.bbox_projection", "bbox_projection", "class_proj", "label_proj", "label_encoder.fc"),
+    *("label_features_projection", "class_cond", "y_embedder.label_mlp", "label_emb", "layers.0.head_dist"),
 ]
 
 
@@ -320,6 +331,102 @@ def test_a_head_in_a_block_is_known_by_its_shape():
         }
     )
     assert muon(model) == {"layers.1.head.weight", "up.weight", "down.weight"}
+
+
+def nest(**parts):
+    """Return a module with parts by their dotted names, "__" for a dot."""
+    root = nn.Module()
+    for name, part in parts.items():
+        *path, last = name.split("__")
+        outer = root
+        for each in path:
+            if not hasattr(outer, each):
+                outer.add_module(each, nn.Module())
+            outer = getattr(outer, each)
+        outer.add_module(last, part)
+    return root
+
+
+def linear(inputs=8, outputs=5):
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fc", "out", "out_proj", "proj_out", "output", "last_linear", "final_layer", "final", "readout"),
+        *("generator__proj", "final_layer__linear", "net__fc", "net__decoder_out", "predict", "fc_out", "vocab_proj"),
+    ],
+)
+def test_the_last_linear_map_is_the_head_by_its_name(name):
+    dotted = name.replace("__", ".") + ".weight"
+    assert muon(nest(layers__0__fc=linear(), body=linear(), **{name: linear()})) == {
+        "layers.0.fc.weight",
+        "body.weight",
+    }
+    hidden = {
+        "followed by another": nest(**{name: linear(), "later": linear()}),
+        "square": nest(**{name: linear(8, 8)}),
+        "in a block": nest(**{f"layers__0__{name}": linear()}),
+        "deep": nest(**{f"a__b__{name}": linear()}),
+    }
+    for kind, model in hidden.items():
+        assert any(each.endswith(dotted) for each in muon(model)), kind
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp__out", "attn__out_proj", "self_attn__output", "fc2", "linear2", "conv_out", "mm_projector__out_proj", "0"],
+)
+def test_the_last_linear_map_of_a_network_in_the_middle_is_no_head(name):
+    assert len(muon(nest(**{name: linear()}))) == 1
+    assert len(muon(nn.MultiheadAttention(8, 2))) == 2
+    assert len(muon(nn.Sequential(linear(), nn.ReLU(), nn.Sequential(linear())))) == 2
+
+
+def test_adaptive_softmax_is_a_head():
+    model = nest(body=linear(8, 8), loss=nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10]))
+    assert muon(model) == {"body.weight"}
+
+
+class AttentionPooling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.k_proj, self.output_proj = linear(8, 8), linear(8, 8)
+
+
+def test_what_contains_attention_or_repeated_blocks_is_no_head():
+    model = nest(
+        vision__head__attention=nn.MultiheadAttention(8, 2),
+        vision__head__mlp__fc1=linear(),  # Siglip's
+        pool__head=AttentionPooling(),  # Aimv2's
+        predictor__layers__0__fc=linear(),
+        predictor__proj=linear(),  # V-JEPA's
+        classifier__layers__0=linear(),
+        classifier__layers__2=linear(),
+    )
+    assert {name for name, algorithm in routed(model).items() if algorithm == "adamw"} == {
+        *("classifier.layers.0.weight", "classifier.layers.2.weight"),
+        *("vision.head.attention.in_proj_bias", "vision.head.attention.out_proj.bias"),
+    }
+
+
+@pytest.mark.parametrize("name", ["pos", "wpe", "position_embeddings", "token_type_embeddings", "segment_embed"])
+def test_the_table_of_positions_or_types_makes_no_head(name):
+    assert muon(nest(**{name: nn.Embedding(20, 8), "body": linear(8, 8), "up": linear(8, 20)})) == {
+        "body.weight",
+        "up.weight",
+    }
+
+
+def test_the_reach_back_from_the_last_layer_stops_at_blocks():
+    table, up = nn.Embedding(20, 8), lambda: linear(8, 20)
+    blocks = {f"layers__{i}__w{j}": up() for i in range(2) for j in (1, 3)}
+    assert len(muon(nest(table=table, **blocks))) == 4
+    assert len(muon(nest(table=table, **blocks, top=up()))) == 4
+    assert len(muon(nest(table=table, a=up(), **{f"heads_of__{i}": up() for i in range(3)}))) == 0
+    many = nest(table=table, **{f"layers__{i}": up() for i in range(3)}, top=up())
+    assert muon(many) == {f"layers.{i}.weight" for i in range(3)}
 
 
 def test_all_within_a_head_is_the_head():

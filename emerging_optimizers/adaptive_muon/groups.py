@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups of HybridAdaptiveMuon: read, routed and split in two where they hold both kinds."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, override
+from uuid import uuid4
 from weakref import ref
 
 import torch
@@ -11,22 +12,36 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, within
-from emerging_optimizers.adaptive_muon.routing import AlgorithmT, Route, plain_names, route_parameter, unwrapped
+from emerging_optimizers.adaptive_muon.routing import (
+    AlgorithmT,
+    Route,
+    plain_names,
+    route_model,
+    route_parameter,
+    unwrapped,
+)
 
 
 __all__ = [
+    "Entries",
     "ModelRoutes",
     "as_groups",
+    "check_options",
     "check_scalar",
+    "distinct",
     "entries_of",
     "in_model",
-    "present_routes",
+    "listed",
+    "rename",
     "split",
     "tag_transposed",
     "with_names",
 ]
 
 _SCALAR_KEYS = ("scalar_lr", "scalar_eps", "scalar_weight_decay")
+# A parameter's attribute, by which its name and route are found. Plain text, so that torch.load takes it.
+_KEY = "_muon_key"
+_OUTSIDE = "put into a group from outside"
 # Keys by which loggers tell groups apart: Lightning's LearningRateMonitor refuses two groups of one name.
 _IDENTIFIERS = ("name", "group_name")
 
@@ -39,16 +54,33 @@ class ModelRoutes:
     Args:
         model: The model.
         routed: What :func:`~emerging_optimizers.adaptive_muon.routing.route_model` returned for it.
+        patterns: The ``routes`` that it was given.
     """
 
-    def __init__(self, model: nn.Module | None = None, routed: Sequence[tuple[str, torch.Tensor, Route]] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        routed: Sequence[tuple[str, torch.Tensor, Route]] = (),
+        patterns: Mapping[str, AlgorithmT] | None = None,
+    ) -> None:
         self.routes = {name: route for name, _, route in routed}
+        self._patterns = dict(patterns or {})
         self._model = None if model is None else ref(unwrapped(model))
         self._copied: list[tuple[str, torch.Tensor]] = []
 
-    def by_parameter(self) -> dict[torch.Tensor, tuple[str, Route]]:
-        """Return name and route of each parameter that the model has now; none once the model is gone."""
-        return {p: (name, self.routes[name]) for name, p in self._named() if name in self.routes}
+    def by_parameter(self, params: Iterable[torch.Tensor] = ()) -> dict[torch.Tensor, tuple[str, Route]]:
+        """Return name and route of each parameter that the model has now; none once the model is gone.
+
+        Args:
+            params: The parameters in question. If the model has got some of them since it was routed, it is routed
+                anew; the parameters that it had before keep their routes.
+        """
+        named, wanted = self._named(), set(params)
+        routes = self.routes
+        model = self._model() if self._model else None
+        if model is not None and any(p in wanted and name not in routes for name, p in named):
+            routes = {name: route for name, _, route in route_model(model, self._patterns, partly=True)} | routes
+        return {p: (name, routes[name]) for name, p in named if name in routes}
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
         """Return the names and parameters of the model, or of the one that was copied."""
@@ -57,7 +89,78 @@ class ModelRoutes:
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {"routes": self.routes, "_model": None, "_copied": self._named()}
+        return {"routes": self.routes, "_patterns": self._patterns, "_model": None, "_copied": self._named()}
+
+
+class Entries:
+    """Names and routes of the parameters in groups. They follow the parameters, whoever edits the groups.
+
+    A parameter carries a key as an attribute, and so is not kept alive. What is put in a parameter's place (a copy of
+    the optimizer, ``fully_shard`` and ``torch.utils.swap_tensors`` do so) lacks the key, and takes over that of its
+    place. It does so only if all groups still have their lengths and the key has not gone elsewhere.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, Route]] = {}
+        self._places: list[list[str]] = []
+
+    def add(self, entries: Sequence[tuple[str, torch.Tensor]], routes: Sequence[Route]) -> None:
+        """Add the parameters of a new group, the last one."""
+        self._places.append([])
+        for (name, p), route in zip(entries, routes, strict=True):
+            key = getattr(p, _KEY, "")
+            if not key or any(key in place for place in self._places):  # the key of a copy of a parameter
+                key = p._muon_key = uuid4().hex  # type: ignore[attr-defined]
+            self._known[key] = (name, route)
+            self._places[-1].append(key)
+
+    def follow(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> list[list[tuple[str, Route]]]:
+        """Return name and route of each parameter in groups, which may have been edited.
+
+        Args:
+            groups: The groups, each of one kind.
+            model: The routes of a model, for parameters that were put into a group from outside.
+        """
+        places = [[getattr(p, _KEY, "") for p in group["params"]] for group in groups]
+        if any(key not in self._known for place in places for key in place):
+            self._take_over(groups, places)
+            self._look_up(groups, model)
+            places = [[getattr(p, _KEY, "") for p in group["params"]] for group in groups]
+        self._places = places
+        return [
+            [_of_group(group, *self._known[key]) for key in place] for group, place in zip(groups, places, strict=True)
+        ]
+
+    def _take_over(self, groups: Sequence[dict[str, Any]], places: list[list[str]]) -> None:
+        """Give parameters without a known key the one of their place, where that is beyond doubt."""
+        if [len(place) for place in places] != [len(place) for place in self._places]:
+            return
+        present = {key for place in places for key in place}
+        for group, place, before in zip(groups, places, self._places, strict=True):
+            for p, key, old in zip(group["params"], place, before, strict=True):
+                if not key and old not in present:
+                    p._muon_key = old
+                elif key not in self._known and old not in present:  # the key is another optimizer's
+                    self._known[key] = self._known[old]
+
+    def _look_up(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> None:
+        """Give all other parameters without a known key the name and route that the model has for them, if any."""
+        new = [
+            (p, group.get("use_muon"))
+            for group in groups
+            for p in group["params"]
+            if getattr(p, _KEY, "") not in self._known
+        ]
+        known = model.by_parameter(p for p, _ in new) if new else {}
+        for p, use_muon in new:
+            key = p._muon_key = getattr(p, _KEY, "") or uuid4().hex
+            self._known[key] = known.get(p) or ("", Route("adaptive_muon" if use_muon else "adamw", _OUTSIDE))
+
+
+def _of_group(group: dict[str, Any], name: str, route: Route) -> tuple[str, Route]:
+    """Return a parameter's name and its route, which is that of the group it is in now."""
+    algorithm: AlgorithmT = "adaptive_muon" if group.get("use_muon") else "adamw"
+    return name, route if route.algorithm == algorithm else replace(route, algorithm=algorithm, reason=_OUTSIDE)
 
 
 def as_groups(params: ParamsT) -> list[dict[str, Any]]:
@@ -69,7 +172,15 @@ def as_groups(params: ParamsT) -> list[dict[str, Any]]:
             "or use HybridAdaptiveMuon.from_model(model)"
         )
     entries: list[Any] = list(params)
-    return entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    return [listed(group) for group in groups]
+
+
+def listed(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group whose ``params`` can be read more than once, unlike a generator; a set stays one, to be refused."""
+    if "params" not in group or isinstance(group["params"], torch.Tensor | set):
+        return group
+    return {**group, "params": list(group["params"])}
 
 
 def entries_of(group: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
@@ -124,27 +235,23 @@ def with_names(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[
     return {**group, "params": made_up}
 
 
-def present_routes(
-    groups: Sequence[dict[str, Any]], reasons: Sequence[Sequence[tuple[str, Route]]], model: ModelRoutes
-) -> list[tuple[str, torch.Tensor, Route]]:
-    """Return name, parameter and route of each parameter in groups, which may have changed since they were added.
+def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
+    """Put the names of groups right whose parameters were edited without their names.
 
     Args:
-        groups: The groups, each of one kind.
-        reasons: Names and routes of each group's parameters when it was added.
-        model: The routes of a model, for groups that have changed in length.
+        groups: The groups.
+        entries: Name and route of each parameter, as :meth:`Entries.follow` returned them.
     """
-    routes = []
-    for index, group in enumerate(groups):
-        algorithm: AlgorithmT = "adaptive_muon" if group["use_muon"] else "adamw"
-        by_group = Route(algorithm, "put into a group from outside")
-        names = group.get("param_names", [""] * len(group["params"]))
-        known = reasons[index] if index < len(reasons) else []
-        if len(known) != len(names) or any(route.algorithm != algorithm for _, route in known):
-            known = [("", model.routes.get(name, by_group)) for name in names]
-        rows = zip(names, group["params"], known, strict=True)
-        routes += [(name or own, p, route) for name, p, (own, route) in rows]
-    return routes
+    owned = {name for known in entries for name, _ in known}
+    for at, (group, known) in enumerate(zip(groups, entries, strict=True)):
+        if "param_names" not in group:
+            continue
+        names = group["param_names"]
+        names = names if len(names) == len(known) else [""] * len(known)
+        group["param_names"] = [
+            own or (name if name not in owned else "") or f"added.{at}.{index}"
+            for index, (name, (own, _)) in enumerate(zip(names, known, strict=True))
+        ]
 
 
 def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]:
@@ -170,6 +277,8 @@ def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]
             continue
         options = _options(group, use_muon=algorithm == "adaptive_muon")
         if len(indices) < len(entries):
+            if algorithm == "adamw":
+                options = {key: _cloned(value) for key, value in options.items()}
             options = _of_half(options, algorithm, indices, len(entries), taken)
         parts.append(
             options
@@ -180,6 +289,15 @@ def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]
             }
         )
     return parts
+
+
+def distinct(group: dict[str, Any], taken: Collection[str]) -> dict[str, Any]:
+    """Return a group under a name that no other group has; a name is made longer by underscores."""
+    named = {key: f"{group[key]}" for key in _IDENTIFIERS if group.get(key) is not None}
+    for key in named:
+        while named[key] in taken:
+            named[key] += "_"
+    return group | {key: name for key, name in named.items() if name != f"{group[key]}"}
 
 
 def tag_transposed(entries: Sequence[tuple[str, torch.Tensor]], routes: Sequence[Route]) -> list[Any]:
@@ -204,6 +322,17 @@ def check_scalar(options: Mapping[str, Any]) -> None:
     require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")
 
 
+def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if a group lacks options of its kind, since it was edited from outside."""
+    missing = sorted(defaults.keys() - group.keys() - {"differentiable"})  # torch adds that one to defaults alone
+    require(
+        not missing,
+        f"a group with use_muon={group.get('use_muon')} must have all options of its kind; it lacks",
+        missing,
+        "remove the group from param_groups and add it by add_param_group({'params': ..., 'use_muon': ...})",
+    )
+
+
 def _options(group: dict[str, Any], *, use_muon: bool) -> dict[str, Any]:
     """Return a group's options for one kind, ``scalar_`` ones resolved."""
     options = {key: value for key, value in group.items() if not key.startswith("scalar_")}
@@ -226,11 +355,15 @@ def _of_half(
     }
     for key in _IDENTIFIERS:
         if key in half:
-            name = f"{half[key]}/{algorithm}"
-            while name in taken:
-                name += "_"
-            half[key] = name
-    return half
+            half[key] = f"{half[key]}/{algorithm}"
+    return distinct(half, taken)
+
+
+def _cloned(value: Any) -> Any:
+    """Return an option with tensors of its own: schedulers change a tensor in place, in each group once."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
 
 
 def _is_per_parameter(key: str, value: Any, length: int) -> bool:

@@ -15,12 +15,16 @@ from emerging_optimizers.adaptive_muon import checkpoint
 from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.groups import (
+    Entries,
     ModelRoutes,
     as_groups,
+    check_options,
     check_scalar,
+    distinct,
     entries_of,
     in_model,
-    present_routes,
+    listed,
+    rename,
     split,
     tag_transposed,
     with_names,
@@ -78,8 +82,7 @@ class HybridAdaptiveMuon(Optimizer):
         scalar_weight_decay: float | None = None,
         **options: Any,
     ) -> None:
-        # Name and route of each parameter of each group, by their places: parameters that are replaced must not live on.
-        self._reasons: list[list[tuple[str, Route]]] = []
+        self._entries = Entries()
         self._model = ModelRoutes()
         scalar: dict[str, Any] = {
             # a tensor of its own: a scheduler that multiplies each group's in place would meet a shared one twice
@@ -140,7 +143,7 @@ class HybridAdaptiveMuon(Optimizer):
                 sharding engine has emptied or flattened it.
         """
         routed = route_model(model, routes)
-        of_model = ModelRoutes(model, routed)
+        of_model = ModelRoutes(model, routed, routes)
         groups = as_groups(model.parameters() if params is None else params)
         known = of_model.by_parameter()
         foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
@@ -160,29 +163,30 @@ class HybridAdaptiveMuon(Optimizer):
             param_group: As in the constructor's ``params``.
         """
         self._share()
-        grown: tuple[list[Any], ...] = (
-            self._reasons,
-            self.param_groups,
-            self._muon.param_groups,
-            self._adamw.param_groups,
-        )
+        grown: tuple[list[Any], ...] = (self.param_groups, self._muon.param_groups, self._adamw.param_groups)
         lengths = [len(entries) for entries in grown]
-        group = with_names(in_model(self._model.by_parameter(), param_group), self.param_groups)
-        tagged = []
+        param_group = listed(param_group)
+        known = self._model.by_parameter(p for _, p in entries_of(param_group))
+        group = with_names(in_model(known, param_group), self.param_groups)
+        tagged, added = [], []
         try:
             for part in split(group, _names(self.param_groups)):
-                tagged += tag_transposed(part["params"], part["routes"])
-                self._add_part(part)
+                entries, routes = part["params"], part.pop("routes")
+                tagged += tag_transposed(entries, routes)
+                self._add_part(distinct(part, _names(self.param_groups)))
+                added.append((entries, routes))
         except Exception:
-            for entries, length in zip(grown, lengths, strict=True):
-                del entries[length:]
+            for grown_list, length in zip(grown, lengths, strict=True):
+                del grown_list[length:]
             for p in tagged:
                 del p.muon_transposed
             raise
+        for entries, routes in added:
+            self._entries.add(entries, routes)
 
     def _add_part(self, part: dict[str, Any]) -> None:
         """Adds a group of one kind to the optimizer of its kind, and shares it."""
-        routes, entries = part.pop("routes"), part["params"]
+        entries = part["params"]
         if any("param_names" not in group for group in self.param_groups) or not all(name for name, _ in entries):
             part["params"] = [p for _, p in entries]  # torch wants names in all groups or in none
         if part["use_muon"]:
@@ -196,7 +200,6 @@ class HybridAdaptiveMuon(Optimizer):
         repeated = [tuple(p.shape) for p in group["params"] if p in held]
         require(not repeated, "a parameter must be in one group only", repeated, "remove it from the other group")
         self.param_groups.append(group)
-        self._reasons.append([(name, route) for (name, _), route in zip(entries, routes, strict=True)])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -223,6 +226,9 @@ class HybridAdaptiveMuon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._share()
+        for inner in (self._muon, self._adamw):
+            for group in inner.param_groups:
+                check_options(group, inner.defaults)
         for group in self._adamw.param_groups:
             check_gradients(group, "AdamW", complex_too=True)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
@@ -243,7 +249,13 @@ class HybridAdaptiveMuon(Optimizer):
     @property
     def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """Name, parameter and route of each parameter in the groups that stand here now."""
-        return present_routes(self.param_groups, self._reasons, self._model)
+        return [
+            (shown or name, p, route)
+            for group, entries in zip(self.param_groups, self._share(), strict=True)
+            for shown, p, (name, route) in zip(
+                group.get("param_names", [""] * len(entries)), group["params"], entries, strict=True
+            )
+        ]
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -269,14 +281,21 @@ class HybridAdaptiveMuon(Optimizer):
         for inner in (self._muon, self._adamw):
             inner.__setstate__({})  # fills in what an older checkpoint's groups lack
 
-    def _share(self) -> None:
-        """Gives both optimizers the state and the groups that stand here now, whoever has set them."""
+    def _share(self) -> list[list[tuple[str, Route]]]:
+        """Gives both optimizers the state and the groups that stand here now, whoever has set them.
+
+        Returns:
+            Name and route of each parameter of each group.
+        """
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
-            inner.param_groups = [group for group in self.param_groups if bool(group["use_muon"]) is use_muon]
-        for reasons, group in zip(self._reasons, self.param_groups, strict=False):
+            inner.param_groups = [group for group in self.param_groups if bool(group.get("use_muon")) is use_muon]
+        entries = self._entries.follow(self.param_groups, self._model)
+        rename(self.param_groups, entries)
+        for group, known in zip(self.param_groups, entries, strict=True):
             # Copies of parameters, and what a wrapper has put in their place, lack the tag.
-            tag_transposed([("", p) for p in group["params"]], [route for _, route in reasons])
+            tag_transposed([("", p) for p in group["params"]], [route for _, route in known])
+        return entries
 
 
 def _check_names(groups: list[dict[str, Any]]) -> None:

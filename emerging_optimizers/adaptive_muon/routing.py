@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.heads import find_heads, head_by_name, is_embedding
+from emerging_optimizers.adaptive_muon.heads import find_heads, head_by_name, is_embedding, networks_in
 from emerging_optimizers.adaptive_muon.linear_maps import (
     Adapted,
     LinearMap,
@@ -65,6 +65,7 @@ class _Use:
         wrapped_path: All components of its name.
         module: The module that holds it; of a parametrized weight, the module that was parametrized.
         around: The modules around it, ``module`` included.
+        modules: The model, then the module of each component of ``path``.
         map: The linear map whose weight it is there, if it is one.
         adapts: What it adapts there, if it is an adapter's.
     """
@@ -73,6 +74,7 @@ class _Use:
     wrapped_path: list[str]
     module: nn.Module
     around: list[nn.Module]
+    modules: list[nn.Module]
     map: LinearMap | None
     adapts: Adapted | None
 
@@ -108,7 +110,7 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
 
 
 def route_model(
-    model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None
+    model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None, *, partly: bool = False
 ) -> list[tuple[str, nn.Parameter, Route]]:
     """Route all parameters of a model by the modules that own them, then each by itself.
 
@@ -117,6 +119,7 @@ def route_model(
         routes: Name pattern (as in ``fnmatch``, matched against the parameter's dotted name, with or without what
             wrappers such as ``torch.compile`` put into it) to algorithm, before all other rules; the first pattern
             that matches wins.
+        partly: Whether patterns may match no parameter.
 
     Returns:
         Name, parameter and route of each parameter, once each, in the model's order. Names are those of the model
@@ -130,10 +133,13 @@ def route_model(
     for p, places in uses.items():
         if not is_lazy(p):
             check_rows_and_columns(p, places[0].name)
-    _check_patterns(routes, {name for places in uses.values() for use in places for name in use.names})
+    if not partly:
+        _check_patterns(routes, {name for places in uses.values() for use in places for name in use.names})
+    networks = networks_in((use.path[:-1], use.modules) for use in chain(*uses.values()))
     heads = find_heads(
         model,
         ((use.path[:-1], use.module, use.map) for use in chain(*uses.values()) if use.map and not use.adapts),
+        networks,
     )
     tables = {p for p, places in uses.items() if any(is_embedding(use.module) for use in places)}
     routed = []
@@ -143,7 +149,7 @@ def route_model(
         if chosen is not None:
             route = Route(routes[chosen], f"pattern {chosen!r}")
         else:
-            route = _route_in_model(p, places, heads, tables)
+            route = _route_in_model(p, places, heads, tables, networks)
         if any(use.map and use.map.transposed for use in places):
             suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
             route = Route(route.algorithm, route.reason + suffix, transposed=True)
@@ -188,7 +194,12 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
     for prefix, module in modules.items():
         parts = prefix.split(".") if prefix else []
         around = [modules[".".join(parts[:at])] for at in range(len(parts) + 1)]
-        path = [part for part, outer in zip(parts, around, strict=False) if not _is_wrapper(outer, part)]
+        plain = [
+            (part, inner)
+            for part, outer, inner in zip(parts, around, around[1:], strict=False)
+            if not _is_wrapper(outer, part)
+        ]
+        path = [part for part, _ in plain]
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
             owner, leaf_there = _owner(prefix, leaf, modules)
             use = _Use(
@@ -196,6 +207,7 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
                 wrapped_path=[*parts, leaf],
                 module=owner,
                 around=[*around, owner],
+                modules=[around[0], *(inner for _, inner in plain)],
                 map=None if is_lazy(p) else linear_map(owner, leaf_there, p),
                 adapts=adapted([*parts, leaf], modules),
             )
@@ -223,16 +235,20 @@ def _owner(prefix: str, leaf: str, modules: Mapping[str, nn.Module]) -> tuple[nn
 
 
 def _route_in_model(
-    p: torch.Tensor, places: list[_Use], heads: Mapping[nn.Module, str], tables: Collection[torch.Tensor]
+    p: torch.Tensor,
+    places: list[_Use],
+    heads: Mapping[nn.Module, str],
+    tables: Collection[torch.Tensor],
+    networks: Collection[tuple[str, ...]],
 ) -> Route:
     """Return the route that the modules around a parameter decide or, where they do not, its tags and shape."""
     for use in places:
-        reason = _reason_of_place(use, heads, tables)
+        reason = _reason_of_place(use, heads, tables, networks)
         if reason:
             return Route("adamw", reason + (", tied" if reason == "embedding" and len(places) > 1 else ""))
     name = places[0].name
     in_convolution = isinstance(places[0].module, nn.modules.conv._ConvNd)
-    route = _route_by_itself(p, [use.name for use in places], may_be_stack=not in_convolution)
+    route = _route_by_itself(p, [use.name for use in places], networks, may_be_stack=not in_convolution)
     if route is not None:
         return route
     if any(use.map for use in places) or _is_tagged(p):
@@ -240,7 +256,12 @@ def _route_in_model(
     return Route("adamw", f"{NOT_A_MAP}; to override, pass routes={{{name!r}: 'adaptive_muon'}}")
 
 
-def _reason_of_place(use: _Use, heads: Mapping[nn.Module, str], tables: Collection[torch.Tensor]) -> str | None:
+def _reason_of_place(
+    use: _Use,
+    heads: Mapping[nn.Module, str],
+    tables: Collection[torch.Tensor],
+    networks: Collection[tuple[str, ...]],
+) -> str | None:
     """Return the reason for which the modules around a parameter send it to AdamW, if they do."""
     head = next((heads[module] for module in use.around if module in heads), None)
     if head:
@@ -249,7 +270,9 @@ def _reason_of_place(use: _Use, heads: Mapping[nn.Module, str], tables: Collecti
         base = use.adapts.base
         if is_embedding(base) or getattr(base, "weight", None) in tables:
             return "adapter of an embedding"
-        if base in heads or head_by_name([part for part in use.adapts.path if part not in _WRAPPERS]):
+        if base in heads or head_by_name(
+            [part for part in use.adapts.path if part not in _WRAPPERS], networks=networks
+        ):
             return "adapter of an output head"
         if use.adapts.is_wrapped and not is_linear(base):
             return f"adapter of {type(base).__name__}, which is not a linear map"
@@ -265,7 +288,9 @@ def _reason_of_place(use: _Use, heads: Mapping[nn.Module, str], tables: Collecti
     return None
 
 
-def _route_by_itself(p: torch.Tensor, names: Sequence[str], *, may_be_stack: bool = True) -> Route | None:
+def _route_by_itself(
+    p: torch.Tensor, names: Sequence[str], networks: Collection[tuple[str, ...]] = (), *, may_be_stack: bool = True
+) -> Route | None:
     """Return the route that a parameter's tags, shape, dtype and names decide, if they do."""
     require(
         not is_lazy(p),
@@ -286,7 +311,8 @@ def _route_by_itself(p: torch.Tensor, names: Sequence[str], *, may_be_stack: boo
     # Of a dimension that is split, the size at hand says nothing.
     if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
         return Route("adamw", "a single row or column")
-    head = next(filter(None, (head_by_name(name.split(".")[:-1]) for name in names)), None)
+    paths = (name.split(".")[:-1] for name in names)
+    head = next(filter(None, (head_by_name(path, networks=networks) for path in paths)), None)
     return Route("adamw", f"output head by its name, {head!r}") if head else None
 
 
