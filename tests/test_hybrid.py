@@ -2,8 +2,10 @@
 """HybridAdaptiveMuon: a composition that equals its two parts run apart, its groups and its checkpoints."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections import defaultdict
 from typing import get_args
 
@@ -24,7 +26,7 @@ def test_constructor_routes_what_it_can():
     model.scores.weight.is_embedding_or_output_parameter = True
     anonymous = HybridAdaptiveMuon(model.parameters())
     assert not {id(model.embed.weight), id(model.scores.weight), id(model.conv.weight), id(model.table)} & {
-        id(p) for p in anonymous._muon.param_groups[0]["params"]
+        id(p) for p in anonymous.param_groups[0]["params"]
     }
     named = HybridAdaptiveMuon(model.named_parameters())
     assert MATRICES <= names_of(named, True) and "blocks.0.pos_bias_u" in names_of(named, False)
@@ -33,7 +35,8 @@ def test_constructor_routes_what_it_can():
     forced = HybridAdaptiveMuon(
         [{"params": model.lstm.weight_ih_l0, "use_muon": False}, {"params": [*model.blocks.parameters()]}]
     )
-    assert forced._adamw.param_groups[0]["params"][0] is model.lstm.weight_ih_l0 and len(forced.param_groups) == 3
+    of_adamw = [group for group in forced.param_groups if not group["use_muon"]]
+    assert of_adamw[0]["params"][0] is model.lstm.weight_ih_l0 and len(forced.param_groups) == 3
     with pytest.raises(ValueError, match=r"\(1, 5, 8\)"):
         HybridAdaptiveMuon([{"params": [model.table], "use_muon": True}])
 
@@ -177,12 +180,55 @@ def test_groups_and_state_set_anew_are_the_ones_that_count():
 
 
 def test_rates_set_from_outside_reach_both_parts_after_every_change_of_hands():
-    """The groups and the state stay shared through loading and copying."""
-    _, optimizer = model_and_optimizer()
+    """The groups and the state stay shared through loading and copying: at a rate of zero nothing moves."""
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(1))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        for inner, group in zip((each._muon, each._adamw), each.param_groups, strict=True):
-            assert inner.param_groups[0] is group and inner.state is each.state
+    pairs = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer))), (model, optimizer)]
+    for of, each in pairs:
+        rates = [group["lr"] for group in each.param_groups]
+        for still in (0, 1):
+            for index, group in enumerate(each.param_groups):
+                group["lr"] = 0.0 if index == still else rates[index]
+            before = [[p.detach().clone() for p in group["params"]] for group in each.param_groups]
+            train(of, each, range(1, 2))
+            for index, (group, params) in enumerate(zip(each.param_groups, before, strict=True)):
+                assert all(
+                    torch.equal(*pair) == (index == still) for pair in zip(group["params"], params, strict=True)
+                )
+        assert each.state.keys() == {p for group in each.param_groups for p in group["params"]}
+
+
+def test_what_has_left_the_groups_and_the_state_is_let_go():
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(1))
+    alive = [weakref.ref(p) for p in model.parameters()]
+    del model
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    gc.collect()
+    assert not any(each() is not None for each in alive)
+
+
+def test_a_pickle_carries_no_more_of_the_model_than_is_optimized():
+    """And a copy does not keep the copied model's parameters alive."""
+    model = nn.Sequential(nn.Linear(500, 500), nn.Linear(500, 4))
+    optimizer = HybridAdaptiveMuon.from_model(model, params=model[1].parameters())
+    assert len(pickle.dumps(optimizer)) < 50_000
+    model, optimizer = copy.deepcopy((model, optimizer))
+    alive = [weakref.ref(p) for p in model[0].parameters()]
+    del model
+    gc.collect()
+    assert not any(each() is not None for each in alive)
+
+
+def test_capturable_on_a_device_without_graphs_is_refused_before_anything_moves():
+    model, optimizer = model_and_optimizer(capturable=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"capturable=True parameters of AdamW must be on one of .*cuda.* got 'cpu'"):
+        train(model, optimizer, range(1))
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
+    assert not any(optimizer.state.values())
 
 
 def test_added_group_is_split_and_a_bad_one_changes_nothing():
@@ -198,7 +244,6 @@ def test_added_group_is_split_and_a_bad_one_changes_nothing():
     ):
         with pytest.raises((ValueError, TypeError)):
             optimizer.add_param_group(bad)
-        assert [len(o.param_groups) for o in (optimizer, optimizer._muon, optimizer._adamw)] == [2, 1, 1]
         assert (optimizer.param_groups, optimizer.describe()) == before
     optimizer.add_param_group({"params": [("new.weight", p), ("new.bias", q)], "lr": 0.5})
     assert [(g["use_muon"], g["lr"]) for g in optimizer.param_groups[2:]] == [(True, 0.5), (False, 0.5)]

@@ -153,3 +153,33 @@ def test_gpt2_of_hugging_face_trains_as_the_same_model_of_linears(method: str) -
             losses[-1].append(float(loss.detach()))
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1], atol=0, rtol=1e-4 if method == "adamuon" else 1e-6)
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx, self.weight = nf, nx, nn.Parameter(normal((nx, nf)))
+
+
+@each_method
+def test_loads_after_its_parameters_were_replaced(method: str) -> None:
+    """As a wrapper does after the optimizer was made: what is new in the groups has the tag before it is looked for."""
+    model = nn.Sequential(Conv1D(6, 12), nn.Linear(4, 6))
+    optimizer = HybridAdaptiveMuon.from_model(model, moment2_method=method)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    state = saved(optimizer)
+    for group in optimizer.param_groups:
+        for index, p in enumerate(group["params"]):
+            group["params"][index] = nn.Parameter(p.detach().clone())
+    optimizer.state.clear()
+    optimizer.load_state_dict(state)
+    new = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [bool(getattr(p, "muon_transposed", False)) for p in new] == [True, False, False]
+    for p in new:
+        p.grad = torch.ones_like(p)
+    optimizer.step()

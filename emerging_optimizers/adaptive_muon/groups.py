@@ -49,7 +49,7 @@ _IDENTIFIERS = ("name", "group_name")
 class ModelRoutes:
     """The routes of a model's parameters, by name: a parameter that is replaced under its name keeps its route.
 
-    It keeps neither the model nor its parameters alive; a copy of it, by pickle or deepcopy, keeps the parameters.
+    It keeps neither the model nor its parameters alive, and pickle does not carry them.
 
     Args:
         model: The model.
@@ -66,7 +66,6 @@ class ModelRoutes:
         self.routes = {name: route for name, _, route in routed}
         self._patterns = dict(patterns or {})
         self._model = None if model is None else ref(unwrapped(model))
-        self._copied: list[tuple[str, torch.Tensor]] = []
 
     def by_parameter(self, params: Iterable[torch.Tensor] = ()) -> dict[torch.Tensor, tuple[str, Route]]:
         """Return name and route of each parameter that the model has now; none once the model is gone.
@@ -83,13 +82,20 @@ class ModelRoutes:
         return {p: (name, routes[name]) for name, p in named if name in routes}
 
     def _named(self) -> list[tuple[str, torch.Tensor]]:
-        """Return the names and parameters of the model, or of the one that was copied."""
+        """Return the names and parameters of the model."""
         model = self._model() if self._model else None
-        return self._copied if model is None else plain_names(model)
+        return [] if model is None else plain_names(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelRoutes":
+        """Return one for a copy of the model, if that was copied before in the same call, or for none."""
+        model = self._model() if self._model else None
+        copied = ModelRoutes(memo.get(id(model)))
+        copied.routes, copied._patterns = dict(self.routes), dict(self._patterns)
+        return copied
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {"routes": self.routes, "_patterns": self._patterns, "_model": None, "_copied": self._named()}
+        return {**vars(self), "_model": None}
 
 
 class Entries:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Self, overload, override
@@ -30,7 +31,7 @@ from emerging_optimizers.adaptive_muon.groups import (
     with_names,
 )
 from emerging_optimizers.adaptive_muon.modes import plain_modes
-from emerging_optimizers.adaptive_muon.parameters import check_gradients
+from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
 from emerging_optimizers.adaptive_muon.routing import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
 
 
@@ -102,7 +103,7 @@ class HybridAdaptiveMuon(Optimizer):
         parts = [part for group in groups for part in split(in_model({}, group), _names(groups))]
         # Schedulers and loggers take the first group for the learning rate.
         super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
-        self._share()
+        self._let_go()
 
     @classmethod
     def from_model(
@@ -180,9 +181,11 @@ class HybridAdaptiveMuon(Optimizer):
                 del grown_list[length:]
             for p in tagged:
                 del p.muon_transposed
+            self._let_go()
             raise
         for entries, routes in added:
             self._entries.add(entries, routes)
+        self._let_go()
 
     def _add_part(self, part: dict[str, Any]) -> None:
         """Adds a group of one kind to the optimizer of its kind, and shares it."""
@@ -231,9 +234,11 @@ class HybridAdaptiveMuon(Optimizer):
                 check_options(group, inner.defaults)
         for group in self._adamw.param_groups:
             check_gradients(group, "AdamW", complex_too=True)
+            check_capturable(group)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
             self._muon.step()  # checks its own before it changes anything
             self._adamw.step()
+        self._let_go()
         return loss
 
     def describe(self, *, each: bool = True) -> str:
@@ -268,7 +273,9 @@ class HybridAdaptiveMuon(Optimizer):
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
+        self._share()
         checkpoint.load(self, state_dict, super().load_state_dict, self._muon)
+        self._let_go()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -280,6 +287,11 @@ class HybridAdaptiveMuon(Optimizer):
         self._share()
         for inner in (self._muon, self._adamw):
             inner.__setstate__({})  # fills in what an older checkpoint's groups lack
+
+    def _let_go(self) -> None:
+        """Takes the state and the groups from both optimizers, so that what leaves this one is not kept alive by them."""
+        for inner in (self._muon, self._adamw):
+            inner.state, inner.param_groups = defaultdict(dict), []
 
     def _share(self) -> list[list[tuple[str, Route]]]:
         """Gives both optimizers the state and the groups that stand here now, whoever has set them.

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch.nn.parameter import is_lazy
+from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import refusal
 
 
 __all__ = [
+    "check_capturable",
     "check_gradients",
     "check_matrices",
     "check_rows_and_columns",
@@ -116,6 +118,19 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
                 f"{parameter_name(group, index)} is",
                 f"{grad.layout}, {grad.dtype}",
                 "make it dense (sparse=False in an embedding), or give the parameter to another optimizer",
+            )
+
+
+def check_capturable(group: dict[str, Any]) -> None:
+    """Raises a ``ValueError`` if torch's AdamW would find, in its step, that a group is on no device with graphs."""
+    supported = _get_capturable_supported_devices()
+    for index, p in enumerate(group["params"]):
+        if group.get("capturable") and p.grad is not None and p.device.type not in supported:
+            raise refusal(
+                f"with capturable=True parameters of AdamW must be on one of {', '.join(supported)}; "
+                f"{parameter_name(group, index)} is on",
+                p.device.type,
+                "move the model there, or pass capturable=False",
             )
 
 
