@@ -72,8 +72,13 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
     (experts, out, in), in float32, bfloat16, float16 or float64. State and arithmetic are in
     float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded
-    once a step. Convolutions, embeddings, output heads, norms and biases belong to AdamW, see
-    :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
+    once a step. A parameter with the attribute ``muon_transposed = True`` is stored as (in, out), as Hugging Face's
+    ``Conv1D`` stores it: the optimizer works on its transpose. Convolutions, embeddings, output heads, norms and biases
+    belong to AdamW, see :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
+
+    A step depends on no mode of torch around it (autocast, inference mode, precision of products, default dtype and
+    device) and changes none. A matrix is divided by its norm, or by 1e-15 where that is more, before it is
+    orthogonalized: for gradients with norms below 1e-7 that is Emerging-Optimizers 0.4.0's path, not 0.3.0's.
 
     Args:
         params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group
@@ -87,7 +92,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             the same D as the update, :math:`W \\leftarrow W (1 - \\eta \\lambda D)`; for "namo" and "namo_d" only.
         fp32_matmul_prec: Precision of the orthogonalization's products: "highest" and "high" as in
             ``torch.set_float32_matmul_precision``; "medium" iterates in 16 bit: bfloat16 with
-            ``ns_algorithm="standard"``, else float16 on CUDA, and float32 on a CPU without bfloat16 units.
+            ``ns_algorithm="standard"``, else float16 on CUDA, and on a CPU float32, or for large matrices bfloat16
+            where the CPU is faster in it.
         coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
             "deepseekv4".
         num_ns_steps: Number of Newton-Schulz iterations, >= 1.
