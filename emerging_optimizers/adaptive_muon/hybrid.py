@@ -46,7 +46,8 @@ class HybridAdaptiveMuon(Optimizer):
     routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions (but for
     stacks of matrices tagged ``muon_stacked``), with a single row or column or of a dtype that AdaptiveMuon does not
     take go to AdamW. Where names come along (``model.named_parameters()``), so do output heads and all that is not
-    called as a weight is. It cannot know an embedding without a tag: set ``use_muon`` in its group.
+    called as a weight is, and what is called a norm or an embedding. It cannot know an embedding that has neither a tag
+    nor such a name: set ``use_muon`` in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
