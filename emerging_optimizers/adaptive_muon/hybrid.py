@@ -25,6 +25,7 @@ from emerging_optimizers.adaptive_muon.groups import (
     in_model,
     listed,
     rename,
+    rows_of,
     split,
     tag_transposed,
     with_names,
@@ -228,8 +229,7 @@ class HybridAdaptiveMuon(Optimizer):
                 loss = closure()
         self._share()
         for inner in (self._muon, self._adamw):
-            for group in inner.param_groups:
-                check_options(group, inner.defaults)
+            check_options(inner)
         for group in self._adamw.param_groups:
             check_gradients(group, "AdamW", complex_too=True)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
@@ -250,13 +250,7 @@ class HybridAdaptiveMuon(Optimizer):
     @property
     def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """Name, parameter and route of each parameter in the groups that stand here now."""
-        return [
-            (shown or name, p, route)
-            for group, entries in zip(self.param_groups, self._share(), strict=True)
-            for shown, p, (name, route) in zip(
-                group.get("param_names", [""] * len(entries)), group["params"], entries, strict=True
-            )
-        ]
+        return rows_of(self.param_groups, self._share())
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -283,11 +277,7 @@ class HybridAdaptiveMuon(Optimizer):
             inner.__setstate__({})  # fills in what an older checkpoint's groups lack
 
     def _share(self) -> list[list[tuple[str, Route]]]:
-        """Gives both optimizers the state and the groups that stand here now, whoever has set them.
-
-        Returns:
-            Name and route of each parameter of each group.
-        """
+        """Gives both optimizers the state and groups of now, whoever set them; returns names and routes of each group."""
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if bool(group.get("use_muon")) is use_muon]
