@@ -345,6 +345,8 @@ def test_names_and_tags_follow_the_parameters(edit, together, described):
             replaced = edit is exchange and not together and p not in names
             assert name == names.get(p, "c.weight" if replaced else name)
             assert getattr(p, "muon_transposed", False) == (name in ("c.weight", "d.weight"))
+    every = [name for names_of_group in values(optimizer, "param_names") for name in names_of_group]
+    assert len(every) == len(set(every)), "what is new has no other parameter's name"
     shown = {p: (name, route) for name, p, route in optimizer._routes}
     for p, (name, route) in shown.items():
         assert name == names.get(p, name)

@@ -112,11 +112,28 @@ IS_MAP = {
         ),
         {"weight", "lora_A", "lora_B"},
     ),
+    "AdaLoRA": (
+        lambda: nn.ModuleDict({"q": adalora(Raw({"in_features": 8, "out_features": 6}))}),
+        {"q.lora_A.default", "q.lora_B.default"},
+    ),
+    "marked as a strip": (lambda: Raw({"input_size": 8, "output_size": 6}, weight=marked(weight(2, 8))), {"weight"}),
     "torchtune": (
         lambda: nn.ModuleDict({"q": torchtune(Raw({"in_dim": 8, "out_dim": 6}, weight=weight(6, 8)))}),
         {"q.weight", "q.lora_a.weight", "q.lora_b.weight"},
     ),
 }
+
+
+def marked(p):
+    p.tensor_model_parallel = True
+    return p
+
+
+def adalora(layer):
+    layer.lora_A, layer.lora_B, layer.lora_E = (
+        nn.ParameterDict({"default": weight(*shape)}) for shape in ((3, 8), (6, 3), (3, 1))
+    )
+    return layer
 
 
 def torchtune(layer):
@@ -143,6 +160,21 @@ NO_MAP = {
     "half of a pair": lambda: Raw({"in_features": 8}, weight=weight(6, 8)),
     "CLIP's projection": lambda: Raw({"input_resolution": 8, "output_dim": 6}, proj=weight(8, 6)),
     "biases of attention": lambda: Raw({"embed_dim": 8}, bias_weight=weight(6, 8)),
+    "a strip that nothing shows": lambda: Raw({"input_size": 8, "output_size": 6}, weight=weight(2, 8)),
+    "an unsharded one": lambda: Raw({"input_size": 8, "output_size": 6}, weight=strip(weight(6, 3), -1)),
+    "tables of a graph layer": lambda: Raw(
+        {"in_channels": 16, "out_channels": 16}, edge_weight=weight(16, 3), attn_weight=weight(4, 16)
+    ),
+    "parts that do not make up a whole": lambda: Raw(
+        {"in_features": 8, "out_features": 6}, query_weight=weight(4, 8), key_weight=weight(3, 8)
+    ),
+    "positions in a linear layer": lambda: Raw({"in_dim": 8, "out_dim": 6}, rel_pos_weight=weight(6, 8)),
+    "codebook in one": lambda: Raw({"in_dim": 8, "out_dim": 6}, codebook_weight=weight(6, 8)),
+    "tokens in one": lambda: Raw({"in_dim": 8, "out_dim": 6}, token_weight=weight(6, 8)),
+    "a raw head": lambda: Raw({"lm_head_bias": torch.ones(6)}, lm_head_weight=weight(6, 8)),
+    "a raw table": lambda: Raw({"embed_bias": torch.ones(6)}, embed_weight=weight(6, 8)),
+    "weights of another kind": lambda: Raw({"in_dim": 8, "out_dim": 6}, weight_sigma=weight(6, 8)),
+    "no bias": lambda: Raw({"mixing_bias": None}, mixing_weight=weight(6, 8)),
 }
 
 
@@ -173,6 +205,9 @@ def test_a_model_of_linear_maps_alone_says_nothing_of_others():
         ("attn.in_proj_weight", "adaptive_muon"),
         ("q_proj.lora_A.default.weight", "adaptive_muon"),
         ("q_proj.lora_B", "adaptive_muon"),
+        ("q_proj.lora_B.default", "adaptive_muon"),
+        ("mixer.rel_pos_weight", "adamw"),
+        ("model.lm_head_weight", "adamw"),
         ("fc.parametrizations.weight.original1", "adaptive_muon"),
         ("fc.weight_orig", "adaptive_muon"),
         ("mixer.A_log", "adamw"),
@@ -281,6 +316,14 @@ def test_peft():
     config = peft.LoraConfig(r=3, target_modules=["embed", "hidden", "lm_head"], use_dora=True)
     model = peft.inject_adapter_in_model(config, model)
     assert muon(model) == {"hidden.base_layer.weight", *(f"hidden.lora_{x}.default.weight" for x in "AB")}
+
+
+def test_adalora():
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"hidden": nn.Linear(8, 8), "lm_head": nn.Linear(8, 24)})
+    config = peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=["hidden", "lm_head"])
+    model = peft.inject_adapter_in_model(config, model)
+    assert muon(model) == {"hidden.base_layer.weight", *(f"hidden.lora_{x}.default" for x in "AB")}
 
 
 # ---- output heads ----

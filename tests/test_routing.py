@@ -278,7 +278,8 @@ PLACEHOLDERS = {
     "ZeRO stage 3, of a bias": lambda: engine(0, ds_id=0, ds_shape=torch.Size([6])),
     "fairscale": lambda: engine(12, _is_sharded=True, _orig_size=torch.Size([6, 4])),
     "an engine to come": lambda: engine(0, some_shape=[6, 4]),
-    "a flat piece": lambda: engine(12, original_shape=(6, 4)),
+    "a flat piece": lambda: engine(12, _original_shape=(6, 4)),
+    "flat": lambda: engine(24, original_shape=(6, 4)),
     "FSDP1": lambda: engine(24, _fsdp_flattened=True),
     "FlatParameter": lambda: FlatParameter(torch.ones(24)),
     "Megatron-FSDP": lambda: engine((6, 4), __fsdp_param__=True),
@@ -323,10 +324,21 @@ def test_a_placeholder_says_which_shape_was_lost():
         engine((8, 0), global_shape=(8, 16)),
         engine(0),
         engine(8, grid_size=(4, 4), qkv_split_shapes=[4, 4], muon_blocks=(4, 4)),
+        engine(8, orig_size=(4, 4)),
+        engine(8, global_size=[3, 3], full_shape=(2, 2)),
         engine((6, 4), ds_id=0, ds_shape=torch.Size([6, 4])),
         engine(6, ds_id=0, ds_shape=torch.Size([6])),
     ],
-    ids=["no rows", "no columns", "empty bias", "attributes of other kinds", "gathered", "persistent"],
+    ids=[
+        "no rows",
+        "no columns",
+        "empty bias",
+        "attributes of other kinds",
+        "own size",
+        "own sizes",
+        "gathered",
+        "persistent",
+    ],
 )
 def test_whole_and_empty_parameters_are_no_placeholders(p):
     p.grad = torch.ones_like(p)
@@ -343,6 +355,26 @@ class Wrapper(nn.Module):
 
 
 DeepSpeedEngine, Users = (type(name, (Wrapper,), {}) for name in ("DeepSpeedEngine", "Users"))
+
+
+class UsersEngine(DeepSpeedEngine):
+    pass
+
+
+class GradSampleModule(nn.Module):
+    """Opacus's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._module = module
+
+
+class FabricModule(nn.Module):
+    """Lightning Fabric's, which holds the module twice."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._forward_module = self._original_module = module
 
 
 def compiled(module):
@@ -365,6 +397,12 @@ WRAPS = {
     "compile": (compiled, "_orig_mod.1.0.weight"),
     "DataParallel": (nn.DataParallel, "module.1.0.weight"),
     "DeepSpeed": (DeepSpeedEngine, "module.1.0.weight"),
+    "subclass of a wrapper": (UsersEngine, "module.1.0.weight"),
+    "AveragedModel": (torch.optim.swa_utils.AveragedModel, "module.1.0.weight"),
+    "QuantWrapper": (torch.ao.quantization.QuantWrapper, "module.1.0.weight"),
+    "Opacus": (GradSampleModule, "_module.1.0.weight"),
+    "Fabric": (FabricModule, "_forward_module.1.0.weight"),
+    "Fabric(compile)": (lambda m: FabricModule(compiled(m)), "_forward_module._orig_mod.1.0.weight"),
     "compile(DP)": (lambda m: compiled(nn.DataParallel(m)), "_orig_mod.module.1.0.weight"),
     "DP(compile)": (lambda m: nn.DataParallel(compiled(m)), "module._orig_mod.1.0.weight"),
     "DP(DP)": (lambda m: nn.DataParallel(nn.DataParallel(m)), "module.module.1.0.weight"),
@@ -421,3 +459,48 @@ def test_a_users_own_module_keeps_its_name():
 def test_a_pattern_of_a_compiled_model_serves_the_plain_one():
     routes = {"_orig_mod.0.weight": "adamw"}
     assert "0.weight" in names_of(HybridAdaptiveMuon.from_model(net(), routes=routes), False)
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_a_pattern_of_any_wrapped_model_serves_any_other(kind):
+    for wrap, own in WRAPS.values():
+        if kind in ("plain", "DataParallel", "DP(compile)", "Fabric", "compiled part"):
+            assert "1.0.weight" in names_of(
+                HybridAdaptiveMuon.from_model(wrap(net()), routes={WRAPS[kind][1]: "adamw"}), False
+            )
+        plain = HybridAdaptiveMuon.from_model(net(), routes={own: "adamw"})
+        assert "1.0.weight" in names_of(plain, False) and f"pattern {own!r}" in plain.describe()
+
+
+def test_a_module_of_ones_own_comes_before_a_wrapper_by_that_name():
+    model = nn.ModuleDict({"module": nn.Linear(4, 4, bias=False), "0": nn.Linear(4, 4, bias=False)})
+    optimizer = HybridAdaptiveMuon.from_model(model, routes={"module.*": "adamw"})
+    assert names_of(optimizer, False) == {"module.weight"}
+    with pytest.raises(ValueError, match="must match a parameter"):
+        HybridAdaptiveMuon.from_model(model, routes={"module.module.1.weight": "adamw"})
+
+
+def test_a_module_that_is_held_twice_by_its_wrapper_is_not_tied():
+    table = nn.ModuleDict({"table": nn.Embedding(4, 4)})
+    assert [(name, route.reason) for name, _, route in route_model(FabricModule(table))] == [
+        ("table.weight", "embedding")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [
+        *(
+            (f"{name}.weight", "adamw")
+            for name in ("embed", "tok_embeddings", "patch_embedding.0", "q_norm", "layernorm")
+        ),
+        *((f"{name}.weight", "adaptive_muon") for name in ("embedding.linear", "norm.proj", "normal", "embedder")),
+        ("embed.parametrizations.weight.original1", "adamw"),
+        ("fc.parametrizations.weight.original1", "adaptive_muon"),
+    ],
+)
+def test_the_constructor_knows_embeddings_and_norms_by_name(name, algorithm):
+    p = nn.Parameter(torch.ones(4, 6))
+    route = route_parameter(p, name)
+    assert route.algorithm == algorithm and (algorithm == "adaptive_muon" or "set 'use_muon': True" in route.reason)
+    assert HybridAdaptiveMuon([{"params": [(name, p)], "use_muon": True}]).param_groups[0]["use_muon"]

@@ -9,6 +9,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, within
@@ -33,6 +34,7 @@ __all__ = [
     "in_model",
     "listed",
     "rename",
+    "rows_of",
     "split",
     "tag_transposed",
     "with_names",
@@ -241,6 +243,17 @@ def with_names(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[
     return {**group, "params": made_up}
 
 
+def rows_of(
+    groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]
+) -> list[tuple[str, torch.Tensor, Route]]:
+    """Return name, parameter and route of each parameter in groups, whose names :func:`rename` has put right."""
+    rows = []
+    for group, known in zip(groups, entries, strict=True):
+        names = group.get("param_names", [name for name, _ in known])
+        rows += [(name, p, route) for name, p, (_, route) in zip(names, group["params"], known, strict=True)]
+    return rows
+
+
 def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
     """Put the names of groups right whose parameters were edited without their names.
 
@@ -328,15 +341,17 @@ def check_scalar(options: Mapping[str, Any]) -> None:
     require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")
 
 
-def check_options(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if a group lacks options of its kind, since it was edited from outside."""
-    missing = sorted(defaults.keys() - group.keys() - {"differentiable"})  # torch adds that one to defaults alone
-    require(
-        not missing,
-        f"a group with use_muon={group.get('use_muon')} must have all options of its kind; it lacks",
-        missing,
-        "remove the group from param_groups and add it by add_param_group({'params': ..., 'use_muon': ...})",
-    )
+def check_options(optimizer: Optimizer) -> None:
+    """Raise a ``ValueError`` if a group lacks options of its optimizer, since it was edited from outside."""
+    for group in optimizer.param_groups:
+        # Torch adds "differentiable" to the defaults alone.
+        missing = sorted(optimizer.defaults.keys() - group.keys() - {"differentiable"})
+        require(
+            not missing,
+            f"a group with use_muon={group.get('use_muon')} must have all options of its kind; it lacks",
+            missing,
+            "remove the group from param_groups and add it by add_param_group({'params': ..., 'use_muon': ...})",
+        )
 
 
 def _options(group: dict[str, Any], *, use_muon: bool) -> dict[str, Any]:

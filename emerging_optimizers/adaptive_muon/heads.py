@@ -12,7 +12,7 @@ from torch import nn
 from emerging_optimizers.adaptive_muon.linear_maps import LinearMap
 
 
-__all__ = ["find_heads", "head_by_name", "is_embedding", "networks_in"]
+__all__ = ["find_heads", "head_by_name", "is_embedding", "networks_in", "table_by_name"]
 
 # Names of output heads that no word below shows.
 _NAMES = {"qa_outputs", "output_layer", "output_projection", "embed_out", "unembed", "lm_loss"}
@@ -96,6 +96,15 @@ def is_embedding(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):  # PatchEmbedding, EmbeddingProjection
         return False
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) or type(module).__name__.endswith("Embedding")
+
+
+def table_by_name(path: Sequence[str]) -> str | None:
+    """Return "embedding" or "norm" if a module's dotted name shows it to be one, else None."""
+    path = path[: path.index("parametrizations")] if "parametrizations" in path else path
+    words = _words(next((part for part in reversed(path) if not part.isdigit()), ""))
+    if any(word.endswith("norm") for word in words):
+        return "norm"
+    return "embedding" if {"embed", "embeds", "embedding", "embeddings"}.intersection(words) else None
 
 
 def find_heads(

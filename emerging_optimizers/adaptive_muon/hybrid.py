@@ -26,6 +26,7 @@ from emerging_optimizers.adaptive_muon.groups import (
     in_model,
     listed,
     rename,
+    rows_of,
     split,
     tag_transposed,
     with_names,
@@ -47,7 +48,8 @@ class HybridAdaptiveMuon(Optimizer):
     routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions (but for
     stacks of matrices tagged ``muon_stacked``), with a single row or column or of a dtype that AdaptiveMuon does not
     take go to AdamW. Where names come along (``model.named_parameters()``), so do output heads and all that is not
-    called as a weight is. It cannot know an embedding without a tag: set ``use_muon`` in its group.
+    called as a weight is, and what is called a norm or an embedding. It cannot know an embedding that has neither a tag
+    nor such a name: set ``use_muon`` in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
@@ -230,8 +232,7 @@ class HybridAdaptiveMuon(Optimizer):
                 loss = closure()
         self._share()
         for inner in (self._muon, self._adamw):
-            for group in inner.param_groups:
-                check_options(group, inner.defaults)
+            check_options(inner)
         for group in self._adamw.param_groups:
             check_gradients(group, "AdamW", complex_too=True)
             check_capturable(group)
@@ -254,13 +255,7 @@ class HybridAdaptiveMuon(Optimizer):
     @property
     def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """Name, parameter and route of each parameter in the groups that stand here now."""
-        return [
-            (shown or name, p, route)
-            for group, entries in zip(self.param_groups, self._share(), strict=True)
-            for shown, p, (name, route) in zip(
-                group.get("param_names", [""] * len(entries)), group["params"], entries, strict=True
-            )
-        ]
+        return rows_of(self.param_groups, self._share())
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,11 +289,7 @@ class HybridAdaptiveMuon(Optimizer):
             inner.state, inner.param_groups = defaultdict(dict), []
 
     def _share(self) -> list[list[tuple[str, Route]]]:
-        """Gives both optimizers the state and the groups that stand here now, whoever has set them.
-
-        Returns:
-            Name and route of each parameter of each group.
-        """
+        """Gives both optimizers the state and groups of now, whoever set them; returns names and routes of each group."""
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if bool(group.get("use_muon")) is use_muon]

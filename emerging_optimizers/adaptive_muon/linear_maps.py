@@ -9,10 +9,24 @@ import torch
 from torch import nn
 
 
-__all__ = ["Adapted", "LinearMap", "adapted", "is_linear", "is_weight_by_name", "linear_map", "parametrized"]
+__all__ = [
+    "Adapted",
+    "LinearMap",
+    "adapted",
+    "is_factor",
+    "is_linear",
+    "is_weight_by_name",
+    "linear_map",
+    "parametrized",
+]
 
-# A weight, one of several (GroupedLinear's weight0), or one of a fused layer (in_proj_weight, fc1_weight).
-_WEIGHT = re.compile(r"(^|_)weight\d*$")
+# A weight, one of several (GroupedLinear's weight0), one of a fused layer (in_proj_weight, fc1_weight), or what torch's
+# pruning, spectral_norm and weight_norm of old make of a weight.
+_WEIGHT = re.compile(r"^(weight\d*|\w+_weight\d*|weight_orig|weight_v)$")
+# A word in the name of a weight that is none of a hidden linear map: rel_pos_weight, codebook_weight, lm_head_weight.
+_TABLE = re.compile(
+    r"(^|_)(heads?|logits?|class|cls|embed|embeddings?|emb|pos|positions?|tokens?|codebooks?|bias|norm)(_|$)"
+)
 _LORA = re.compile(r"(^|_)lora(_|$)", re.IGNORECASE)
 # What adapters call the module that they wrap: peft (adapters, and modules_to_save), NeMo and Megatron Bridge.
 _WRAPPED = ("base_layer", "original_module", "to_wrap")
@@ -63,11 +77,11 @@ def linear_map(module: nn.Module, leaf: str, p: torch.Tensor) -> LinearMap | Non
         return None
     rows, columns = p.shape
     if _is_conv1d(module):
-        stored_transposed = leaf.startswith("weight") and [rows, columns] == [module.nx, module.nf]
+        stored_transposed = _is_weight(leaf) and [rows, columns] == [module.nx, module.nf]
         return LinearMap(columns, rows, transposed=True) if stored_transposed else None
     fits = (
         (leaf == "weight" and isinstance(module, nn.Linear))
-        or any(_fits(leaf, rows, columns, outputs, inputs) for outputs, inputs in _features(module))
+        or any(_fits(module, leaf, p, outputs, inputs) for outputs, inputs in _features(module))
         or _has_its_bias(module, leaf, rows)
         or (isinstance(module, nn.MultiheadAttention) and leaf.endswith("_proj_weight"))
     )
@@ -86,7 +100,12 @@ def is_weight_by_name(name: str) -> bool:
     *path, leaf = name.split(".")
     if path[-2:-1] == ["parametrizations"]:  # parametrizations.weight.original1
         leaf = path[-1]
-    return bool(_WEIGHT.search(leaf) or _MERGED_LORA.search(leaf) or leaf in ("weight_orig", "weight_v"))
+    return _is_weight(leaf) or is_factor(leaf) or (leaf != "bias" and is_factor(path[-1] if path else ""))
+
+
+def is_factor(leaf: str) -> bool:
+    """Return whether a name is that of one of LoRA's two factors."""
+    return bool(_MERGED_LORA.search(leaf))
 
 
 def adapted(path: Sequence[str], modules: Mapping[str, nn.Module]) -> Adapted | None:
@@ -139,21 +158,33 @@ def _features(module: nn.Module) -> Iterator[tuple[int, int]]:
                 yield outputs, inputs
 
 
-def _fits(leaf: str, rows: int, columns: int, outputs: int, inputs: int) -> bool:
+def _is_weight(leaf: str) -> bool:
+    """Return whether a parameter is called as the weight of a linear map is."""
+    return bool(_WEIGHT.search(leaf)) and not _TABLE.search(leaf)
+
+
+def _fits(module: nn.Module, leaf: str, p: torch.Tensor, outputs: int, inputs: int) -> bool:
     """Return whether a parameter of a module with so many outputs and inputs has the name and shape of its weight."""
-    if (rows, columns) == (outputs, inputs):
-        return leaf.startswith("weight") or bool(_WEIGHT.search(leaf))
-    if _MERGED_LORA.search(leaf):
+    rows, columns = p.shape
+    if is_factor(leaf):
         return columns == inputs or rows == outputs
-    # A tensor-parallel shard, or one part of a fused layer. Not weight_scale_inv, one number per block of the weight.
-    shard = (rows == outputs and columns < inputs) or (columns == inputs and rows < outputs)
-    return shard and bool(_WEIGHT.search(leaf))
+    if not _is_weight(leaf) or rows > outputs or columns > inputs:
+        return False
+    if (rows, columns) == (outputs, inputs):
+        return True
+    if getattr(p, "partition_dim", -1) >= 0 or getattr(p, "tensor_model_parallel", False):
+        return rows == outputs or columns == inputs
+    # One of the parts of a fused layer, which make it up together: query_weight, key_weight and value_weight.
+    parts = [q for name, q in module.named_parameters(recurse=False) if q.ndim == 2 and _is_weight(name)]
+    return all(q.size(1) == inputs for q in parts) and sum(q.size(0) for q in parts) == outputs
 
 
 def _has_its_bias(module: nn.Module, leaf: str, rows: int) -> bool:
-    """Return whether ``in_proj_weight``, ``fc1_weight`` or the like has its ``in_proj_bias`` beside it, or None."""
-    if not leaf.endswith("_weight"):
+    """Return whether ``fc1_weight`` or the like has its ``fc1_bias`` beside it; of a projection it may be None."""
+    if not leaf.endswith("_weight") or not _is_weight(leaf):
         return False
     bias = getattr(module, leaf.removesuffix("weight") + "bias", module)
+    if bias is None:
+        return leaf.endswith("proj_weight")
     # Transformer Engine has an empty tensor in place of None.
-    return bias is None or (isinstance(bias, torch.Tensor) and bias.ndim == 1 and bias.numel() in (0, rows))
+    return isinstance(bias, torch.Tensor) and bias.ndim == 1 and bias.numel() in (0, rows)

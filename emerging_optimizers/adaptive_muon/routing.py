@@ -2,7 +2,7 @@
 """Which parameter goes to AdaptiveMuon, which to AdamW, and why."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -14,11 +14,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.heads import find_heads, head_by_name, is_embedding, networks_in
+from emerging_optimizers.adaptive_muon.heads import find_heads, head_by_name, is_embedding, networks_in, table_by_name
 from emerging_optimizers.adaptive_muon.linear_maps import (
     Adapted,
     LinearMap,
     adapted,
+    is_factor,
     is_linear,
     is_weight_by_name,
     linear_map,
@@ -35,10 +36,17 @@ AlgorithmT = Literal["adaptive_muon", "adamw"]
 NOT_A_MAP = "two-dimensional, but not the weight of a linear map"
 STACK = "3-D, not a matrix; if it is a stack of matrices (experts)"
 
-# What wrappers put into names: torch.compile, FSDP and activation checkpointing.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Wrappers that call what they wrap "module": torch's, and Megatron's, DeepSpeed's and apex's by their names.
-_HOLDERS = {"DistributedDataParallel", "DeepSpeedEngine", "Float16Module", "MegatronFSDP"}
+# What wrappers put into names: torch.compile, FSDP, activation checkpointing and Lightning Fabric.
+_WRAPPERS = {
+    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
+    *("_forward_module", "_original_module"),
+}
+# Wrappers that call what they wrap "module" or "_module", by their class or a base of it.
+_HOLDERS = {
+    *("DataParallel", "DistributedDataParallel", "AveragedModel", "QuantWrapper"),  # torch's
+    *("DeepSpeedEngine", "Float16Module", "MegatronFSDP"),
+    *("GradSampleModule", "DifferentiallyPrivateDistributedDataParallel"),  # Opacus's
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,12 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
     route = _route_by_itself(p, [name])
     if route is not None:
         return route
-    if not name or is_weight_by_name(name) or _is_tagged(p):
+    if _is_tagged(p):
+        return _to_muon(p)
+    table = table_by_name(name.split(".")[:-1])
+    if table:
+        return Route("adamw", f"{table} by its name; to override, set 'use_muon': True in its group")
+    if not name or is_weight_by_name(name):
         return _to_muon(p)
     return Route("adamw", f"{NOT_A_MAP}; to override, set 'use_muon': True in its group")
 
@@ -128,13 +141,12 @@ def route_model(
     Raises:
         ValueError: If a pattern matches no parameter or names no algorithm, or a parameter has no rows and columns.
     """
-    routes = dict(routes or {})
     uses = _uses(model)
     for p, places in uses.items():
         if not is_lazy(p):
             check_rows_and_columns(p, places[0].name)
-    if not partly:
-        _check_patterns(routes, {name for places in uses.values() for use in places for name in use.names})
+    all_names = {name for places in uses.values() for use in places for name in use.names}
+    patterns = _resolved(routes or {}, all_names, partly=partly)
     networks = networks_in((use.path[:-1], use.modules) for use in chain(*uses.values()))
     heads = find_heads(
         model,
@@ -145,10 +157,13 @@ def route_model(
     routed = []
     for p, places in uses.items():
         names = {name for use in places for name in use.names}
-        chosen = next((key for key in routes if any(_matches(name, key) for name in names)), None)
-        if chosen is not None:
-            route = Route(routes[chosen], f"pattern {chosen!r}")
-        else:
+        chosen = (
+            Route(algorithm, f"pattern {pattern!r}")
+            for pattern, form, algorithm in patterns
+            if any(fnmatchcase(name, form) for name in names)
+        )
+        route = next(chosen, None)
+        if route is None:
             route = _route_in_model(p, places, heads, tables, networks)
         if any(use.map and use.map.transposed for use in places):
             suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
@@ -169,22 +184,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_patterns(routes: Mapping[str, AlgorithmT], names: Collection[str]) -> None:
-    """Raise a ``ValueError`` if a pattern matches no name or is routed to no algorithm."""
+def _resolved(
+    routes: Mapping[str, AlgorithmT], names: Collection[str], *, partly: bool
+) -> list[tuple[str, str, AlgorithmT]]:
+    """Return each pattern, the form of it that matches, and its algorithm.
+
+    A pattern that names wrappers matches a model with the same wrappers or, failing that, with others or none.
+
+    Raises:
+        ValueError: If a pattern matches no name, unless ``partly``, or is routed to no algorithm.
+    """
+    resolved = []
     for pattern, algorithm in routes.items():
         require_one_of(f"routes[{pattern!r}]", algorithm, ("adaptive_muon", "adamw"))
+        forms = [pattern, *_without_wrappers(pattern)]
+        form = next((form for form in forms if any(fnmatchcase(name, form) for name in names)), None)
         require(
-            any(_matches(name, pattern) for name in names),
+            form is not None or partly,
             "a pattern of routes must match a parameter",
             pattern,
             "print the names with [name for name, _ in model.named_parameters()]",
         )
+        if form is not None:
+            resolved.append((pattern, form, algorithm))
+    return resolved
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern matches a name as it is, or without the wrappers that the pattern names."""
-    plain = ".".join(part for part in pattern.split(".") if part not in _WRAPPERS)
-    return fnmatchcase(name, pattern) or fnmatchcase(name, plain)
+def _without_wrappers(pattern: str) -> Iterator[str]:
+    """Yield a pattern without the components of wrappers, then also without each leading "module"."""
+    parts = [part for part in pattern.split(".") if part not in _WRAPPERS]
+    yield ".".join(parts)
+    while parts[0] in ("module", "_module") and len(parts) > 1:
+        parts = parts[1:]
+        yield ".".join(parts)
 
 
 def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
@@ -217,9 +249,8 @@ def _uses(model: nn.Module) -> dict[nn.Parameter, list[_Use]]:
 
 def _is_wrapper(outer: nn.Module, part: str) -> bool:
     """Return whether a component of a name comes from a wrapper. A user's own ``module`` does not."""
-    if part == "module":
-        kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        return isinstance(outer, kinds) or type(outer).__name__ in _HOLDERS
+    if part in ("module", "_module"):
+        return any(cls.__name__ in _HOLDERS for cls in type(outer).__mro__)
     return part in _WRAPPERS
 
 
@@ -229,6 +260,9 @@ def _owner(prefix: str, leaf: str, modules: Mapping[str, nn.Module]) -> tuple[nn
     weight, _, index = rest.partition(".")
     if isinstance(modules[prefix], ParametrizationList):
         return modules[outer], weight
+    around, _, part = prefix.rpartition(".")
+    if isinstance(modules[prefix], nn.ParameterDict) and is_factor(part):  # AdaLoRA's lora_A.default
+        return modules[around], part
     if index.isdigit():  # a parametrization with parameters of its own, such as LoRA's factors
         return modules[outer], leaf
     return modules[prefix], leaf
@@ -245,7 +279,8 @@ def _route_in_model(
     for use in places:
         reason = _reason_of_place(use, heads, tables, networks)
         if reason:
-            return Route("adamw", reason + (", tied" if reason == "embedding" and len(places) > 1 else ""))
+            tied = reason == "embedding" and len({use.name for use in places}) > 1
+            return Route("adamw", reason + (", tied" if tied else ""))
     name = places[0].name
     in_convolution = isinstance(places[0].module, nn.modules.conv._ConvNd)
     route = _route_by_itself(p, [use.name for use in places], networks, may_be_stack=not in_convolution)
