@@ -126,7 +126,6 @@ class HybridAdaptiveMuon(Optimizer):
         last linear layers if they have the shape of an embedding, and modules by the words of their names), norms,
         biases, recurrent weights, everything that has not two dimensions, all other two-dimensional parameters, and
         everything tagged ``is_embedding_or_output_parameter``. :meth:`describe` has the reason for each parameter.
-
         The weight of Hugging Face's ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
 
         Args:
@@ -145,13 +144,9 @@ class HybridAdaptiveMuon(Optimizer):
             ValueError: As the class, and if a pattern matches no parameter, a parameter is not the model's, or a
                 sharding engine has emptied or flattened it.
         """
-        routed = route_model(model, routes)
-        of_model = ModelRoutes(model, routed, routes)
+        of_model = ModelRoutes(model, route_model(model, routes), routes)
         groups = as_groups(model.parameters() if params is None else params)
-        known = of_model.by_parameter()
-        foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
-        require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
-        optimizer = cls([in_model(known, group) for group in groups], lr, momentum, weight_decay, **options)
+        optimizer = cls(_all_in_model(of_model, groups), lr, momentum, weight_decay, **options)
         optimizer._model = of_model
         return optimizer
 
@@ -231,11 +226,7 @@ class HybridAdaptiveMuon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._share()
-        for inner in (self._muon, self._adamw):
-            check_options(inner)
-        for group in self._adamw.param_groups:
-            check_gradients(group, "AdamW", complex_too=True)
-            check_capturable(group)
+        _check_parts(self._muon, self._adamw)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
             self._muon.step()  # checks its own before it changes anything
             self._adamw.step()
@@ -254,7 +245,6 @@ class HybridAdaptiveMuon(Optimizer):
 
     @property
     def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
-        """Name, parameter and route of each parameter in the groups that stand here now."""
         return rows_of(self.param_groups, self._share())
 
     @override
@@ -299,6 +289,23 @@ class HybridAdaptiveMuon(Optimizer):
             # Copies of parameters, and what a wrapper has put in their place, lack the tag.
             tag_transposed([("", p) for p in group["params"]], [route for _, route in known])
         return entries
+
+
+def _all_in_model(of_model: ModelRoutes, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns groups with the names and routes of a model, or raises if a parameter is not the model's."""
+    known = of_model.by_parameter()
+    foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
+    require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
+    return [in_model(known, group) for group in groups]
+
+
+def _check_parts(muon: Optimizer, adamw: Optimizer) -> None:
+    """Checks what AdaptiveMuon's own checks in its step leave, before anything changes."""
+    for inner in (muon, adamw):
+        check_options(inner)
+    for group in adamw.param_groups:
+        check_gradients(group, "AdamW", complex_too=True)
+        check_capturable(group)
 
 
 def _check_names(groups: list[dict[str, Any]]) -> None:
