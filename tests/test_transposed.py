@@ -183,3 +183,22 @@ def test_loads_after_its_parameters_were_replaced(method: str) -> None:
     for p in new:
         p.grad = torch.ones_like(p)
     optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (12, 4), (6, 6)], ids=str)
+def test_a_tag_set_after_a_step_is_refused_and_changes_nothing(shape: tuple[int, int]) -> None:
+    """Of namo_d, whose V would be of other columns; the others' V fits either way."""
+    p = nn.Parameter(normal(shape))
+    optimizer = AdaptiveMuon([("w", p)], moment2_method="namo_d")
+    p.grad = normal(shape, 1)
+    optimizer.step()
+    weights, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    p.muon_transposed = True
+    with pytest.raises(
+        ValueError, match=r"state of parameter 'w' must have the shapes .*: set muon_transposed before"
+    ):
+        optimizer.step()
+    assert torch.equal(p, weights)
+    torch.testing.assert_close(dict(optimizer.state[p]), dict(state), atol=0, rtol=0)
+    del p.muon_transposed
+    optimizer.step()

@@ -33,7 +33,7 @@ from emerging_optimizers.adaptive_muon.parameters import (
 from emerging_optimizers.adaptive_muon.plan import Plan, Ready, Stack, make_plan
 from emerging_optimizers.adaptive_muon.precision import matmul_precision
 from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Sharding, joined
-from emerging_optimizers.adaptive_muon.state import MomentAverage, new_buffers
+from emerging_optimizers.adaptive_muon.state import MomentAverage, buffer_dims, buffer_shape, new_buffers
 from emerging_optimizers.adaptive_muon.together import run, together
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
@@ -65,7 +65,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
       of the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
-    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0. The paper's
+    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0, except where the
+    momentum's norm is below 1e-7. There 0.3.0 divides by 1e-7 instead of the norm, and its steps vanish; this class,
+    like 0.4.0, divides by the norm down to 1e-15. The paper's
     NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
     coefficient_type="simple", extra_scale_factor=0.2``.
 
@@ -73,12 +75,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     (experts, out, in), in float32, bfloat16, float16 or float64. State and arithmetic are in
     float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded
     once a step. A parameter with the attribute ``muon_transposed = True`` is stored as (in, out), as Hugging Face's
-    ``Conv1D`` stores it: the optimizer works on its transpose. Convolutions, embeddings, output heads, norms and biases
+    ``Conv1D`` stores it, and the step works on its transpose. Set attributes before you make the optimizer. Convolutions, embeddings, output heads, norms and biases
     belong to AdamW, see :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
 
-    A step depends on no mode of torch around it (autocast, inference mode, precision of products, default dtype and
-    device) and changes none. A matrix is divided by its norm, or by 1e-15 where that is more, before it is
-    orthogonalized: for gradients with norms below 1e-7 that is Emerging-Optimizers 0.4.0's path, not 0.3.0's.
+    A step gives the same result inside ``torch.autocast``, inference mode and any setting of the float32 matmul
+    precision, and changes none of them. A compiled function may call it; the step itself runs uncompiled.
 
     Args:
         params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group
@@ -92,15 +93,15 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             the same D as the update, :math:`W \\leftarrow W (1 - \\eta \\lambda D)`; for "namo" and "namo_d" only.
         fp32_matmul_prec: Precision of the orthogonalization's products: "highest" and "high" as in
             ``torch.set_float32_matmul_precision``; "medium" iterates in 16 bit: bfloat16 with
-            ``ns_algorithm="standard"``, else float16 on CUDA, and on a CPU float32, or for large matrices bfloat16
-            where the CPU is faster in it.
+            ``ns_algorithm="standard"``, else float16 on CUDA. On a CPU, "gram" then iterates in float32, and "auto" in
+            bfloat16 only where the CPU has units for it and is faster with them: never where a side is below 192.
         coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
             "deepseekv4".
         num_ns_steps: Number of Newton-Schulz iterations, >= 1.
         ns_algorithm: How they are computed. "standard" is upstream's function for one matrix after the other, to the
             last bit; "gram" takes two or three steps at once on the smaller Gram matrix, of a stack of matrices of
             one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more
-            than a few times as much; at "medium" precision less than "standard", see
+            than a few times as much; at "medium" precision less than "standard", or in bfloat16 about as much, see
             :class:`~emerging_optimizers.adaptive_muon.newton_schulz.NewtonSchulz`.
         scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
             :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
@@ -108,7 +109,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             (arXiv:2502.16982).
         moment2_method: "adamuon", "normuon", "namo" or "namo_d".
         beta2: Decay rate of V, in [0, 1). Default 0.95, as upstream; the NAMO paper uses 0.99.
-        eps: Small constant for numerical stability, > 0.
+        eps: Small constant that is added to D's denominator, > 0. Default 1e-8, as upstream. For "namo" and "namo_d",
+            whose denominator is a gradient norm, it has to be well below the norms of the gradients.
         bias_correction: Whether D is corrected for V, and for namo and namo_d the momentum, having started at zero:
             a factor :math:`\\sqrt{1 - \\beta_2^t}`, for namo and namo_d over :math:`1 - \\mu^t`. None means what the
             method's source does: on for "namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).
@@ -135,7 +137,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             kept on the device, and ``lr`` may be a tensor there, for replays to follow a schedule.
 
     Raises:
-        ValueError: If an argument, a group's option or a parameter breaks one of the rules above. Nothing is changed.
+        ValueError: If an argument, a group's option or a parameter breaks one of the rules above, or a sharding engine
+            has emptied or flattened a parameter. Nothing is changed.
     """
 
     def __init__(
@@ -543,6 +546,16 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                 momentum if momentum is None else momentum.dtype,
                 "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
             )
+            if momentum is not None:
+                shapes = buffer_dims(p, self._sharding.matrices(p), self._moment2)
+                expected = {key: buffer_shape(p, dims) for key, dims in shapes.items()}
+                found = {key: tuple(self.state[p][key].shape) for key in expected if key in self.state[p]}
+                require(
+                    found == expected,
+                    f"the state of {parameter_name(group, index)} must have the shapes {expected}; it has",
+                    found,
+                    "set muon_transposed before the first step, and drop the state of a parameter that has another shape",
+                )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

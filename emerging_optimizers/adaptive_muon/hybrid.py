@@ -44,12 +44,13 @@ class HybridAdaptiveMuon(Optimizer):
 
     Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first
     (groups added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every
-    optimizer's step run for the two parts also. :meth:`from_model` knows the modules and routes best. The constructor
-    routes what it can: parameters tagged ``is_embedding_or_output_parameter``, of other than two dimensions (but for
-    stacks of matrices tagged ``muon_stacked``), with a single row or column or of a dtype that AdaptiveMuon does not
-    take go to AdamW. Where names come along (``model.named_parameters()``), so do output heads and all that is not
-    called as a weight is, and what is called a norm or an embedding. It cannot know an embedding that has neither a tag
-    nor such a name: set ``use_muon`` in its group.
+    optimizer's step run for the two parts also. Use :meth:`from_model`, which routes by the modules, where you can.
+
+    The constructor sees parameters only. It sends to AdamW those tagged ``is_embedding_or_output_parameter``, those of
+    other than two dimensions (except stacks of matrices tagged ``muon_stacked``), those with a single row or column, and
+    dtypes that AdaptiveMuon does not take. Given names (``model.named_parameters()``), it also sends output heads, norms
+    and embeddings there by their names, and matrices without a weight's name. It cannot recognize an embedding without
+    a tag or such a name: set ``use_muon`` to False in its group.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
@@ -219,7 +220,7 @@ class HybridAdaptiveMuon(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: If a gradient is sparse, or a matrix's is complex. No weight and no state has changed then.
+            ValueError: As :meth:`AdaptiveMuon.step`, and if AdamW's part cannot step. Nothing has changed then.
         """
         loss = None
         if closure is not None:
