@@ -72,11 +72,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
-    (experts, out, in), in float32, bfloat16, float16 or float64. State and arithmetic are in
-    float32 (float64 for float64 parameters, save for the orthogonalization), and a low-precision weight is rounded
-    once a step. A parameter with the attribute ``muon_transposed = True`` is stored as (in, out), as Hugging Face's
-    ``Conv1D`` stores it, and the step works on its transpose. Set attributes before you make the optimizer. Convolutions, embeddings, output heads, norms and biases
-    belong to AdamW, see :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
+    (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
+    ``muon_transposed = True`` is stored as (in, out), as Hugging Face's ``Conv1D`` stores it, and the step works on its
+    transpose. Set attributes before you make the optimizer. State and arithmetic are in float32 (float64 for float64
+    parameters, save for the orthogonalization), and a low-precision weight is rounded once a step. Convolutions,
+    embeddings, output heads, norms and biases belong to AdamW, see
+    :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
 
     A step gives the same result inside ``torch.autocast``, inference mode and any setting of the float32 matmul
     precision, and changes none of them. A compiled function may call it; the step itself runs uncompiled.
@@ -109,8 +110,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             (arXiv:2502.16982).
         moment2_method: "adamuon", "normuon", "namo" or "namo_d".
         beta2: Decay rate of V, in [0, 1). Default 0.95, as upstream; the NAMO paper uses 0.99.
-        eps: Small constant that is added to D's denominator, > 0. Default 1e-8, as upstream. For "namo" and "namo_d",
-            whose denominator is a gradient norm, it has to be well below the norms of the gradients.
+        eps: Small constant that is added to D's denominator ("normuon": the least that V counts as), > 0. Default
+            1e-8, as upstream. The denominator of "namo" and "namo_d" is a gradient norm: set ``eps`` well below those.
         bias_correction: Whether D is corrected for V, and for namo and namo_d the momentum, having started at zero:
             a factor :math:`\\sqrt{1 - \\beta_2^t}`, for namo and namo_d over :math:`1 - \\mu^t`. None means what the
             method's source does: on for "namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).

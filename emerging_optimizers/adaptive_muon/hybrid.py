@@ -101,8 +101,7 @@ class HybridAdaptiveMuon(Optimizer):
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
         self._muon.param_groups.clear()
         self._adamw.param_groups.clear()
-        groups = as_groups(params)
-        _check_names(groups)
+        groups = _all_named_or_none(as_groups(params))
         parts = [part for group in groups for part in split(in_model({}, group), _names(groups))]
         # Schedulers and loggers take the first group for the learning rate.
         super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
@@ -309,8 +308,8 @@ def _check_parts(muon: Optimizer, adamw: Optimizer) -> None:
         check_capturable(group)
 
 
-def _check_names(groups: list[dict[str, Any]]) -> None:
-    """Raises a ``ValueError`` if some parameters have names and others have none, as torch does."""
+def _all_named_or_none(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the groups, or raises a ``ValueError`` if some parameters have names and others have none, as torch does."""
     named = {bool(name) for group in groups for name, _ in entries_of(group)}
     require(
         len(named) < 2,
@@ -318,6 +317,7 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
         "some of each",
         "pass (name, parameter) pairs for all of them, as in model.named_parameters()",
     )
+    return groups
 
 
 def _names(groups: list[dict[str, Any]]) -> set[str]:
