@@ -8,7 +8,7 @@ import torch
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
-from emerging_optimizers.adaptive_muon.symmetric_kernel import symmetric_product_on_cuda
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -12,7 +12,7 @@ from small_model import Model, names_of
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.routing import route_model
+from emerging_optimizers.adaptive_muon.routing.rules import route_model
 
 
 def layer(outputs=3, inputs=2):

@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from emerging_optimizers.adaptive_muon.collectives import Sum
-from emerging_optimizers.adaptive_muon.layout import Layout, Rectangle, ShardedLayout
-from emerging_optimizers.adaptive_muon.together import run, together
+from emerging_optimizers.adaptive_muon.exchange.collectives import Sum
+from emerging_optimizers.adaptive_muon.exchange.together import run, together
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Rectangle, ShardedLayout
 
 
 class Group:

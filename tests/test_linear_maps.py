@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.heads import head_by_name
-from emerging_optimizers.adaptive_muon.routing import route_model, route_parameter
+from emerging_optimizers.adaptive_muon.routing.heads import head_by_name
+from emerging_optimizers.adaptive_muon.routing.rules import route_model, route_parameter
 
 
 def weight(*shape):

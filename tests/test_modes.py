@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.newton_schulz import NSAlgorithmT
-from emerging_optimizers.adaptive_muon.precision import matmul_precision
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NSAlgorithmT
+from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 
 
 SHAPES = [(40, 24), (24, 40), (24, 40), (200, 420), (7,)]
@@ -140,7 +140,7 @@ PRECISION_TEST = """
 import os, sys, torch, traceback, warnings
 torch.set_num_threads(1)
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
-from emerging_optimizers.adaptive_muon.precision import matmul_precision
+from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 warnings.simplefilter("ignore")
 keys = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
 def read():

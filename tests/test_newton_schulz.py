@@ -9,10 +9,10 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from emerging_optimizers.adaptive_muon import newton_schulz as module
-from emerging_optimizers.adaptive_muon import symmetric
-from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, iterated
-from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz as module
+from emerging_optimizers.adaptive_muon.orthogonalize import symmetric
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, iterated
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
     _COEFFICIENT_SETS,
     NSCoeffT,

@@ -14,8 +14,9 @@ from side_by_side import legal, normal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT, newton_schulz
-from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.orthogonalized_optimizers import AdaptiveMuon as Upstream
 
 

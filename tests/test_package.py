@@ -129,7 +129,7 @@ ASK = "from emerging_optimizers import registry; print(registry.get_optimizer_cl
     ids=["ours", "ours first", "upstream first", "reloaded", "imported anew"],
 )
 def test_registry_gives_our_class(imports):
-    assert run_python("\n".join([*imports, ASK])) == "emerging_optimizers.adaptive_muon.adaptive_muon"
+    assert run_python("\n".join([*imports, ASK])) == "emerging_optimizers.adaptive_muon.optimizer"
 
 
 def test_registry_configures_our_class():

@@ -11,11 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from emerging_optimizers.adaptive_muon import newton_schulz
-from emerging_optimizers.adaptive_muon.layout import Layout, Rectangle, ShardedLayout
-from emerging_optimizers.adaptive_muon.orthogonalizer import Distributed, Duplicated, LayerSharded
-from emerging_optimizers.adaptive_muon.plan import Ready, make_plan
-from emerging_optimizers.adaptive_muon.sharding import Held, Matrix
+from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Distributed, Duplicated, LayerSharded
+from emerging_optimizers.adaptive_muon.exchange.plan import Ready, make_plan
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Rectangle, ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.sharding import Held, Matrix
 
 
 MODES = (LayerSharded, Duplicated, Distributed)

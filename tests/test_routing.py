@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.routing import route_model, route_parameter
+from emerging_optimizers.adaptive_muon.routing.rules import route_model, route_parameter
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -12,9 +12,10 @@ import torch
 from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved, smooth
 from torch import nn
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, newton_schulz
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
-from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 
 
 TALL, WIDE, SQUARE, SINGLE = (4, 18, 7), (4, 7, 18), (5, 9, 9), (1, 12, 8)

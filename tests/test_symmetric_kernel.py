@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from emerging_optimizers.adaptive_muon import symmetric, symmetric_kernel
-from emerging_optimizers.adaptive_muon.symmetric import symmetric_product
-from emerging_optimizers.adaptive_muon.symmetric_kernel import symmetric_product_on_cuda
+from emerging_optimizers.adaptive_muon.orthogonalize import symmetric, symmetric_kernel
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

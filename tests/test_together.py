@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emerging_optimizers.adaptive_muon.together import Request, run, together
+from emerging_optimizers.adaptive_muon.exchange.together import Request, run, together
 
 
 pytestmark = pytest.mark.filterwarnings("error")  # also of a coroutine that was never awaited

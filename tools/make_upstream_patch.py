@@ -115,7 +115,7 @@ _UPSTREAMS_METHODS = """\
 def moment2() -> str:
     """Returns upstream's new moment2.py: our formulas, which there wait for nothing, for matrices whole or in strips."""
     layout, base, registry = (
-        (OURS / name).read_text() for name in ("layout.py", "moment2/base.py", "moment2/registry.py")
+        (OURS / name).read_text() for name in ("sharding/layout.py", "moment2/base.py", "moment2/registry.py")
     )
     whole = replaced(
         without(without(definition(layout, "Layout"), "Layout", "first"), "Layout", "nonzero"),

@@ -12,10 +12,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon import checkpoint
-from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.groups import (
+from emerging_optimizers.adaptive_muon.modes import plain_modes
+from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
+from emerging_optimizers.adaptive_muon.routing.groups import (
     Entries,
     ModelRoutes,
     as_groups,
@@ -31,9 +32,8 @@ from emerging_optimizers.adaptive_muon.groups import (
     tag_transposed,
     with_names,
 )
-from emerging_optimizers.adaptive_muon.modes import plain_modes
-from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
-from emerging_optimizers.adaptive_muon.routing import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
+from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
+from emerging_optimizers.adaptive_muon.state import checkpoint
 
 
 __all__ = ["HybridAdaptiveMuon"]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
-from emerging_optimizers.adaptive_muon.full_shape import read_off, spread
-from emerging_optimizers.adaptive_muon.together import run
+from emerging_optimizers.adaptive_muon.exchange.together import run
+from emerging_optimizers.adaptive_muon.state.full_shape import read_off, spread
 
 
 def spread_state(optimizer: AdaptiveMuon, p: torch.Tensor) -> dict[str, Any]:

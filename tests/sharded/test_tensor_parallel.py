@@ -24,9 +24,11 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split, newton_schulz, orthogonalizer
-from emerging_optimizers.adaptive_muon.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split
+from emerging_optimizers.adaptive_muon.exchange import orthogonalizer
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
 
 EXACT = ("layer_sharded", "duplicated")
@@ -245,7 +247,7 @@ def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: p
     cap, sizes = 3 * 64 * 24 * 4, []  # three of the larger matrices
     names = ("all_to_all_single", "_all_gather")
     originals = {name: getattr(dist, name, None) for name in names}
-    from emerging_optimizers.adaptive_muon import collectives as ours
+    from emerging_optimizers.adaptive_muon.exchange import collectives as ours
 
     originals["_all_gather"] = ours._all_gather
 

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 import torch
 
-from emerging_optimizers.adaptive_muon.layout import Layout
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout
 
 
 __all__ = ["Average", "Moment2", "Seen"]

@@ -5,9 +5,9 @@ from typing import override
 import torch
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.layout import Layout
 from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
 from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout
 
 
 @register_moment2("namo_d")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from emerging_optimizers.adaptive_muon.exchange.together import together
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.sharding import Matrix, joined
-from emerging_optimizers.adaptive_muon.state import buffer_dims, buffer_key, buffer_shape
-from emerging_optimizers.adaptive_muon.together import together
+from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix, joined
+from emerging_optimizers.adaptive_muon.state.buffers import buffer_dims, buffer_key, buffer_shape
 
 
 __all__ = ["read_off", "spread"]

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.layout import Layout, Piece
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece
 
 
 if TYPE_CHECKING:

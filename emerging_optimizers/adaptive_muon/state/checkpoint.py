@@ -9,16 +9,16 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.dtensor import placements_like
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
-from emerging_optimizers.adaptive_muon.sharding import Matrix
-from emerging_optimizers.adaptive_muon.state import buffer_dims, buffer_shape
+from emerging_optimizers.adaptive_muon.sharding.dtensor import placements_like
+from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
+from emerging_optimizers.adaptive_muon.state.buffers import buffer_dims, buffer_shape
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
 if TYPE_CHECKING:
-    from emerging_optimizers.adaptive_muon.adaptive_muon import AdaptiveMuon
+    from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 
 __all__ = ["attributes", "load"]
 

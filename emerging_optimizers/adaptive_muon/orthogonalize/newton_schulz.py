@@ -14,8 +14,8 @@ from absl import logging
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.precision import Turns, Undo, matmul_precision
-from emerging_optimizers.adaptive_muon.symmetric import cpu_has_tiles, symmetric_product
+from emerging_optimizers.adaptive_muon.orthogonalize.precision import Turns, Undo, matmul_precision
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import cpu_has_tiles, symmetric_product
 from emerging_optimizers.orthogonalized_optimizers import muon_utils
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import CoeffIterMode, NSCoeffT
 from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[attr-defined]

@@ -12,13 +12,13 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
-from emerging_optimizers.adaptive_muon.agreement import require_agreement, tell_all
-from emerging_optimizers.adaptive_muon.blocks import row_blocks
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable, within
-from emerging_optimizers.adaptive_muon.dtensor import as_matrices, is_dtensor, is_transposed, piece_of
-from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Rectangle, ShardedLayout, Split
-from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
+from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
+from emerging_optimizers.adaptive_muon.sharding.agreement import require_agreement, tell_all
+from emerging_optimizers.adaptive_muon.sharding.blocks import row_blocks
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, piece_of
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, ShardedLayout, Split
 
 
 __all__ = ["BlocksFn", "Held", "LayoutFn", "Matrix", "Sharding", "joined"]

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.collectives import Sum
+from emerging_optimizers.adaptive_muon.exchange.collectives import Sum
 
 
 __all__ = ["Layout", "Piece", "Rectangle", "ShardedLayout", "Split"]

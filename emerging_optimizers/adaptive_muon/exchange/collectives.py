@@ -12,7 +12,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.together import Request
+from emerging_optimizers.adaptive_muon.exchange.together import Request
 
 
 __all__ = ["GroupRequest", "Sum", "all_gather", "all_to_all"]

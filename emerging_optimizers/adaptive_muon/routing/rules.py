@@ -14,8 +14,15 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.heads import find_heads, head_by_name, is_embedding, networks_in, table_by_name
-from emerging_optimizers.adaptive_muon.linear_maps import (
+from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
+from emerging_optimizers.adaptive_muon.routing.heads import (
+    find_heads,
+    head_by_name,
+    is_embedding,
+    networks_in,
+    table_by_name,
+)
+from emerging_optimizers.adaptive_muon.routing.linear_maps import (
     Adapted,
     LinearMap,
     adapted,
@@ -25,7 +32,6 @@ from emerging_optimizers.adaptive_muon.linear_maps import (
     linear_map,
     parametrized,
 )
-from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
 
 
 __all__ = ["NOT_A_MAP", "STACK", "AlgorithmT", "Route", "plain_names", "route_model", "route_parameter", "unwrapped"]

@@ -9,7 +9,7 @@ from itertools import takewhile
 import torch
 from torch import nn
 
-from emerging_optimizers.adaptive_muon.linear_maps import LinearMap
+from emerging_optimizers.adaptive_muon.routing.linear_maps import LinearMap
 
 
 __all__ = ["find_heads", "head_by_name", "is_embedding", "networks_in", "table_by_name"]

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from emerging_optimizers.adaptive_muon.symmetric_kernel import symmetric_product_on_cuda
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
 
 __all__ = ["cpu_has_tiles", "symmetric_product"]

@@ -22,14 +22,14 @@ from emerging_optimizers.adaptive_muon import (
     WeightDecayMethodT,
 )
 from emerging_optimizers.adaptive_muon.checks import require_one_of
-from emerging_optimizers.adaptive_muon.full_shape import read_off, spread
-from emerging_optimizers.adaptive_muon.integrations.megatron_layouts import (
+from emerging_optimizers.adaptive_muon.exchange.together import run
+from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
     MegatronLayouts,
     qkv_split_shapes,
     tag_qkv,
 )
-from emerging_optimizers.adaptive_muon.newton_schulz import NSAlgorithmT
-from emerging_optimizers.adaptive_muon.together import run
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NSAlgorithmT
+from emerging_optimizers.adaptive_muon.state.full_shape import read_off, spread
 from emerging_optimizers.utils import FP32MatmulPrecT
 
 

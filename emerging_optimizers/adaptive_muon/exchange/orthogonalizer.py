@@ -13,9 +13,9 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
-from emerging_optimizers.adaptive_muon.collectives import GroupRequest, all_gather, all_to_all
-from emerging_optimizers.adaptive_muon.layout import Rectangle, ShardedLayout
-from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, orthogonalized
+from emerging_optimizers.adaptive_muon.exchange.collectives import GroupRequest, all_gather, all_to_all
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, orthogonalized
+from emerging_optimizers.adaptive_muon.sharding.layout import Rectangle, ShardedLayout
 
 
 __all__ = [

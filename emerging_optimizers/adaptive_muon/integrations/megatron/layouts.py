@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from emerging_optimizers.adaptive_muon.layout import Layout, Piece, Split
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Split
 
 
 __all__ = ["MegatronLayouts", "qkv_split_shapes", "tag_qkv"]

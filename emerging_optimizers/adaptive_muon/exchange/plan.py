@@ -10,10 +10,10 @@ from typing import NamedTuple, cast
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.newton_schulz import in_stacks
-from emerging_optimizers.adaptive_muon.orthogonalizer import Orthogonalize
-from emerging_optimizers.adaptive_muon.sharding import Matrix
+from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Orthogonalize
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import in_stacks
+from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
 
 
 __all__ = ["Plan", "Ready", "Stack", "make_plan"]

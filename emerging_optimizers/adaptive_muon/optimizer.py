@@ -14,14 +14,19 @@ from torch._compile import _disable_dynamo
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon import checkpoint
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of, require_picklable, within
-from emerging_optimizers.adaptive_muon.dtensor import as_matrices, gradient_of, is_transposed, wrapped_like
-from emerging_optimizers.adaptive_muon.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import TensorParallelModeT, tensor_parallel_mode
+from emerging_optimizers.adaptive_muon.exchange.plan import Plan, Ready, Stack, make_plan
+from emerging_optimizers.adaptive_muon.exchange.together import run, together
 from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
-from emerging_optimizers.adaptive_muon.newton_schulz import NewtonSchulz, NSAlgorithmT, stacked, syrk_is_usable
-from emerging_optimizers.adaptive_muon.orthogonalizer import TensorParallelModeT, tensor_parallel_mode
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import (
+    NewtonSchulz,
+    NSAlgorithmT,
+    stacked,
+    syrk_is_usable,
+)
+from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 from emerging_optimizers.adaptive_muon.parameters import (
     check_gradients,
     check_matrices,
@@ -30,11 +35,11 @@ from emerging_optimizers.adaptive_muon.parameters import (
     round_into,
     work_dtype,
 )
-from emerging_optimizers.adaptive_muon.plan import Plan, Ready, Stack, make_plan
-from emerging_optimizers.adaptive_muon.precision import matmul_precision
-from emerging_optimizers.adaptive_muon.sharding import BlocksFn, LayoutFn, Sharding, joined
-from emerging_optimizers.adaptive_muon.state import MomentAverage, buffer_dims, buffer_shape, new_buffers
-from emerging_optimizers.adaptive_muon.together import run, together
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed, wrapped_like
+from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.sharding import BlocksFn, LayoutFn, Sharding, joined
+from emerging_optimizers.adaptive_muon.state import checkpoint
+from emerging_optimizers.adaptive_muon.state.buffers import MomentAverage, buffer_dims, buffer_shape, new_buffers
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
@@ -103,7 +108,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             last bit; "gram" takes two or three steps at once on the smaller Gram matrix, of a stack of matrices of
             one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more
             than a few times as much; at "medium" precision less than "standard", or in bfloat16 about as much, see
-            :class:`~emerging_optimizers.adaptive_muon.newton_schulz.NewtonSchulz`.
+            :class:`~emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz.NewtonSchulz`.
         scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
             :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
         extra_scale_factor: Further factor on the update; 0.2 with "spectral" gives Muon the update size of AdamW

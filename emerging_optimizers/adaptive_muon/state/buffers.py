@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from emerging_optimizers.adaptive_muon.dtensor import (
+from emerging_optimizers.adaptive_muon.moment2 import Moment2
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import stacked
+from emerging_optimizers.adaptive_muon.parameters import work_dtype
+from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     as_matrices,
     is_transposed,
     local_of,
     placements_like,
     wrapped_like,
 )
-from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.newton_schulz import stacked
-from emerging_optimizers.adaptive_muon.parameters import work_dtype
-from emerging_optimizers.adaptive_muon.sharding import Matrix
+from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
 
 
 __all__ = ["MomentAverage", "buffer_dims", "buffer_key", "buffer_shape", "new_buffers"]

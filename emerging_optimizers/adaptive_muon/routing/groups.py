@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, within
-from emerging_optimizers.adaptive_muon.routing import (
+from emerging_optimizers.adaptive_muon.routing.rules import (
     AlgorithmT,
     Route,
     plain_names,
@@ -55,7 +55,7 @@ class ModelRoutes:
 
     Args:
         model: The model.
-        routed: What :func:`~emerging_optimizers.adaptive_muon.routing.route_model` returned for it.
+        routed: What :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` returned for it.
         patterns: The ``routes`` that it was given.
     """
 
