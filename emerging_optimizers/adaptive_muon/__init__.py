@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import TensorParallelModeT
+from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.hybrid import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon, WeightDecayMethodT

@@ -259,7 +259,7 @@ class HybridAdaptiveMuon(Optimizer):
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
         self._share()
-        checkpoint.load(self, state_dict, super().load_state_dict, self._muon)
+        checkpoint.load(self, state_dict, super().load_state_dict, self._muon.state_format)
         self._let_go()
 
     @override

@@ -2,7 +2,7 @@
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -15,31 +15,18 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of, require_picklable, within
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import TensorParallelModeT, tensor_parallel_mode
-from emerging_optimizers.adaptive_muon.exchange.plan import Plan, Ready, Stack, make_plan
-from emerging_optimizers.adaptive_muon.exchange.together import run, together
+from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT, make_mode
+from emerging_optimizers.adaptive_muon.exchange.plan import Batch, Plan, Ready, make_plan
 from emerging_optimizers.adaptive_muon.modes import plain_modes
-from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import (
-    NewtonSchulz,
-    NSAlgorithmT,
-    stacked,
-    syrk_is_usable,
-)
+from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, make_moment2
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
-from emerging_optimizers.adaptive_muon.parameters import (
-    check_gradients,
-    check_matrices,
-    in_work_dtype,
-    parameter_name,
-    round_into,
-    work_dtype,
-)
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed, wrapped_like
-from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.sharding import BlocksFn, LayoutFn, Sharding, joined
+from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed
+from emerging_optimizers.adaptive_muon.sharding.sharding import BlocksFn, LayoutFn, Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
-from emerging_optimizers.adaptive_muon.state.buffers import MomentAverage, buffer_dims, buffer_shape, new_buffers
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state
+from emerging_optimizers.adaptive_muon.update import BatchUpdate, Rule
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
@@ -175,12 +162,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         max_bytes_in_flight: int = 2**30,
         capturable: bool = False,
     ) -> None:
-        self._moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
+        moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
         use_syrk = use_syrk and syrk_is_usable()
         orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk, ns_algorithm, fp32_matmul_prec)
         require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
         require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
-        self._mode = tensor_parallel_mode(tp_mode)
+        self._mode = make_mode(tp_mode)
         require(
             within(max_bytes_in_flight, 1),
             "max_bytes_in_flight must be a positive number of bytes",
@@ -190,24 +177,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         finite = within(extra_scale_factor, -math.inf) and math.isfinite(extra_scale_factor)
         require(finite, "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
         require(
-            weight_decay_method != "l2" or not self._moment2.reads_gradient,
+            weight_decay_method != "l2" or not moment2.reads_gradient,
             f'weight_decay_method must not be "l2" with moment2_method="{moment2_method}", whose gradient norms it '
             "would falsify",
             weight_decay_method,
             'use "decoupled" or "adaptive"',
         )
         require(
-            weight_decay_method != "adaptive" or self._moment2.adaptive_decay,
+            weight_decay_method != "adaptive" or moment2.adaptive_decay,
             f'weight_decay_method must not be "adaptive" with moment2_method="{moment2_method}", whose D is not a '
             "ratio of signal to noise",
             weight_decay_method,
             'use "decoupled", or moment2_method="namo" or "namo_d"',
         )
-        self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
+        self.bias_correction = moment2.bias_correction if bias_correction is None else bool(bias_correction)
         self.max_bytes_in_flight = max_bytes_in_flight
         self.capturable = capturable
         alike = {
-            "moment2_method": self._moment2,
+            "moment2_method": moment2,
             "orthogonalization": orthogonalize,
             "fp32_matmul_prec": fp32_matmul_prec,
             "nesterov": nesterov,
@@ -220,6 +207,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             "capturable": capturable,
         }
         self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn, alike)
+        self.state_format = StateFormat(self._sharding, moment2_method, moment2, self.bias_correction, capturable)
         self._plan: tuple[list[Ready], Plan] | None = None
         self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
         super().__init__(
@@ -274,131 +262,102 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         return loss
 
     def _step(self) -> None:
-        """Updates all matrices that have a gradient, whose modes are torch's usual ones."""
+        """Update all matrices that have a gradient, in the modes of :func:`plain_modes`."""
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
-        plan, params = self._plan_of()
+        params, plan = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        fresh = {p for group in self.param_groups for p in group["params"] if not self.state.get(p)}
+        unchanged = self._state_only(gradients)
+        if unchanged:
+            params, plan = self._plan_of(unchanged)
         for group in self.param_groups:
             self._init_group(group)
-        for at_once in plan.rounds:
-            run(self._update(stack, [params[i] for i in stack.members], gradients, fresh) for stack in at_once)
+        rule = self._rule()
+        for process_group, batches in plan.rounds:
+            updates = [self._batch_update(rule, batch, params, gradients) for batch in batches]
+            shards = [one for update in updates for one in update.begin()]
+            if process_group is None:
+                results = [one.orthogonalized() for one in shards]
+            else:
+                assert self._mode is not None  # "blockwise" has no matrix in shards
+                results = self._mode.exchange(process_group, shards)
+            of_updates = iter(results)
+            for update, batch in zip(updates, batches, strict=True):
+                update.finish([next(of_updates) for _ in batch.matrices])
 
-    def _plan_of(self) -> tuple[Plan, list[torch.Tensor]]:
-        """Returns the plan for the parameters that have a gradient, which rarely change, and these parameters."""
+    def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], Plan]:
+        """Return the parameters to update and their plan, which is kept: they rarely change."""
         params, ready = [], []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None and not self._sharding.is_empty(p):
+                if p.grad is not None and p not in unchanged and not self._sharding.is_empty(p):
                     params.append(p)
                     matrices, held = self._sharding.matrices(p), as_matrices(p)
                     ready.append(Ready(matrices, index, p.dtype, p.device, held.shape, is_transposed(p)))
         if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
             self._plan = None  # the one before must not be taken again if something is refused now
             for group in self.param_groups:
-                self._check_state(group)
+                check_state(group, self.state, self.state_format)
             self._sharding.compare_gradients(self.param_groups)
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
-        return self._plan[1], params
+        return params, self._plan[1]
 
-    async def _update(
-        self,
-        stack: Stack,
-        params: Sequence[torch.Tensor],
-        gradients: Mapping[torch.Tensor, torch.Tensor],
-        fresh: Set[torch.Tensor],
-    ) -> None:
-        """Updates a stack of parameters and their state in place: the algorithm, in the paper's order and letters.
+    def _state_only(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Set[torch.Tensor]:
+        """Return the parameters for which a step makes state only: new ones, at a learning rate and gradients of zero.
 
-        Tensors with a letter of their own are stacks, lists of tensors have an s.
+        So torch.distributed.checkpoint makes the state to load into, and means nothing to change. Some decay methods would.
         """
-        group = self.param_groups[stack.group]
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        states, locals_ = [self.state[p] for p in params], [as_matrices(p) for p in params]
-        Ws, Gs = [in_work_dtype(p) for p in locals_], [as_matrices(p, gradients[p]).to(work_dtype(p)) for p in params]
-        if fresh >= set(params) and lr == 0:  # reads lr from the device, once
-            G = stacked(Gs)
-            if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
-                return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
-        decay_method: str = self.weight_decay_method
-        if decay_method == "l2":
-            Gs = [G.clone() for G in Gs]  # the decay is added to it in place; the user's gradient stays as it is
-        if decay_method != "adaptive":
-            self._decay(Ws, Gs, lr, weight_decay)
+        fresh = {
+            p: gradients[p]
+            for group in self.param_groups
+            for p in group["params"]
+            if p in gradients and not self.state.get(p) and not self._sharding.is_empty(p) and group["lr"] == 0
+        }
+        return self._sharding.all_zero(fresh) if fresh else frozenset()
 
-        Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(params, states, strict=True)]
-        torch._foreach_lerp_(Ms, Gs, 1 - momentum)
-        G, M = stacked(Gs), stacked(Ms)
-        if self.nesterov:
-            M = G.lerp(M, momentum)
-        DO = await together(
-            self._adapted(stack, params, index, matrix.of(G), matrix.of(M))
-            for index, matrix in enumerate(stack.matrices)
+    def _rule(self) -> Rule:
+        """Return what this step does with every batch: attributes may have been set since the last."""
+        return Rule(
+            moment2=self.state_format.moment2,
+            nesterov=self.nesterov,
+            decay_method=self.weight_decay_method,
+            bias_correction=self.bias_correction,
+            steps_on_device=self.capturable,
+            shape_factor=self._shape_factor,
+            decay=self._apply_weight_decay_inplace,
+            before_update=self.pre_weight_update_fn_inplace if self._has_pre_hook() else None,
+            after_update=self.post_weight_update_fn_inplace,
         )
-        if self.bias_correction:
-            self._correct([D for D, _ in DO], states, momentum, group["beta2"])
-        if decay_method == "adaptive" and weight_decay:
-            D = joined(stack.matrices, [D for D, _ in DO], G) * (lr * weight_decay)
-            torch._foreach_addcmul_(Ws, Ws, D.unbind(0), value=-1)
-        D = joined(
-            stack.matrices,
-            [D.mul_(self._scale(each.layout.shape(O))) for each, (D, O) in zip(stack.matrices, DO, strict=True)],
-            G,
-        )
-        O = joined(stack.matrices, [O for _, O in DO], G)
-        if self._has_pre_hook():
-            D, O = torch.ones_like(D), D * O
-            Ws = [self._hooked(*each) for each in zip(params, locals_, Ws, O, strict=True)]
-        if isinstance(lr, torch.Tensor):
-            D, lr = D * lr, 1.0
-        torch._foreach_addcmul_(Ws, O.unbind(0), D.unbind(0), value=-lr)
-        for p, local, W in zip(params, locals_, Ws, strict=True):
-            round_into(local, W)
-            self.post_weight_update_fn_inplace(p)
 
-    async def _adapted(
-        self, stack: Stack, params: Sequence[torch.Tensor], index: int, G: torch.Tensor, M: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the adaptive scale D, without bias correction, and O, of one matrix of every parameter of a stack."""
-        matrix, group = stack.matrices[index], self.param_groups[stack.group]
-        L = matrix.layout
-        O = await self._orthogonalized(stack, params, index, M)
-        states = [self.state[p] for p in params]
-        average = MomentAverage(params, states, matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
-        return await self._moment2.scale(average, Seen(G, M, O), L, eps=group["eps"]), O
+    def _batch_update(
+        self,
+        rule: Rule,
+        batch: Batch,
+        all_params: Sequence[torch.Tensor],
+        gradients: Mapping[torch.Tensor, torch.Tensor],
+    ) -> BatchUpdate:
+        """Return the update of a batch."""
+        params, group = [all_params[i] for i in batch.members], self.param_groups[batch.group]
+        Gs, states = [gradients[p] for p in params], [self.state[p] for p in params]
+        function = self._function_of(params, group)
+        return BatchUpdate(rule, group, params, Gs, states, batch.matrices, batch.owners, function)
 
-    async def _orthogonalized(
-        self, stack: Stack, params: Sequence[torch.Tensor], index: int, M: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns O, of matrices in pieces the pieces at hand."""
-        layout, functions = stack.matrices[index].layout, [self._of_whole(p, stack.group) for p in params]
-        if isinstance(layout, ShardedLayout):
-            assert self._mode is not None  # "blockwise" has no matrix in pieces
-            newton_schulz = cast(NewtonSchulz, self._iteration())
-            return stacked(
-                await together(
-                    self._mode(layout.group, piece, layout, home, of_whole, newton_schulz, stack.among_many).answer()
-                    for piece, home, of_whole in zip(M, stack.homes[index], functions, strict=True)
-                )
-            )
-        if isinstance(functions[0], NewtonSchulz):
-            return functions[0](M)
-        return stacked([of_whole(whole) for of_whole, whole in zip(functions, M, strict=True)])
-
-    def _of_whole(self, p: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns what orthogonalizes a whole matrix of a parameter; where a subclass has no say, the iteration itself."""
-        if not self._has_own_orthogonalize():
-            return self._iteration()
-        options = {key: value for key, value in self.param_groups[group].items() if key != "params"}
-        return self._in_precision(partial(self.orthogonalize, p, **options))
+    def _function_of(
+        self, params: Sequence[torch.Tensor], group: dict[str, Any]
+    ) -> NewtonSchulz | list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Return the iteration; or where a subclass or the user has a say, a function of the momentum per parameter."""
+        if self._has_own_orthogonalize():
+            options = {key: value for key, value in group.items() if key != "params"}
+            return [self._in_precision(partial(self.orthogonalize, p, **options)) for p in params]
+        function = self._iteration()
+        return function if isinstance(function, NewtonSchulz) else [function] * len(params)
 
     def _iteration(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns ``scaled_orthogonalize_fn``, which may be a user's, to be called in the precision set now."""
+        """Return ``scaled_orthogonalize_fn``, which may be a user's, to be called in the precision set now."""
         function: Callable[[torch.Tensor], torch.Tensor] = self.scaled_orthogonalize_fn
         if isinstance(function, NewtonSchulz):
             as_set = function.precision == self.fp32_matmul_prec
@@ -408,7 +367,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def _in_precision(
         self, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns a user's function as upstream calls it, with torch's precision of products set."""
+        """Return a user's function as upstream calls it, with torch's precision of products set."""
 
         def called(matrix: torch.Tensor) -> torch.Tensor:
             with matmul_precision(self.fp32_matmul_prec):
@@ -416,40 +375,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
         return called
 
-    def _decay(self, Ws: list[torch.Tensor], Gs: list[torch.Tensor], lr: float | torch.Tensor, decay: float) -> None:
-        """Applies a weight decay of upstream's in place: to the weights, or the gradients' copies."""
-        if isinstance(lr, torch.Tensor):  # upstream's would have to know its value
-            factors = {"decoupled": lr * decay, "palm": lr * lr * decay}
-            if self.weight_decay_method in factors and decay:
-                factor = factors[self.weight_decay_method]
-                torch._foreach_addcmul_(Ws, Ws, [factor] * len(Ws), value=-1)
-                return
-            lr = math.nan  # does not matter to the others
-        for W, G in zip(Ws, Gs, strict=True):
-            self._apply_weight_decay_inplace(W, G, lr, decay)
-
-    def _correct(
-        self, Ds: Iterable[torch.Tensor], states: list[dict[str, torch.Tensor]], momentum: float, beta2: float
-    ) -> None:
-        """Counts the step, and corrects D in place for the averages having started at zero."""
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        # on the host; with capturable, where the graph's replays count, on the device
-        known = torch.stack(steps).double() if self.capturable else map(float, steps)
-        corrections = [self._moment2.correction(step, momentum=momentum, beta2=beta2) for step in known]
-        for D in Ds:
-            torch._foreach_mul_(D.unbind(0), corrections)
-
-    def _hooked(self, p: torch.Tensor, local: torch.Tensor, W: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-        """Calls the function that may change the update and the weight, and returns the weight to work on."""
-        round_into(local, W)  # it sees the decayed weight,
-        self.pre_weight_update_fn_inplace(p, wrapped_like(p, U.mT if is_transposed(p) else U))
-        # and may change it
-        return W if W is local or torch.equal(W.to(local.dtype), local) else in_work_dtype(local)
-
-    def _scale(self, shape: tuple[int, int]) -> float:
-        """Returns s, the factor for the shape of a whole matrix."""
-        return get_muon_scale_factor(*shape, mode=self.scale_mode) * self.extra_scale_factor
+    def _shape_factor(self, rows: int, columns: int) -> float:
+        """Return s, the factor for the shape of a whole matrix."""
+        return get_muon_scale_factor(rows, columns, mode=self.scale_mode) * self.extra_scale_factor
 
     @override
     def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -495,10 +423,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             if state is None or "momentum_buffer" in state:
                 continue
             self._sharding.resolve(self.param_groups)
-            state.update(new_buffers(p, self._sharding.matrices(p), self._moment2))
-            if self.bias_correction:
-                device = p.device if self.capturable else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state.update(self.state_format.new_state(p))
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -542,27 +467,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         )
         check_matrices(group)
 
-    def _check_state(self, group: dict[str, Any]) -> None:
-        """Raises a ``ValueError`` if parameters have been converted since their state was made, which does not fit now."""
-        for index, p in enumerate(group["params"]):
-            momentum = self.state.get(p, {}).get("momentum_buffer")
-            require(
-                momentum is None or momentum.dtype == work_dtype(p),
-                f"the state of {parameter_name(group, index)} must be in {work_dtype(p)}, in which it is worked on",
-                momentum if momentum is None else momentum.dtype,
-                "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
-            )
-            if momentum is not None:
-                shapes = buffer_dims(p, self._sharding.matrices(p), self._moment2)
-                expected = {key: buffer_shape(p, dims) for key, dims in shapes.items()}
-                found = {key: tuple(self.state[p][key].shape) for key in expected if key in self.state[p]}
-                require(
-                    found == expected,
-                    f"the state of {parameter_name(group, index)} must have the shapes {expected}; it has",
-                    found,
-                    "set muon_transposed before the first step, and drop the state of a parameter that has another shape",
-                )
-
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class or of upstream's ``AdaptiveMuon``.
@@ -574,7 +478,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             ValueError: If the checkpoint is of another ``moment2_method``, of other shapes, or lacks the step count
                 that bias correction needs. Nothing is changed.
         """
-        checkpoint.load(self, state_dict, super().load_state_dict, self)
+        checkpoint.load(self, state_dict, super().load_state_dict, self.state_format)
 
     @override
     def __getstate__(self) -> dict[str, Any]:

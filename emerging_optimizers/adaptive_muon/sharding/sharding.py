@@ -13,7 +13,6 @@ from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable, within
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 from emerging_optimizers.adaptive_muon.sharding.agreement import require_agreement, tell_all
 from emerging_optimizers.adaptive_muon.sharding.blocks import row_blocks
@@ -21,7 +20,7 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_d
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, ShardedLayout, Split
 
 
-__all__ = ["BlocksFn", "Held", "LayoutFn", "Matrix", "Sharding", "joined"]
+__all__ = ["BlocksFn", "Held", "LayoutFn", "Matrix", "Sharding", "merge_blocks"]
 
 
 LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
@@ -74,17 +73,17 @@ class Matrix:
         return tensor if self.is_all else tensor[..., self.rows, :]
 
 
-def joined(matrices: Sequence[Matrix], parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def merge_blocks(matrices: Sequence[Matrix], parts: list[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
     """Returns what was made for each matrix of a parameter as one tensor, broadcastable to the parameter.
 
     Args:
         matrices: The parameter's matrices.
         parts: A tensor for each of them, broadcastable to it.
-        like: A tensor of the parameter's shape. Rows of padding, which belong to no matrix, are zero in the result.
+        shape: The parameter's shape. Rows of padding, which belong to no matrix, are zero in the result.
     """
     if matrices[0].is_all:
         return parts[0]
-    whole = torch.zeros_like(like)
+    whole = parts[0].new_zeros(shape)
     for matrix, part in zip(matrices, parts, strict=True):
         whole[..., matrix.rows, :] = part
     return whole
@@ -136,7 +135,7 @@ class Sharding:
     def __init__(
         self,
         tp_group: ProcessGroup | None,
-        mode: type[Orthogonalize] | None,
+        mode: Any,
         layout_fn: LayoutFn | None,
         blocks_fn: BlocksFn | None,
         alike: dict[str, Any],
@@ -237,6 +236,21 @@ class Sharding:
                 )
                 self._compared[group] = having
         self._to_compare.clear()
+
+    def all_zero(self, gradients: Any) -> Any:
+        from emerging_optimizers.adaptive_muon.sharding.agreement import tell_all
+
+        zero, by_group = set(), {}
+        for p, G in gradients.items():
+            layout = self.matrices(p)[0].layout
+            group = layout.group if isinstance(layout, ShardedLayout) else None
+            by_group.setdefault(group, []).append((p, not bool(G.any())))
+        for group, flags in by_group.items():
+            flags_of_ranks = (
+                [[f for _, f in flags]] if group is None else tell_all(group, [f for _, f in flags], "zero")
+            )
+            zero |= {p for (p, _), *all_flags in zip(flags, *flags_of_ranks) if all(all_flags)}
+        return zero
 
     def resolve(self, param_groups: list[dict[str, Any]]) -> None:
         """Finds out the matrices of all parameters that are new or have changed their shape.

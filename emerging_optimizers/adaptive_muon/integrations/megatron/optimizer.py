@@ -22,14 +22,13 @@ from emerging_optimizers.adaptive_muon import (
     WeightDecayMethodT,
 )
 from emerging_optimizers.adaptive_muon.checks import require_one_of
-from emerging_optimizers.adaptive_muon.exchange.together import run
 from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
     MegatronLayouts,
     qkv_split_shapes,
     tag_qkv,
 )
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NSAlgorithmT
-from emerging_optimizers.adaptive_muon.state.full_shape import read_off, spread
+from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 from emerging_optimizers.utils import FP32MatmulPrecT
 
 
@@ -135,10 +134,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         """Returns the state, with ``moment2_buffer`` in the shape of its parameter: a view of V where V is smaller."""
         self._sharding.resolve(self.param_groups)
         state_dict = super().state_dict()
-        states = {
-            key: spread(state_dict["state"][key], p, self._sharding.matrices(p), self._moment2)
-            for key, p in self._by_key(state_dict)
-        }
+        states = {key: expand_v(state_dict["state"][key], p, self.state_format) for key, p in self._by_key(state_dict)}
         return {**state_dict, "state": states}
 
     @override
@@ -153,11 +149,9 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
                 :meth:`~emerging_optimizers.adaptive_muon.AdaptiveMuon.load_state_dict`. Nothing is changed.
         """
         self._sharding.resolve(self.param_groups)
-        with_state = self._by_key(state_dict)
-        states = run(
-            read_off(state_dict["state"][key], p, self._sharding.matrices(p), self._moment2) for key, p in with_state
-        )
-        read = dict(zip((key for key, _ in with_state), states, strict=True))
+        keys, params = zip(*self._by_key(state_dict), strict=True) if self._by_key(state_dict) else ((), ())
+        states = reduce_v([state_dict["state"][key] for key in keys], params, self.state_format)
+        read = dict(zip(keys, states, strict=True))
         super().load_state_dict({**state_dict, "state": {**state_dict["state"], **read}})
 
     def _by_key(self, state_dict: dict[str, Any]) -> list[tuple[Any, torch.Tensor]]:
