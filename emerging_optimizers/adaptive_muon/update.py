@@ -79,7 +79,7 @@ class BatchUpdate:
         owners: Sequence[Sequence[int]],
         function: NewtonSchulz | Sequence[Function],
     ) -> None:
-        self._rule, self._group, self._params, self._states, self._matrices = rule, group, params, states, matrices
+        self.params, self.matrices, self._rule, self._group, self._states = params, matrices, rule, group, states
         self._locals = [as_matrices(p) for p in params]
         self._Ws = [in_work_dtype(local) for local in self._locals]
         self._Gs = [as_matrices(p, G).to(work_dtype(p)) for p, G in zip(params, gradients, strict=True)]
@@ -94,7 +94,7 @@ class BatchUpdate:
         Gs = [G.clone() for G in self._Gs] if method == "l2" else self._Gs  # l2 decay changes them, not the user's
         if method != "adaptive":
             self._decay(Gs)
-        Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self._params, self._states, strict=True)]
+        Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self.params, self._states, strict=True)]
         torch._foreach_lerp_(Ms, Gs, 1 - momentum)
         G, M = as_batch(Gs), as_batch(Ms)
         M_prime = G.lerp(M, momentum) if self._rule.nesterov else M
@@ -118,11 +118,11 @@ class BatchUpdate:
         D, O = self._merged(parts), self._merged([O for O, _ in results])
         if rule.before_update is not None:
             D, O = torch.ones_like(D), D * O
-            self._Ws = [self._hooked(*each) for each in zip(self._params, self._locals, self._Ws, O, strict=True)]
+            self._Ws = [self._hooked(*each) for each in zip(self.params, self._locals, self._Ws, O, strict=True)]
         if isinstance(lr, torch.Tensor):
             D, lr = D * lr, 1.0
         torch._foreach_addcmul_(self._Ws, O.unbind(0), D.unbind(0), value=-lr)
-        for p, local, W in zip(self._params, self._locals, self._Ws, strict=True):
+        for p, local, W in zip(self.params, self._locals, self._Ws, strict=True):
             round_into(local, W)
             rule.after_update(p)
 
@@ -151,7 +151,7 @@ class BatchUpdate:
 
     def _merged(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Return what there is for each matrix as one tensor of the batch."""
-        return merge_blocks(self._matrices, parts, (len(self._Ws), *self._Ws[0].shape))
+        return merge_blocks(self.matrices, parts, (len(self._Ws), *self._Ws[0].shape))
 
     def _hooked(self, p: torch.Tensor, local: torch.Tensor, W: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Call the function that may change the update and the weight, and return the weight to work on."""
