@@ -113,11 +113,17 @@ def walk(pairs: list[Pair], steps: int = 4, same: dict[str, Any] | None = None, 
         for pair in pairs:
             see("W", pair.piece.detach(), pair.cut(pair.whole.detach()))
             for key, value in whole.state[pair.whole].items():
-                is_vector = key.startswith("moment2_buffer") and value.shape != pair.whole.shape
-                see(key, pieces.state[pair.piece][key], value if is_vector or key == "step" else pair.cut(value))
+                see(key, pieces.state[pair.piece][key], held_of(value, key, pair))
             if pair.piece.numel() and not hasattr(pair.whole, "muon_blocks"):
                 see("O", pieces.orthogonalized[pair.piece, None], pair.cut(whole.orthogonalized[pair.whole, None]))
     return dict(seen)
+
+
+def held_of(value: torch.Tensor, key: str, pair: Pair) -> torch.Tensor:
+    """What a rank has of a whole matrix's state: its shard, but V whole; of a stack split along experts its experts'."""
+    is_vector = key.startswith("moment2_buffer") and value.shape != pair.whole.shape
+    own_experts = pair.whole.ndim == 3 and pair.piece.size(0) != pair.whole.size(0)
+    return value if key == "step" or (is_vector and not own_experts) else pair.cut(value)
 
 
 def far_apart(seen: dict[str, float], method: str) -> dict[str, float]:
