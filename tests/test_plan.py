@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Distributed, Duplicated, LayerSharded
 from emerging_optimizers.adaptive_muon.exchange.plan import Ready, make_plan
-from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+from emerging_optimizers.adaptive_muon.orthogonalize import batches
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Rectangle, ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.sharding import Held, Matrix
 
@@ -166,7 +166,7 @@ def test_the_same_stacks_on_all_ranks(
     ranks, of = drawn
     plans = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(newton_schulz, "_STACKS", {"cpu": (longest, most)})
+        patch.setattr(batches, "_BATCHES", {"cpu": (longest, most)})
         for rank in range(ranks):
             matrices = made(Group(ranks), of * layers, rank)
             plan = make_plan(ready(matrices), mode, in_flight)

@@ -20,12 +20,8 @@ from emerging_optimizers.adaptive_muon.exchange.plan import Plan, Ready, Stack, 
 from emerging_optimizers.adaptive_muon.exchange.together import run, together
 from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import (
-    NewtonSchulz,
-    NSAlgorithmT,
-    stacked,
-    syrk_is_usable,
-)
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 from emerging_optimizers.adaptive_muon.parameters import (
     check_gradients,
@@ -322,7 +318,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         states, locals_ = [self.state[p] for p in params], [as_matrices(p) for p in params]
         Ws, Gs = [in_work_dtype(p) for p in locals_], [as_matrices(p, gradients[p]).to(work_dtype(p)) for p in params]
         if fresh >= set(params) and lr == 0:  # reads lr from the device, once
-            G = stacked(Gs)
+            G = as_batch(Gs)
             if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
                 return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
         decay_method: str = self.weight_decay_method
@@ -333,7 +329,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
         Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(params, states, strict=True)]
         torch._foreach_lerp_(Ms, Gs, 1 - momentum)
-        G, M = stacked(Gs), stacked(Ms)
+        G, M = as_batch(Gs), as_batch(Ms)
         if self.nesterov:
             M = G.lerp(M, momentum)
         DO = await together(
@@ -380,7 +376,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if isinstance(layout, ShardedLayout):
             assert self._mode is not None  # "blockwise" has no matrix in pieces
             newton_schulz = cast(NewtonSchulz, self._iteration())
-            return stacked(
+            return as_batch(
                 await together(
                     self._mode(layout.group, piece, layout, home, of_whole, newton_schulz, stack.among_many).answer()
                     for piece, home, of_whole in zip(M, stack.homes[index], functions, strict=True)
@@ -388,7 +384,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             )
         if isinstance(functions[0], NewtonSchulz):
             return functions[0](M)
-        return stacked([of_whole(whole) for of_whole, whole in zip(functions, M, strict=True)])
+        return as_batch([of_whole(whole) for of_whole, whole in zip(functions, M, strict=True)])
 
     def _of_whole(self, p: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """Returns what orthogonalizes a whole matrix of a parameter; where a subclass has no say, the iteration itself."""

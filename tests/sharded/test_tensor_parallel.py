@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split
 from emerging_optimizers.adaptive_muon.exchange import orthogonalizer
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
-from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+from emerging_optimizers.adaptive_muon.orthogonalize import batches
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
 
@@ -108,7 +108,7 @@ def test_all_ranks_stack_the_same_matrices(
     """
     torch.manual_seed(0)
     size = dist.get_world_size()
-    monkeypatch.setattr(newton_schulz, "_STACKS", {"cpu": (5, 2**20)})
+    monkeypatch.setattr(batches, "_BATCHES", {"cpu": (5, 2**20)})
     pairs = strips([(5 * size + 1, 20)] * 3)  # the first rank has six rows of each, the others five
     seen = walk(pairs + fused_layers(3), 2, SAME[method], tp_group=group, tp_mode=mode)
     assert not far_apart(seen, method) if mode in EXACT else max(seen.values()) <= 1e-3, seen

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Orthogonalize
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import in_stacks
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
 
@@ -109,7 +109,7 @@ def _stacks(ready: Mapping[int, Ready], homes: Mapping[Matrix, int], *, among_ma
         first = ready[members[0]]
         held = first.matrices[0].held
         shape = first.shape if held is None else (*first.shape[:-2], *held.largest)
-        for some in in_stacks(members, shape, first.device):
+        for some in in_batches(members, shape, first.device):
             same = zip(*(ready[index].matrices for index in some), strict=True)
             of_homes = [[homes.get(matrix, 0) for matrix in each] for each in same]
             stacks.append(Stack([*some], first.group, ready[some[0]].matrices, of_homes, among_many))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision of float32 products: set for a while, and afterwards exactly what the user had set, in whichever way.
+"""The precision of products: set for a while, and afterwards exactly what the user had set, in whichever way.
 
-Torch has two sets of switches: ``torch.set_float32_matmul_precision`` and, since 2.9, ``fp32_precision`` for each
+Torch has two sets of switches for float32: ``torch.set_float32_matmul_precision`` and, since 2.9, ``fp32_precision`` for each
 operation of each backend, which may follow that of the backend, and that the general one. Torch refuses to read the
 first where the second contradicts it. All are global.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Condition, local
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from emerging_optimizers.utils import FP32MatmulPrecT
 
 
-__all__ = ["Turns", "Undo", "matmul_precision"]
+__all__ = ["matmul_precision", "sums_in_float32"]
 
 # Torch's functions for the new switches, by backend and operation. Its attributes do not reach all of them: that of
 # torch.backends.mkldnn sets the general one.
@@ -30,28 +31,28 @@ _NEW: dict[FP32MatmulPrecT, dict[str, str]] = {
     "medium": {"cuda": "tf32", "mkldnn": "bf16"},
 }
 
-Undo = Callable[[], None]
+_Undo = Callable[[], None]
 
 
-class Turns:
-    """A global setting that threads take turns at: those that need the same value have it together, others wait."""
+class _Turns:
+    """Threads take turns at a global setting: those that need the same value share a turn, others wait."""
 
     def __init__(self) -> None:
         self._changed = Condition()
         self._value: object = None
         self._holders = 0
-        self._undo: Undo = lambda: None
+        self._undo: _Undo = lambda: None
         self._of_thread = local()
 
     @contextmanager
-    def at(self, value: object, set_to: Callable[[], Undo]) -> Iterator[None]:
-        """Has the setting at a value. Inside, the same thread may have it at another for a while.
+    def at(self, value: object, set_to: Callable[[], _Undo]) -> Iterator[None]:
+        """Keep the setting at a value. Inside, the same thread may set another value for a while.
 
         Args:
             value: The value.
             set_to: Sets it, and returns what sets it back.
         """
-        around = getattr(self._of_thread, "held", None)
+        around = getattr(self._of_thread, "current", None)
         if around:
             self._leave()
         self._enter(value, set_to)
@@ -62,16 +63,16 @@ class Turns:
             if around:
                 self._enter(*around)
 
-    def _enter(self, value: object, set_to: Callable[[], Undo]) -> None:
+    def _enter(self, value: object, set_to: Callable[[], _Undo]) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._holders or self._value == value)
             if not self._holders:
                 self._value, self._undo = value, set_to()
             self._holders += 1
-        self._of_thread.held = value, set_to
+        self._of_thread.current = value, set_to
 
     def _leave(self) -> None:
-        self._of_thread.held = None
+        self._of_thread.current = None
         with self._changed:
             self._holders -= 1
             if not self._holders:
@@ -79,21 +80,44 @@ class Turns:
             self._changed.notify_all()
 
 
-_turns = Turns()
+_float32_turns, _float16_turns = _Turns(), _Turns()
 
 
 @contextmanager
 def matmul_precision(precision: FP32MatmulPrecT) -> Iterator[None]:
-    """Has float32 products computed in a precision, whatever torch's switches are, and restores all of them.
+    """Compute float32 products in a precision, whatever torch's switches are, and restore all of them.
 
     Args:
         precision: "highest", "high" or "medium", as in ``torch.set_float32_matmul_precision``.
     """
-    with _turns.at(precision, lambda: _set_to(precision)):
+    with _float32_turns.at(precision, lambda: _set_to(precision)):
         yield
 
 
-def _set_to(precision: FP32MatmulPrecT) -> Undo:
+@contextmanager
+def sums_in_float32() -> Iterator[None]:
+    """Keep cuBLAS from summing products of float16 in float16, which it may by default where it splits the sum."""
+    with _float16_turns.at("float32", _sum_in_float32):
+        yield
+
+
+def _sum_in_float32() -> _Undo:
+    """Sets cuBLAS's flags, and returns what restores them."""
+    flags, reduction, split_k = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "_split_k"
+    names = (reduction, "allow_fp16_accumulation")
+    before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
+    if hasattr(flags, reduction + split_k):  # the first is set together with it, as a pair
+        before[reduction] = before[reduction], getattr(flags, reduction + split_k)
+
+    def set_all(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(flags, name, value)
+
+    set_all({name: (False, value[1]) if isinstance(value, tuple) else False for name, value in before.items()})
+    return partial(set_all, before)
+
+
+def _set_to(precision: FP32MatmulPrecT) -> _Undo:
     """Sets all switches, and returns what restores them."""
     if _is_set_to(precision):
         return lambda: None

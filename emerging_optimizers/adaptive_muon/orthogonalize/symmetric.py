@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products that are known to be symmetric: half of such a product says it all."""
-
-from functools import cache
+"""Products that are known to be symmetric, of which half need not be computed."""
 
 import torch
 
+from emerging_optimizers.adaptive_muon.orthogonalize import cpu
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
 
-__all__ = ["cpu_has_tiles", "symmetric_product"]
+__all__ = ["symmetric_product"]
 
-# A CPU gains from this many rows on, down to blocks of this many (measured on two cores).
+# A CPU gains from this many rows on, down to squares of this many (measured on two cores).
 _CPU_FROM = 384
 _CPU_LEAST = 192
 # The kernel saves nothing where a tile or two, of up to 128 rows, are all there is.
@@ -27,14 +26,14 @@ def symmetric_product(
     alpha: float = 1.0,
     use_syrk: bool = False,
 ) -> None:
-    """Computes :math:`\\beta P + \\alpha S T`, where that is symmetric.
+    """Compute :math:`\\beta P + \\alpha S T`, where that is symmetric.
 
     Args:
-        S: Left factors, shape ``(stack, n, k)``.
-        T: Right factors, shape ``(stack, k, n)``.
-        out: Takes the result, shape ``(stack, n, n)``; it may be P, but none of the factors. Where half
+        S: Left factors, shape ``(batch, n, k)``.
+        T: Right factors, shape ``(batch, k, n)``.
+        out: Takes the result, shape ``(batch, n, n)``; it may be P, but none of the factors. Where half
             of it was computed and mirrored it is symmetric to the last bit.
-        plus: P, symmetric, shape ``(stack, n, n)``; None for zero.
+        plus: P, symmetric, shape ``(batch, n, n)``; None for zero.
         beta: Factor on P.
         alpha: Factor on the product.
         use_syrk: Whether to use our Triton kernel for float16 on CUDA.
@@ -43,32 +42,26 @@ def symmetric_product(
         symmetric_product_on_cuda(S, T, plus, out, beta, alpha)
         return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
-    if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM and not (S.dtype == torch.bfloat16 and cpu_has_tiles()):
-        for each in zip(S, T, plus, out, strict=True):
-            _in_halves(*each, beta, alpha)
+    if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM and not (S.dtype == torch.bfloat16 and cpu.has_tiles()):
+        for one_product in zip(S, T, plus, out, strict=True):
+            _in_halves(*one_product, beta, alpha)
     else:
         torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
-
-
-@cache
-def cpu_has_tiles() -> bool:
-    """Returns whether the CPU multiplies bfloat16 in tiles (AMX): so fast that half of a product saves nothing."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 def _in_halves(
     S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor, out: torch.Tensor, beta: float, alpha: float
 ) -> None:
-    """Computes a product of single matrices by blocks on its diagonal.
+    """Computes a product of two matrices by squares on its diagonal.
 
-    That is one at first. The lower left quarter of every block is computed, as a stack, and mirrored; two blocks of
-    half the size are left, and so on, until they are small enough to be computed whole.
+    The first square is the product itself. The lower left quarter of every square is computed, all in one batch, and
+    mirrored. That leaves two squares of half the size, and so on, until they are small enough to be computed whole.
     """
     number, size = 1, S.size(0)
 
     def compute(size: int, row: int, column: int, into: torch.Tensor) -> None:
         addend, left, right = (
-            _blocks(plus, number, size, row, column),
+            _squares(plus, number, size, row, column),
             _bands(S, number, size, row),
             _bands(T.mT, number, size, column).mT,
         )
@@ -79,15 +72,15 @@ def _in_halves(
 
     while size >= 2 * _CPU_LEAST and size % 2 == 0:
         size //= 2
-        lower, upper = _blocks(out, number, size, size, 0), _blocks(out, number, size, 0, size)
+        lower, upper = _squares(out, number, size, size, 0), _squares(out, number, size, 0, size)
         compute(size, size, 0, lower)
         upper.copy_(lower.mT)
         number *= 2
-    compute(size, 0, 0, _blocks(out, number, size, 0, 0))
+    compute(size, 0, 0, _squares(out, number, size, 0, 0))
 
 
-def _blocks(matrix: torch.Tensor, number: int, size: int, row: int, column: int) -> torch.Tensor:
-    """Square blocks parallel to the diagonal, evenly spread, the first at this row and column: a view."""
+def _squares(matrix: torch.Tensor, number: int, size: int, row: int, column: int) -> torch.Tensor:
+    """Squares parallel to the diagonal, evenly spread, the first at this row and column: a view."""
     (r, c), step = matrix.stride(), matrix.size(0) // number
     offset = matrix.storage_offset() + row * r + column * c
     return matrix.as_strided((number, size, size), (step * (r + c), r, c), offset)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernel for symmetric products of stacks of float16 matrices: half of the tiles, each written twice."""
+"""Triton kernel for symmetric products of batches of float16 matrices: half of the tiles, each written twice."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ _LARGE_FROM = 1024
 @triton.jit
 def _lower_tiles(
     S, T, plus, out, n, k, alpha, beta,
-    S_stack, S_row, S_column, T_stack, T_row, T_column,
-    plus_stack, plus_row, plus_column, out_stack, out_row, out_column,
+    S_batch, S_row, S_column, T_batch, T_row, T_column,
+    plus_batch, plus_row, plus_column, out_batch, out_row, out_column,
     HAS_PLUS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Computes one tile on or below the diagonal of one product of the stack, and writes it and its mirror image."""
+    """Computes one tile on or below the diagonal of one product of the batch, and writes it and its mirror image."""
     tiles = tl.cdiv(n, BLOCK)
     tile_row, tile_column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if tile_column > tile_row:
@@ -36,8 +36,8 @@ def _lower_tiles(
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
     in_rows, in_columns = rows < n, columns < n
 
-    lefts = S + index * S_stack + rows[:, None] * S_row + depth[None, :] * S_column
-    rights = T + index * T_stack + depth[:, None] * T_row + columns[None, :] * T_column
+    lefts = S + index * S_batch + rows[:, None] * S_row + depth[None, :] * S_column
+    rights = T + index * T_batch + depth[:, None] * T_row + columns[None, :] * T_column
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
         left = tl.load(lefts, mask=in_rows[:, None] & (depth[None, :] < k - start), other=0.0)
@@ -49,10 +49,10 @@ def _lower_tiles(
 
     inside = in_rows[:, None] & in_columns[None, :]
     if HAS_PLUS:
-        added = plus + index * plus_stack + rows[:, None] * plus_row + columns[None, :] * plus_column
+        added = plus + index * plus_batch + rows[:, None] * plus_row + columns[None, :] * plus_column
         total += beta * tl.load(added, mask=inside, other=0.0).to(tl.float32)
     result = total.to(out.dtype.element_ty)
-    out += index * out_stack
+    out += index * out_batch
     tl.store(out + rows[:, None] * out_row + columns[None, :] * out_column, result, mask=inside)
     if tile_row > tile_column:
         mirrored = out + columns[:, None] * out_row + rows[None, :] * out_column
@@ -62,22 +62,22 @@ def _lower_tiles(
 def symmetric_product_on_cuda(
     S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor | None, out: torch.Tensor, beta: float, alpha: float
 ) -> None:
-    """Computes :math:`\\beta P + \\alpha S T` of stacks of matrices, where that is symmetric; sums in float32.
+    """Compute :math:`\\beta P + \\alpha S T` of batches of matrices, where that is symmetric; sums in float32.
 
     Args:
-        S: Left factors, shape ``(stack, n, k)``, float16, of any strides.
-        T: Right factors, shape ``(stack, k, n)``.
-        plus: P, symmetric, shape ``(stack, n, n)``; None for zero.
-        out: Takes the result, shape ``(stack, n, n)``; it may be P, but none of the factors.
+        S: Left factors, shape ``(batch, n, k)``, float16, of any strides.
+        T: Right factors, shape ``(batch, k, n)``.
+        plus: P, symmetric, shape ``(batch, n, n)``; None for zero.
+        out: Takes the result, shape ``(batch, n, n)``; it may be P, but none of the factors.
         beta: Factor on P.
         alpha: Factor on the product.
     """
-    stack, n, k = S.shape
+    batch, n, k = S.shape
     added = out if plus is None else plus
     strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
     kernel: Any = _lower_tiles  # its compile-time arguments are plain values here
     tiles = _LARGE if n >= _LARGE_FROM else _SMALL
     with torch.cuda.device_of(S):  # Triton starts kernels on the current device
-        kernel[triton.cdiv(n, tiles["BLOCK"]) ** 2, stack](
+        kernel[triton.cdiv(n, tiles["BLOCK"]) ** 2, batch](
             S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None, **tiles
         )

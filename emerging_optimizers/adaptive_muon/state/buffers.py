@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import stacked
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.parameters import work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     as_matrices,
@@ -98,7 +98,7 @@ class MomentAverage:
         if by_row and isinstance(self.matrix.rows, torch.Tensor):
             for buffer, average in zip(buffers, averages, strict=True):
                 buffer[..., self.matrix.rows, :] = average  # rows that are not adjacent were a copy
-        return stacked(averages)
+        return as_batch(averages)
 
 
 def buffer_key(matrix: Matrix, dims: tuple[int, ...]) -> str:

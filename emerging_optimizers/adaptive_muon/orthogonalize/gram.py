@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Newton-Schulz iteration of a whole batch, one step or several steps at once.
+
+One step is :math:`X \\leftarrow (a I + b A + c A^2) X`, with the Gram matrix :math:`A = X X^\\top`. It is a polynomial of A
+times X. All polynomials of A commute, so the step turns A into :math:`(a I + B) A (a I + B)` with
+:math:`B = b A + c A^2`: the next A needs no product of X's size. Two steps at once are
+
+.. math::
+    B_1 = b_1 A + c_1 A^2, \\quad A' = (a_1 I + B_1) A (a_1 I + B_1), \\quad B_2 = b_2 A' + c_2 A'^2, \\quad
+    X \\leftarrow (a_2 I + B_2)(a_1 I + B_1) X.
+
+All products but the last are of A's size and symmetric. The idea, and that A must be computed from X again after a few
+steps, is that of Gram Newton-Schulz: Zhang, Amsel, Chen and Dao, "Gram Newton-Schulz: A Fast, Hardware-Aware
+Newton-Schulz Algorithm for Muon", 2026, https://dao-ailab.github.io/blog/2026/gram-newton-schulz/. Every step on A
+amplifies what is rounded in A. How many steps :func:`group_steps` takes at once, and the order of the factors in
+:func:`iterate`, come from our own measurements: tests/test_newton_schulz.py bounds the error by that of the plain
+iteration.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import batched
+
+import torch
+
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
+
+
+__all__ = ["MIN_NORM", "Coefficients", "group_steps", "iterate", "several_steps_pay"]
+
+# (a, b, c) of a step.
+Coefficients = tuple[float, float, float]
+
+# A matrix is divided by its norm, but at least by this number. Upstream's default was 1e-7 in 0.3, which stalls the
+# iteration on the small gradients after a loss spike is clipped; it is this number since 0.4.
+MIN_NORM = 1e-15
+
+# Several steps at once save products from this ratio of a matrix's sides on, see several_steps_pay.
+_SEVERAL_FROM = 1.5
+# From these short sides on, two steps at once, and in float32 the first three, round no more than a few times as much as
+# the plain iteration, whose own error grows with the matrix. tests/test_newton_schulz.py has measured and holds this.
+_TWO_FROM, _THREE_FROM = 96, 512
+
+
+def several_steps_pay(shape: Sequence[int]) -> bool:
+    """Return whether several steps at once save products of matrices of a shape, and are exact.
+
+    In units of the short side's cube, with the ratio r of the sides and symmetric products at half their price, a
+    further step costs 5 in a group and 3r + 1 by itself; at full price 8 and 4r + 2.
+    """
+    short, long = sorted(shape[-2:])
+    return long >= _SEVERAL_FROM * short and short >= _TWO_FROM
+
+
+def group_steps(steps: Sequence[Coefficients], short_side: int, dtype: torch.dtype) -> list[Sequence[Coefficients]]:
+    """Return the steps in groups of steps to take at once, for matrices of a short side in a dtype."""
+    first = 3 if short_side >= _THREE_FROM and dtype == torch.float32 else 2
+    return [steps[:first], *batched(steps[first:], 2)]
+
+
+def iterate(
+    matrices: torch.Tensor,
+    step_groups: Iterable[Sequence[Coefficients]],
+    dtype: torch.dtype,
+    use_syrk: bool = False,
+) -> torch.Tensor:
+    """Return a batch of matrices after the iteration, in float32. Each matrix is first divided by its Frobenius norm.
+
+    Args:
+        matrices: Shape ``(batch, rows, columns)``, float32.
+        step_groups: ``(a, b, c)`` of every step, in groups of steps to take at once.
+        dtype: The dtype to iterate in.
+        use_syrk: Whether symmetric products use our Triton kernel where it takes them.
+    """
+    product = partial(symmetric_product, use_syrk=use_syrk)
+    X = torch.nn.functional.normalize(matrices, p=2.0, dim=(-2, -1), eps=MIN_NORM).to(dtype)  # type: ignore[arg-type]
+    tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
+    A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
+    for steps in step_groups:
+        product(*(X.mT, X) if tall else (X, X.mT), out=A)
+        for index, (a, b, c) in enumerate(steps):
+            product(A, A, plus=A, beta=b, alpha=c, out=B)
+            if index + 1 < len(steps):
+                product(B, A, plus=A, beta=a, out=T)
+                product(T, B, plus=T, beta=a, out=A)
+            elif index == 0:
+                torch.baddbmm(X, *(X, B) if tall else (B, X), beta=a, out=spare)
+                break
+            if index == 0:
+                B.diagonal(dim1=-2, dim2=-1).add_(a)
+                B, Z = Z, B
+            else:
+                # The product is symmetric, but its rounding is not. The later step's factor comes first in what X meets:
+                # where X is zero, the earlier steps then do not enlarge what the later step rounds.
+                torch.baddbmm(Z, *(Z, B) if tall else (B, Z), beta=a, out=T)
+                Z, T = T, Z
+        else:
+            torch.bmm(*(X, Z) if tall else (Z, X), out=spare)
+        X, spare = spare, X
+    return X.float()
