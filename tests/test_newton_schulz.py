@@ -298,6 +298,7 @@ def test_coefficients_and_products_are_those_of_a_call(precision: Any) -> None:
     orthogonalize = NewtonSchulz("polar_express", 10, False, "auto", precision)
     x = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
     X = x / x.norm()
+    assert [*orthogonalize.coefficients] == coefficients("polar_express", 10)
     with orthogonalize.products(torch.float32):
         assert torch.get_float32_matmul_precision() == precision
         for a, b, c in orthogonalize.coefficients:

@@ -33,7 +33,9 @@ from emerging_optimizers.adaptive_muon.parameters import (
 )
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.sharding import BlocksFn, LayoutFn, Sharding, joined
+from emerging_optimizers.adaptive_muon.sharding.matrices import merge_blocks
+from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn
+from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import MomentAverage, buffer_dims, buffer_shape, new_buffers
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -339,14 +341,14 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if self.bias_correction:
             self._correct([D for D, _ in DO], states, momentum, group["beta2"])
         if decay_method == "adaptive" and weight_decay:
-            D = joined(stack.matrices, [D for D, _ in DO], G) * (lr * weight_decay)
+            D = merge_blocks(stack.matrices, [D for D, _ in DO], G) * (lr * weight_decay)
             torch._foreach_addcmul_(Ws, Ws, D.unbind(0), value=-1)
-        D = joined(
+        D = merge_blocks(
             stack.matrices,
             [D.mul_(self._scale(each.layout.shape(O))) for each, (D, O) in zip(stack.matrices, DO, strict=True)],
             G,
         )
-        O = joined(stack.matrices, [O for _, O in DO], G)
+        O = merge_blocks(stack.matrices, [O for _, O in DO], G)
         if self._has_pre_hook():
             D, O = torch.ones_like(D), D * O
             Ws = [self._hooked(*each) for each in zip(params, locals_, Ws, O, strict=True)]

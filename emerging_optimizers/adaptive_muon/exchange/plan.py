@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Orthogonalize
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
 __all__ = ["Plan", "Ready", "Stack", "make_plan"]
@@ -103,11 +103,11 @@ def _stacks(ready: Mapping[int, Ready], homes: Mapping[Matrix, int], *, among_ma
     """
     alike: dict[Hashable, list[int]] = {}
     for index, each in ready.items():
-        alike.setdefault((tuple(matrix.kind for matrix in each.matrices), *each[1:]), []).append(index)
+        alike.setdefault((tuple(matrix.batch_key for matrix in each.matrices), *each[1:]), []).append(index)
     stacks = []
     for members in alike.values():
         first = ready[members[0]]
-        held = first.matrices[0].held
+        held = first.matrices[0].shard_shapes
         shape = first.shape if held is None else (*first.shape[:-2], *held.largest)
         for some in in_batches(members, shape, first.device):
             same = zip(*(ready[index].matrices for index in some), strict=True)

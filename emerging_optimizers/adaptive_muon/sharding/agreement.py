@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a group tell each other before they rely on it: an error on all of them, not a hang."""
+"""What the ranks of a group compare before they rely on it, so that all of them raise an error and none hangs."""
 
 from itertools import zip_longest
 from typing import Any
@@ -10,19 +10,20 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["require_agreement", "tell_all"]
+__all__ = ["gather_from_all", "require_agreement"]
 
 
-def tell_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
-    """Returns the values of all ranks of a group, in their order.
+def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
+    """Return the values of all ranks of a group, in the order of the ranks.
 
     Args:
         group: The process group; all of its ranks must call.
-        value: What this rank tells; it is pickled.
+        value: The value of this rank; it is pickled.
         subject: What is compared, for the error.
 
     Raises:
-        RuntimeError: If a rank does not answer, because it died, went elsewhere or is late beyond the group's timeout.
+        RuntimeError: If a rank does not answer, because it died, took another path or is later than the group's
+            timeout.
     """
     values: list[Any] = [None] * group.size()
     try:
@@ -36,10 +37,10 @@ def tell_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
 
 
 def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
-    """Raises a ``ValueError``, the same on all ranks, unless all ranks told the same.
+    """Raise a ``ValueError``, the same on all ranks, unless the values of all ranks are equal.
 
     Args:
-        values: What each rank told. Of lists, the first entry that differs is shown.
+        values: The value of each rank. Of lists, the error shows the first entry that differs.
         subject: What must be the same.
         remedy: What to do about it.
     """
@@ -47,8 +48,8 @@ def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
         for entries in zip_longest(*values, fillvalue="nothing"):
             require_agreement(list(entries), subject, remedy)
         return
-    told: dict[str, list[int]] = {}
+    ranks_with: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
-        told.setdefault(str(value), []).append(rank)
-    by_rank = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in told.items())
-    require(len(told) == 1, f"{subject} must be the same on all ranks of a process group", by_rank, remedy)
+        ranks_with.setdefault(str(value), []).append(rank)
+    by_rank = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in ranks_with.items())
+    require(len(ranks_with) == 1, f"{subject} must be the same on all ranks of a process group", by_rank, remedy)

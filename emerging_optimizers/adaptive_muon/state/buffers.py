@@ -21,7 +21,7 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     placements_like,
     wrapped_like,
 )
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
 __all__ = ["MomentAverage", "buffer_dims", "buffer_key", "buffer_shape", "new_buffers"]

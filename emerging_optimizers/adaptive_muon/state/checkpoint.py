@@ -12,7 +12,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import placements_like
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 from emerging_optimizers.adaptive_muon.state.buffers import buffer_dims, buffer_shape
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 

@@ -12,7 +12,7 @@ import torch
 
 from emerging_optimizers.adaptive_muon.exchange.together import together
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix, joined
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import buffer_dims, buffer_key, buffer_shape
 
 
@@ -37,7 +37,7 @@ def spread(state: dict[str, Any], p: torch.Tensor, matrices: Sequence[Matrix], m
         V = matrix.of(V) if -2 in dims else V.view(*p.shape[:-2], 1, -1)
         parts.append(V.expand_as(matrix.of(p)))
     others = {key: value for key, value in state.items() if not key.startswith(_V)}
-    return {**others, _V: joined(matrices, parts, state["momentum_buffer"])}
+    return {**others, _V: merge_blocks(matrices, parts, state["momentum_buffer"])}
 
 
 async def read_off(
