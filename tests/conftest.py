@@ -26,9 +26,9 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
 def pytest_configure() -> None:
     """Lets TEST_BFLOAT16_UNITS=0 or 1 say whether the CPU has units for bfloat16, whatever it has."""
     if forced := os.environ.get("TEST_BFLOAT16_UNITS"):
-        from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
+        from emerging_optimizers.adaptive_muon.orthogonalize import cpu
 
-        pytest.MonkeyPatch().setattr(newton_schulz, "_cpu_has_bfloat16_units", lambda: bool(int(forced)))
+        pytest.MonkeyPatch().setattr(cpu, "has_bfloat16_units", lambda: bool(int(forced)))
 
 
 # The files that take longest, in the order in which the two workers of "make test" take them: those with tests in

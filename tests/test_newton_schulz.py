@@ -9,9 +9,10 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from emerging_optimizers.adaptive_muon.orthogonalize import batches, cpu
 from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz as module
-from emerging_optimizers.adaptive_muon.orthogonalize import symmetric
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, iterated
+from emerging_optimizers.adaptive_muon.orthogonalize.gram import iterate
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import (
     _COEFFICIENT_SETS,
@@ -137,7 +138,7 @@ def test_in_bfloat16_rounds_as_the_standard_does(
 ) -> None:
     """The default on a CPU that is fast at it: the same steps, and where the CPU has no tiles half of each product."""
     monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: torch.bfloat16)
-    monkeypatch.setattr(symmetric, "cpu_has_tiles", lambda: tiles)
+    monkeypatch.setattr(cpu, "has_tiles", lambda: tiles)
     standard = errors("standard", "medium", name, steps, shape)
     for what, x, should in exactly(name, steps, shape):
         off = NewtonSchulz(name, steps)(x).double() - should
@@ -180,7 +181,7 @@ def test_as_many_steps_at_once_as_were_measured(
     taken = []
     monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: dtype)
     monkeypatch.setattr(
-        module, "iterated", lambda part, steps, *_: taken.append([len(at_once) for at_once in steps]) or part
+        module, "iterate", lambda part, steps, *_: taken.append([len(at_once) for at_once in steps]) or part
     )
     NewtonSchulz("quintic", 5)(torch.ones(shape))
     assert taken == [blocks]
@@ -191,7 +192,7 @@ def test_all_steps_on_one_gram_matrix_would_fail() -> None:
     standard = errors("standard", "highest", "quintic", 5, (96, 160))
     for what, x, should in exactly("quintic", 5, (96, 160)):
         if what == "power law 1":
-            off = iterated(x.unsqueeze(0), [coefficients("quintic", 5)], torch.float32)[0].double()
+            off = iterate(x.unsqueeze(0), [coefficients("quintic", 5)], torch.float32)[0].double()
             assert (off - should).norm() > 20 * standard[what] * should.norm()
 
 
@@ -257,11 +258,11 @@ CPUS = {
 def test_dtypes_on_a_cpu(monkeypatch: Any, has: str) -> None:
     """At "medium" precision: bfloat16 by default only where that is faster, and never for several steps at once."""
     (units, tiles, amd), in_bfloat16, in_float32 = CPUS[has]
-    monkeypatch.setattr(module, "_cpu_has_bfloat16_units", lambda: units)
-    monkeypatch.setattr(module, "cpu_has_tiles", lambda: tiles)
-    monkeypatch.setattr(module, "_cpu_is_amds_with_vectors", lambda: amd)
+    monkeypatch.setattr(cpu, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(cpu, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(cpu, "is_amd_with_bfloat16_vectors", lambda: amd)
     device, taken = torch.device("cpu"), []
-    monkeypatch.setattr(module, "iterated", lambda part, blocks, dtype, _: taken.append((blocks, dtype)) or part)
+    monkeypatch.setattr(module, "iterate", lambda part, blocks, dtype, _: taken.append((blocks, dtype)) or part)
     for shapes, dtype in ((in_bfloat16, BF16), (in_float32, F32)):
         for shape in (each for of in shapes for each in (of, of[::-1])):
             of = [NewtonSchulz("quintic", 5, algorithm=each) for each in ("standard", "gram", "auto")]
@@ -291,15 +292,32 @@ def test_the_size_of_a_matrix_does_not_matter(shape: tuple[int, int], algorithm:
     torch.testing.assert_close(newton_schulz(x * scale), newton_schulz(x), atol=1e-5, rtol=1e-4)
 
 
-def test_a_large_stack_goes_in_parts(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_coefficients_and_products_are_those_of_a_call(precision: Any) -> None:
+    """For an iteration elsewhere, such as that of a matrix in shards."""
+    orthogonalize = NewtonSchulz("polar_express", 10, False, "auto", precision)
+    x = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    X = x / x.norm()
+    assert [*orthogonalize.coefficients] == coefficients("polar_express", 10)
+    with orthogonalize.products(torch.float32):
+        assert torch.get_float32_matmul_precision() == precision
+        for a, b, c in orthogonalize.coefficients:
+            A = X @ X.mT
+            X = a * X + (b * A + c * A @ A) @ X
+    torch.testing.assert_close(X, orthogonalize(x), atol=1e-4, rtol=1e-4)
+    with orthogonalize.products(torch.float32, several_steps=True):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_large_batch_goes_in_parts(monkeypatch: Any) -> None:
     """Whose temporary memory is bounded: the result is the same."""
     x = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0))
     sizes = []
-    monkeypatch.setattr(module, "iterated", lambda part, *rest: sizes.append(len(part)) or iterated(part, *rest))
+    monkeypatch.setattr(module, "iterate", lambda part, *rest: sizes.append(len(part)) or iterate(part, *rest))
     whole = NewtonSchulz("quintic", 5)(x)
-    monkeypatch.setitem(module._STACKS, "cpu", (256, 2 * 4 * 12 * 20))
+    monkeypatch.setitem(batches._BATCHES, "cpu", (256, 2 * 4 * 12 * 20))
     torch.testing.assert_close(NewtonSchulz("quintic", 5)(x), whole, atol=1e-5, rtol=1e-5)
-    monkeypatch.setitem(module._STACKS, "cpu", (8, 2**30))
+    monkeypatch.setitem(batches._BATCHES, "cpu", (8, 2**30))
     torch.testing.assert_close(NewtonSchulz("quintic", 5)(x), whole, atol=1e-5, rtol=1e-5)
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
 
@@ -314,7 +332,7 @@ def test_float16_is_summed_in_float32(monkeypatch: Any) -> None:
         return flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_accumulation, split_k
 
     before = look()
-    monkeypatch.setattr(module, "iterated", lambda part, *_: seen.append(look()) or part)
+    monkeypatch.setattr(module, "iterate", lambda part, *_: seen.append(look()) or part)
     try:
         flags.allow_fp16_accumulation = True
         for allowed, split_k in ((True, True), (False, False), (False, True)):  # torch refuses the fourth

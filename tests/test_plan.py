@@ -15,7 +15,7 @@ from emerging_optimizers.adaptive_muon.exchange import Mode, make_mode
 from emerging_optimizers.adaptive_muon.exchange.plan import Ready, make_plan
 from emerging_optimizers.adaptive_muon.orthogonalize import batches
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Rectangle, ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.sharding import Held, Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, ShardShapes
 
 
 LAYER_SHARDED, DUPLICATED, DISTRIBUTED = MODES = tuple(map(make_mode, ("layer_sharded", "duplicated", "distributed")))
@@ -52,10 +52,12 @@ def parameter(
         (sum(layout.rectangles[each].shape[0] for layout in layouts), layouts[0].rectangles[each].shape[1])
         for each in range(group.size())
     )
-    held = Held(tuple(rows for rows, _ in shapes), pieces)
+    shapes_of_shards = ShardShapes(tuple(rows for rows, _ in shapes), pieces)
     # As with blocks that repeat, the rows at hand may be adjacent on one rank and not on another.
     rows: Any = slice(0) if rank % 2 else torch.tensor([0, 2])
-    return torch.empty(*stack, *pieces[rank]), [Matrix(each, i, rows, held) for i, each in enumerate(layouts)]
+    return torch.empty(*stack, *pieces[rank]), [
+        Matrix(each, i, rows, shapes_of_shards) for i, each in enumerate(layouts)
+    ]
 
 
 @st.composite

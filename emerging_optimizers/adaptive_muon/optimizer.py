@@ -23,7 +23,8 @@ from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import Newton
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed
-from emerging_optimizers.adaptive_muon.sharding.sharding import BlocksFn, LayoutFn, Sharding
+from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn
+from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state
 from emerging_optimizers.adaptive_muon.update import BatchUpdate, Rule

@@ -18,7 +18,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, round_into, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, wrapped_like
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix, merge_blocks
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 
 

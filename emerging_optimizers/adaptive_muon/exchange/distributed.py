@@ -8,13 +8,13 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.exchange.messages import sum_over
 from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
+from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
 

@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import reduce
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 
-__all__ = ["Part", "all_gather", "all_to_all", "sum_over"]
+__all__ = ["Part", "all_gather", "all_to_all"]
 
 _ALIGNED = 16
 
@@ -81,22 +80,6 @@ def all_gather(
     arrived = packed.new_empty(len(incoming), longest)
     _all_gather(arrived.view(-1), packed, group=group)
     return [_views(buffer, parts) for buffer, parts in zip(arrived, incoming, strict=True)]
-
-
-def sum_over(group: ProcessGroup, terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the sums of tensors over the ranks of a group, from one all-reduce in the widest of their dtypes.
-
-    Args:
-        group: The process group.
-        terms: This rank's terms, of the same shapes and dtypes on all ranks; with none, nothing is sent.
-    """
-    if not terms:
-        return []
-    widest = reduce(torch.promote_types, (term.dtype for term in terms))
-    bucket = torch.cat([term.reshape(-1).to(widest) for term in terms])
-    dist.all_reduce(bucket, group=group)
-    sums = torch.split(bucket, [term.numel() for term in terms])
-    return [total.view(term.shape).to(term.dtype) for total, term in zip(sums, terms, strict=True)]
 
 
 def _size(parts: Sequence[Part]) -> int:

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.exchange.mode import Mode
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
 __all__ = ["Batch", "Plan", "Ready", "Round", "make_plan"]
@@ -110,11 +110,11 @@ def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[B
     """
     by_key: dict[Hashable, list[int]] = {}
     for index, one in ready.items():
-        by_key.setdefault((tuple(matrix.kind for matrix in one.matrices), *one[1:]), []).append(index)
+        by_key.setdefault((tuple(matrix.batch_key for matrix in one.matrices), *one[1:]), []).append(index)
     batches = []
     for members in by_key.values():
         first = ready[members[0]]
-        held = first.matrices[0].held
+        held = first.matrices[0].shard_shapes
         shape = first.shape if held is None else (*first.shape[:-2], *held.largest)
         of_member = {index: [owners.get(matrix, 0) for matrix in ready[index].matrices] for index in members}
         # The members of an owner are adjacent, so that a slice of the batch is sent to it.

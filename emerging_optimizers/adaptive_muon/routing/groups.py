@@ -4,7 +4,6 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, override
-from uuid import uuid4
 from weakref import ref
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, within
+from emerging_optimizers.adaptive_muon.identity import give_key, key_of
 from emerging_optimizers.adaptive_muon.routing.rules import (
     AlgorithmT,
     Route,
@@ -41,8 +41,6 @@ __all__ = [
 ]
 
 _SCALAR_KEYS = ("scalar_lr", "scalar_eps", "scalar_weight_decay")
-# A parameter's attribute, by which its name and route are found. Plain text, so that torch.load takes it.
-_KEY = "_muon_key"
 _OUTSIDE = "put into a group from outside"
 # Keys by which loggers tell groups apart: Lightning's LearningRateMonitor refuses two groups of one name.
 _IDENTIFIERS = ("name", "group_name")
@@ -103,9 +101,10 @@ class ModelRoutes:
 class Entries:
     """Names and routes of the parameters in groups. They follow the parameters, whoever edits the groups.
 
-    A parameter carries a key as an attribute, and so is not kept alive. What is put in a parameter's place (a copy of
-    the optimizer, ``fully_shard`` and ``torch.utils.swap_tensors`` do so) lacks the key, and takes over that of its
-    place. It does so only if all groups still have their lengths and the key has not gone elsewhere.
+    They are stored under the parameters' keys, which keep no parameter alive. What is put in a parameter's place (a copy
+    of the optimizer, ``fully_shard`` and ``torch.utils.swap_tensors`` do so) has no key or an unknown one, and takes over
+    the name and route of its place. It does so only if all groups still have their lengths and the key of the place has
+    not gone elsewhere.
     """
 
     def __init__(self) -> None:
@@ -116,9 +115,9 @@ class Entries:
         """Add the parameters of a new group, the last one."""
         self._places.append([])
         for (name, p), route in zip(entries, routes, strict=True):
-            key = getattr(p, _KEY, "")
+            key = key_of(p)
             if not key or any(key in place for place in self._places):  # the key of a copy of a parameter
-                key = p._muon_key = uuid4().hex  # type: ignore[attr-defined]
+                key = give_key(p)
             self._known[key] = (name, route)
             self._places[-1].append(key)
 
@@ -129,40 +128,35 @@ class Entries:
             groups: The groups, each of one kind.
             model: The routes of a model, for parameters that were put into a group from outside.
         """
-        places = [[getattr(p, _KEY, "") for p in group["params"]] for group in groups]
+        places = [[key_of(p) for p in group["params"]] for group in groups]
         if any(key not in self._known for place in places for key in place):
             self._take_over(groups, places)
             self._look_up(groups, model)
-            places = [[getattr(p, _KEY, "") for p in group["params"]] for group in groups]
+            places = [[key_of(p) for p in group["params"]] for group in groups]
         self._places = places
         return [
             [_of_group(group, *self._known[key]) for key in place] for group, place in zip(groups, places, strict=True)
         ]
 
     def _take_over(self, groups: Sequence[dict[str, Any]], places: list[list[str]]) -> None:
-        """Give parameters without a known key the one of their place, where that is beyond doubt."""
+        """Give parameters without a known key the name and route of their place, where the place is beyond doubt."""
         if [len(place) for place in places] != [len(place) for place in self._places]:
             return
         present = {key for place in places for key in place}
         for group, place, before in zip(groups, places, self._places, strict=True):
             for p, key, old in zip(group["params"], place, before, strict=True):
-                if not key and old not in present:
-                    p._muon_key = old
-                elif key not in self._known and old not in present:  # the key is another optimizer's
-                    self._known[key] = self._known[old]
+                if key not in self._known and old not in present:
+                    self._known[key or give_key(p)] = self._known[old]
 
     def _look_up(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> None:
         """Give all other parameters without a known key the name and route that the model has for them, if any."""
-        new = [
-            (p, group.get("use_muon"))
-            for group in groups
-            for p in group["params"]
-            if getattr(p, _KEY, "") not in self._known
-        ]
+        new = [(p, group.get("use_muon")) for group in groups for p in group["params"] if key_of(p) not in self._known]
         known = model.by_parameter(p for p, _ in new) if new else {}
         for p, use_muon in new:
-            key = p._muon_key = getattr(p, _KEY, "") or uuid4().hex
-            self._known[key] = known.get(p) or ("", Route("adaptive_muon" if use_muon else "adamw", _OUTSIDE))
+            self._known[key_of(p) or give_key(p)] = known.get(p) or (
+                "",
+                Route("adaptive_muon" if use_muon else "adamw", _OUTSIDE),
+            )
 
 
 def _of_group(group: dict[str, Any], name: str, route: Route) -> tuple[str, Route]:

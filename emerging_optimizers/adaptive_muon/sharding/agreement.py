@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a group tell each other before they rely on it: an error on all of them, not a hang."""
+"""What all ranks of a group find out together: their sums, and whether they agree, an error on all of them if not."""
 
+from collections.abc import Sequence
+from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["require_agreement", "tell_all"]
+__all__ = ["gather_from_all", "require_agreement", "sum_over"]
 
 
-def tell_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
-    """Returns the values of all ranks of a group, in their order.
+def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
+    """Return the values of all ranks of a group, in the order of the ranks.
 
     Args:
         group: The process group; all of its ranks must call.
-        value: What this rank tells; it is pickled.
+        value: The value of this rank; it is pickled.
         subject: What is compared, for the error.
 
     Raises:
-        RuntimeError: If a rank does not answer, because it died, went elsewhere or is late beyond the group's timeout.
+        RuntimeError: If a rank does not answer, because it died, took another path or is later than the group's
+            timeout.
     """
     values: list[Any] = [None] * group.size()
     try:
@@ -36,10 +40,10 @@ def tell_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
 
 
 def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
-    """Raises a ``ValueError``, the same on all ranks, unless all ranks told the same.
+    """Raise a ``ValueError``, the same on all ranks, unless the values of all ranks are equal.
 
     Args:
-        values: What each rank told. Of lists, the first entry that differs is shown.
+        values: The value of each rank. Of lists, the error shows the first entry that differs.
         subject: What must be the same.
         remedy: What to do about it.
     """
@@ -47,8 +51,24 @@ def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
         for entries in zip_longest(*values, fillvalue="nothing"):
             require_agreement(list(entries), subject, remedy)
         return
-    told: dict[str, list[int]] = {}
+    ranks_with: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
-        told.setdefault(str(value), []).append(rank)
-    by_rank = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in told.items())
-    require(len(told) == 1, f"{subject} must be the same on all ranks of a process group", by_rank, remedy)
+        ranks_with.setdefault(str(value), []).append(rank)
+    by_rank = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in ranks_with.items())
+    require(len(ranks_with) == 1, f"{subject} must be the same on all ranks of a process group", by_rank, remedy)
+
+
+def sum_over(group: ProcessGroup, terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the sums of tensors over the ranks of a group, from one all-reduce in the widest of their dtypes.
+
+    Args:
+        group: The process group.
+        terms: This rank's terms, of the same shapes and dtypes on all ranks; with none, nothing is sent.
+    """
+    if not terms:
+        return []
+    widest = reduce(torch.promote_types, (term.dtype for term in terms))
+    bucket = torch.cat([term.reshape(-1).to(widest) for term in terms])
+    dist.all_reduce(bucket, group=group)
+    sums = torch.split(bucket, [term.numel() for term in terms])
+    return [total.view(term.shape).to(term.dtype) for total, term in zip(sums, terms, strict=True)]

@@ -22,25 +22,30 @@ class RowBlock:
     period: int
 
     def rows_before(self, row: int) -> int:
-        """The number of the block's rows above a row of the parameter."""
+        """Return the number of the block's rows above a row of the parameter."""
         patterns, rest = divmod(row, self.period)
         return patterns * (self.stop - self.start) + min(max(rest - self.start, 0), self.stop - self.start)
 
-    def rows_at(self, held: range, device: torch.device) -> slice | torch.Tensor:
-        """Which of the rows that are held belong to the block, counted from the first that is held."""
-        rows = [row - held.start for row in held if self.start <= row % self.period < self.stop]
+    def rows_in(self, shard: range, device: torch.device) -> slice | torch.Tensor:
+        """Return which rows of a shard belong to the block: a slice where they are adjacent, else their indices.
+
+        Args:
+            shard: The rows of the parameter that the shard consists of.
+            device: The device of the indices.
+        """
+        rows = [row - shard.start for row in shard if self.start <= row % self.period < self.stop]
         if not rows or rows[-1] - rows[0] + 1 == len(rows):
             return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
         return torch.tensor(rows, device=device)
 
 
 def row_blocks(blocks: Any, rows: int, name: str) -> list[RowBlock]:
-    """Returns the blocks of a matrix.
+    """Return the blocks of a matrix.
 
     Args:
         blocks: Rows of each block, in a tuple. Where they sum to less than ``rows``, the pattern repeats down the
-            matrix and a block is made of its rows in every repetition, as Megatron's fused attention weight has
-            queries, keys and values by query group.
+            matrix, and a block consists of its rows in every repetition. Megatron's fused attention weight has its
+            queries, keys and values in this way, one repetition per query group.
         rows: Rows of the whole matrix.
         name: What to call it in an error.
 

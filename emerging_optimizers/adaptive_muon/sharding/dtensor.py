@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DTensors: the pieces their placements describe, and optimizer state that is sharded as they are.
+"""DTensors: the shards that their placements describe, and optimizer state that is sharded as they are.
 
-Torch's part that defines them takes a second to import; it is imported where a DTensor, which has it imported, is met.
+The part of torch that defines DTensors takes a second to import. It is imported only where a DTensor shows that it has
+been imported already.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,41 +25,41 @@ __all__ = [
     "is_dtensor",
     "is_transposed",
     "local_of",
-    "piece_of",
+    "shard_of",
     "placements_like",
     "wrapped_like",
 ]
 
 
 def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
-    """Returns whether a tensor is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "placements")
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns what this process holds of a tensor: its piece of a DTensor, all of any other, sharing the memory."""
+    """Return what this process holds of a tensor, sharing its memory: its shard of a DTensor, all of any other."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def is_transposed(p: torch.Tensor) -> bool:
-    """Returns whether a parameter is tagged ``muon_transposed``: stored (in, out), it is worked on as (out, in)."""
+    """Return whether a parameter is tagged ``muon_transposed``: it is stored (in, out) and worked on as (out, in)."""
     return bool(getattr(p, "muon_transposed", False))
 
 
 def as_matrices(p: torch.Tensor, like_p: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns what this process holds of a parameter as matrices (out, in), a view.
+    """Return what this process holds of a parameter as matrices (out, in), a view.
 
     Args:
         p: The parameter.
-        like_p: A tensor that lies like the parameter, or is broadcastable to it; the parameter itself by default. One
-            of fewer dimensions is returned as it is.
+        like_p: A tensor of the parameter's shape, or broadcastable to it; the parameter itself by default. A tensor of
+            fewer dimensions is returned as it is.
     """
     local = local_of(p if like_p is None else like_p)
     return local.mT if is_transposed(p) and local.ndim == p.ndim else local
 
 
 def gradient_of(p: torch.Tensor) -> torch.Tensor:
-    """Returns what this process holds of a parameter's gradient, which is not None; summed first where it is partial."""
+    """Return what this process holds of a parameter's gradient, which is not None. A partial gradient is summed first."""
     grad = p.grad
     assert grad is not None
     if is_dtensor(p) and is_dtensor(grad) and grad.placements != p.placements:
@@ -66,18 +67,18 @@ def gradient_of(p: torch.Tensor) -> torch.Tensor:
     return local_of(grad)
 
 
-def piece_of(p: "DTensor", name: str) -> Layout | Piece:
-    """Returns which piece of its matrix this process holds of a DTensor.
+def shard_of(p: "DTensor", name: str) -> Layout | Piece:
+    """Return which shard of its matrix this process holds of a DTensor.
 
     Mesh dimensions that replicate the parameter, or that shard a stack of matrices along its first dimension, keep
-    matrices whole; the processes along all others hold them together.
+    matrices whole. The processes along all other mesh dimensions hold a matrix together.
 
     Args:
         p: The parameter, a matrix or a stack of matrices.
         name: What to call it in an error.
 
     Raises:
-        ValueError: If its placements are not shards and replicas of contiguous pieces.
+        ValueError: If its placements are not contiguous shards and replicas.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -88,39 +89,39 @@ def piece_of(p: "DTensor", name: str) -> Layout | Piece:
         p.placements,
         "redistribute it before the optimizer is made",
     )
-    spread = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
-    if not spread:
+    splitting = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
+    if not splitting:
         return Layout()
     shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
     require(
         tuple(shape) == tuple(p.to_local().shape),
-        f"the local piece of {name} must have the shape {tuple(shape)} of its placements {p.placements}; it has",
+        f"the local shard of {name} must have the shape {tuple(shape)} of its placements {p.placements}; it has",
         tuple(p.to_local().shape),
         "use torch's own placements, without padding",
     )
     (top, left), (rows, columns) = offset[-2:], shape[-2:]
     whole = (p.size(-2), p.size(-1))
-    top, left = min(top, whole[0]), min(left, whole[1])  # torch starts an empty piece beyond the end
-    return Piece(_group(mesh, spread, name), whole, (top, top + rows, left, left + columns))
+    top, left = min(top, whole[0]), min(left, whole[1])  # torch starts an empty shard beyond the end
+    return Piece(_group(mesh, splitting, name), whole, (top, top + rows, left, left + columns))
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
-    """Returns the placements of a buffer that lies as ``p`` does along some dimensions and has size 1 in others.
+    """Return the placements of a buffer that is sharded as ``p`` is along some dimensions and has size 1 in others.
 
     Args:
         p: The parameter.
         dims: Which of -2 (rows) and -1 (columns) the buffer has in common with it.
 
     Returns:
-        The placements, or None where no rank holds a piece only or ``p`` is no DTensor.
+        The placements, or None where every rank holds all of the buffer or ``p`` is no DTensor.
     """
     if not is_dtensor(p):
         return None
     from torch.distributed.tensor import Replicate
 
     kept = {*range(-p.ndim, -2), *dims}
-    placements = tuple(each if _sharded_dim(each, p.ndim) in kept else Replicate() for each in p.placements)
-    return None if all(each.is_replicate() for each in placements) else placements
+    placements = tuple(own if _sharded_dim(own, p.ndim) in kept else Replicate() for own in p.placements)
+    return None if all(placement.is_replicate() for placement in placements) else placements
 
 
 def wrapped_like(
@@ -129,13 +130,13 @@ def wrapped_like(
     placements: "Sequence[Placement] | None" = None,
     shape: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Returns a local tensor as what ``p`` is: itself, or the DTensor on the mesh of ``p`` of which it is the piece.
+    """Return a local tensor itself, or where ``p`` is a DTensor, the DTensor on its mesh of which it is the shard.
 
     Args:
         p: The parameter.
         local: The tensor.
         placements: The placements; those of ``p`` by default.
-        shape: The whole shape; that of ``p`` by default.
+        shape: The shape of the whole tensor; that of ``p`` by default.
     """
     if not is_dtensor(p):
         return local
@@ -149,21 +150,21 @@ def wrapped_like(
 
 
 def _sharded_dim(placement: "Placement", ndim: int) -> int | None:
-    """The tensor dimension, counted from the end, that a placement spreads over a mesh dimension."""
+    """The tensor dimension, counted from the end, that a placement splits over a mesh dimension."""
     dim: int | None = getattr(placement, "dim", None)
     return None if dim is None else dim % ndim - ndim
 
 
-def _group(mesh: DeviceMesh, spread: list[int], name: str) -> ProcessGroup:
+def _group(mesh: DeviceMesh, dims: list[int], name: str) -> ProcessGroup:
     """The group of the processes along the given mesh dimensions."""
-    if len(spread) == 1:
-        return mesh.get_group(spread[0])
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
     names = mesh.mesh_dim_names
     require(
         names is not None,
-        f"the dimensions of a mesh must have names where several of them hold a matrix together, as with {name}; got",
+        f"the dimensions of a mesh must have names where several of them split one matrix, as with {name}; got",
         mesh,
         "pass mesh_dim_names to init_device_mesh",
     )
     assert names is not None
-    return mesh[tuple(names[index] for index in spread)]._flatten().get_group()
+    return mesh[tuple(names[index] for index in dims)]._flatten().get_group()

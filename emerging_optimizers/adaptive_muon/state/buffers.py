@@ -23,7 +23,8 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     placements_like,
     wrapped_like,
 )
-from emerging_optimizers.adaptive_muon.sharding.sharding import Matrix, Sharding
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
+from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
 __all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "v_key"]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.exchange.messages import sum_over
+from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.sharding import merge_blocks
+from emerging_optimizers.adaptive_muon.sharding.matrices import merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, v_key
 
 

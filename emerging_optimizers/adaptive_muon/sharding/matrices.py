@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The logical matrices of a parameter, made of the shards that the ranks of a group have of it."""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.sharding.blocks import row_blocks
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, ShardedLayout, Split
+
+
+__all__ = [
+    "Matrix",
+    "Mode",
+    "ShardInfo",
+    "ShardShapes",
+    "merge_blocks",
+    "shard_info",
+    "sharded_matrices",
+    "whole_matrices",
+]
+
+
+class Mode(Protocol):
+    """What orthogonalizes matrices in shards, as far as it concerns their layouts."""
+
+    def check(self, layout: ShardedLayout, name: str) -> None:
+        """Raise a ``ValueError`` if it cannot orthogonalize a matrix of this layout."""
+
+
+class ShardShapes(NamedTuple):
+    """How a group holds a parameter: its row blocks, and the rows and columns of each rank's shard with padding."""
+
+    blocks: tuple[int, ...] | None
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The shape of the largest shard."""
+        return max(self.shapes, key=math.prod)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A logical matrix of a parameter: all of the parameter, or the rows of one block.
+
+    Args:
+        layout: Which rank holds which shard of it.
+        block: The number of the block; None where the parameter is one matrix.
+        rows: The local rows of the parameter that belong to the matrix, as a slice or as indices.
+        shard_shapes: The shapes of the parameter's shards, which are the same on all ranks; None where it is whole.
+    """
+
+    layout: Layout
+    block: int | None = None
+    rows: slice | torch.Tensor = slice(None)
+    shard_shapes: ShardShapes | None = None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether all local rows of the parameter belong to the matrix."""
+        return isinstance(self.rows, slice) and self.rows == slice(None)
+
+    @property
+    def batch_key(self) -> Hashable:
+        """A key that the matrices of two parameters share on every rank, or on none, if they can be in one batch."""
+        rows = self.rows if isinstance(self.rows, slice) else id(self.rows)
+        return self.layout, self.block, rows if self.shard_shapes is None else self.shard_shapes
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the matrix's part of a tensor of the parameter's shape: a view where its rows are adjacent."""
+        return tensor if self.is_all else tensor[..., self.rows, :]
+
+
+def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """Return one tensor, broadcastable to a parameter, that is made of a tensor for each matrix of the parameter.
+
+    Args:
+        matrices: The parameter's matrices.
+        parts: A tensor for each matrix, broadcastable to it.
+        shape: The shape of the parameter. Rows of padding, which belong to no matrix, are zero in the result.
+    """
+    if matrices[0].is_all:
+        return parts[0]
+    merged = parts[0].new_zeros(shape)
+    for matrix, part in zip(matrices, parts, strict=True):
+        merged[..., matrix.rows, :] = part
+    return merged
+
+
+class ShardInfo(NamedTuple):
+    """What a rank sends to the others about its shard of a parameter. The first six must be the same on all ranks."""
+
+    name: str
+    group: int
+    dtype: str
+    stack: tuple[int, ...]
+    blocks: Any
+    split: int | tuple[int, int] | None  # the dimension of a Split, the whole shape of a Piece
+    local: tuple[int, int]
+    rectangle: tuple[int, int, int, int] | None
+
+    def common(self) -> str:
+        """Return what must be the same on all ranks, as text for an error."""
+        shape: list[Any] = [*self.stack, *self.local]
+        if isinstance(self.split, int):
+            shape[self.split] = "*"
+        elif self.split is not None:
+            shape[-2:] = self.split
+        elif self.stack:
+            shape[0] = "*"  # a stack of whole matrices, of which ranks may hold different ones
+        how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
+        return (
+            f"{self.name}: ({', '.join(map(str, shape))}) {self.dtype}{how}"
+            + (f" in blocks {self.blocks}" if self.blocks is not None else "")
+            + (f" in group {self.group}" if self.group else "")
+        )
+
+
+def shard_info(p: torch.Tensor, name: str, group: int, split: Layout | Split | Piece, blocks: Any) -> ShardInfo:
+    """Return what to send to the other ranks about a parameter.
+
+    Args:
+        p: The parameter.
+        name: Its name in errors.
+        group: The number of its parameter group.
+        split: How its matrix is split.
+        blocks: The row counts of its blocks, or None.
+    """
+    local = as_matrices(p).shape
+    whole, rectangle = (split.whole, split.rectangle) if isinstance(split, Piece) else (None, None)
+    return ShardInfo(
+        name,
+        group,
+        str(p.dtype).removeprefix("torch."),
+        tuple(local[:-2]),
+        blocks,
+        split.dim - p.ndim if isinstance(split, Split) else whole,
+        (local[-2], local[-1]),
+        rectangle,
+    )
+
+
+def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
+    """Return the matrices of a parameter that is held whole.
+
+    Args:
+        p: The parameter.
+        name: What to call it in an error.
+        blocks: The row counts of its blocks, or None.
+    """
+    if blocks is None:
+        return (Matrix(Layout()),)
+    local = as_matrices(p)
+    rows = range(local.size(-2))
+    return tuple(
+        Matrix(Layout(), index, block.rows_in(rows, local.device))
+        for index, block in enumerate(row_blocks(blocks, len(rows), name))
+    )
+
+
+def sharded_matrices(
+    p: torch.Tensor, name: str, group: ProcessGroup, infos: Sequence[ShardInfo], mode: Mode | None
+) -> tuple[Matrix, ...]:
+    """Return the matrices of a parameter that a group holds in shards.
+
+    Args:
+        p: The parameter, of which this process has a shard.
+        name: What to call it in an error.
+        group: The group.
+        infos: What each rank has sent about its shard.
+        mode: What orthogonalizes matrices in shards; None takes each shard for a matrix of its own.
+
+    Raises:
+        ValueError: If shards or blocks do not fit together, or the mode cannot orthogonalize the matrix.
+    """
+    whole, rectangles = _rectangles(infos)
+    blocks, own = infos[0].blocks, rectangles[group.rank()]
+    shapes = None if mode is None else ShardShapes(blocks, tuple(info.local for info in infos))
+
+    def layout(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], name: str) -> Layout:
+        if mode is None:
+            return Layout()
+        sharded = ShardedLayout(group, group.rank(), whole, rectangles)
+        mode.check(sharded, name)
+        return sharded
+
+    if blocks is None:
+        rows = own.shape[0]
+        unpadded = slice(None) if rows == as_matrices(p).size(-2) else slice(rows)
+        return (Matrix(layout(whole, rectangles, name), rows=unpadded, shard_shapes=shapes),)
+    shard, matrices = range(own.top, own.bottom), []
+    for index, block in enumerate(row_blocks(blocks, whole[0], name)):
+        before = block.rows_before
+        in_block = tuple(Rectangle(before(r.top), before(r.bottom), r.left, r.right) for r in rectangles)
+        block_layout = layout((before(whole[0]), whole[1]), in_block, f"a block of {name}")
+        matrices.append(Matrix(block_layout, index, block.rows_in(shard, p.device), shapes))
+    return tuple(matrices)
+
+
+def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
+    """The whole shape of a matrix, and the rectangle of each rank's shard."""
+    split = infos[0].split
+    if isinstance(split, tuple):
+        return split, tuple(Rectangle(*info.rectangle) for info in infos if info.rectangle is not None)
+    rows, columns = infos[0].local
+    strips = list(pairwise(accumulate((info.local[split or 0] for info in infos), initial=0)))
+    end = strips[-1][1]
+    if split == -2:
+        return (end, columns), tuple(Rectangle(start, stop, 0, columns) for start, stop in strips)
+    return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in strips)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a parameter is split, as far as one process can find out alone."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.checks import require, require_picklable, within
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, shard_of
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
+
+
+__all__ = ["BlocksFn", "LayoutFn", "Rules"]
+
+LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
+BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules by which a parameter's split and blocks are found.
+
+    Args:
+        tp_group: The group over which a parameter with ``partition_dim`` 0 or 1 is split.
+        layout_fn: Returns how a parameter is split, or None for its placements or ``partition_dim``.
+        blocks_fn: Returns the row blocks of a parameter, or None for its ``muon_blocks``.
+        blockwise: Whether every shard is taken for a matrix of its own.
+
+    Raises:
+        ValueError: If an argument has the wrong type.
+    """
+
+    tp_group: ProcessGroup | None
+    layout_fn: LayoutFn | None
+    blocks_fn: BlocksFn | None
+    blockwise: bool
+
+    def __post_init__(self) -> None:
+        """Check the types."""
+        require(
+            self.tp_group is None or isinstance(self.tp_group, ProcessGroup),
+            "tp_group must be a torch.distributed.ProcessGroup that this process belongs to",
+            self.tp_group,
+            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
+        )
+        require(
+            self.layout_fn is None or callable(self.layout_fn),
+            "layout_fn must be a function of a parameter",
+            self.layout_fn,
+            "return a Layout, Split or Piece from it, or None for the usual rules",
+        )
+        require(
+            self.blocks_fn is None or callable(self.blocks_fn),
+            "blocks_fn must be a function of a parameter",
+            self.blocks_fn,
+            "or set muon_blocks on the fused parameters",
+        )
+
+    def require_picklable(self) -> None:
+        """Raise a ``PicklingError`` that names an argument which pickle cannot carry."""
+        for name in ("tp_group", "layout_fn", "blocks_fn"):
+            require_picklable(name, getattr(self, name))
+
+    def split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
+        """Return how the matrix (out, in) of a parameter is split; ``Layout()`` where it is whole.
+
+        Args:
+            p: The parameter, a matrix or a stack of matrices.
+            name: What to call it in an error.
+
+        Raises:
+            ValueError: If the split contradicts the parameter's shape, or a shard has no group.
+        """
+        split = _transposed_if_tagged(p, self._stored_split(p, name), name)
+        if isinstance(split, Layout) or (split.group.size() == 1 and not getattr(split, "padding", 0)):
+            return Layout()
+        if isinstance(split, Split):
+            require(
+                split.dim in range(p.ndim),
+                f"the split dimension of {name} must be one of its {p.ndim}, counted from 0",
+                split.dim,
+                "0 splits the rows of a matrix, 1 its columns",
+            )
+            return split if split.dim >= p.ndim - 2 else Layout()  # a stack, each of whose matrices is whole
+        local, (rows, columns) = tuple(as_matrices(p).shape[-2:]), Rectangle(*split.rectangle).shape
+        require(
+            within(split.padding, 0) and local == (rows + split.padding, columns),
+            f"the local shard of {name} must have the {rows} x {columns} of its rectangle and {split.padding} rows of "
+            "padding; it has the shape",
+            local,
+            "check the rectangle (top, bottom, left, right) and the padding",
+        )
+        return split
+
+    def blocks(self, p: torch.Tensor) -> Any:
+        """Return the row counts of a parameter's blocks, not yet checked; None where it is one matrix."""
+        blocks = self.blocks_fn(p) if self.blocks_fn is not None else None
+        blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
+        return tuple(blocks) if isinstance(blocks, Iterable) else blocks
+
+    def _stored_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
+        """How a parameter is split as it is stored: by layout_fn, its placements, or its partition_dim."""
+        split = self.layout_fn(p) if self.layout_fn is not None else None
+        if split is not None:
+            require(
+                isinstance(split, Layout | Split | Piece),
+                f"layout_fn must return a Layout, Split, Piece or None; for {name} it returned",
+                split,
+                "return None for the usual rules",
+            )
+            return split
+        if is_dtensor(p):
+            split = shard_of(p, name)
+            require(
+                not self.blockwise or isinstance(split, Layout),
+                f"the shards of a DTensor are no matrices of their own; {name} is one, with tp_mode",
+                "blockwise",
+                'use the default, "layer_sharded"',
+            )
+            return split
+        dim = getattr(p, "partition_dim", -1)
+        if dim is None or dim == -1:
+            return Layout()
+        require(
+            isinstance(dim, int) and dim in range(p.ndim),
+            f"partition_dim of {name} must be a dimension of it, or -1",
+            dim,
+            "0 splits the rows, 1 the columns, -1 says whole",
+        )
+        if self.tp_group is not None:
+            return Split(self.tp_group, dim)
+        require(
+            not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1),
+            f"a parameter with partition_dim is a shard of a matrix and needs tp_group; {name} has partition_dim",
+            dim,
+            "pass the tensor-parallel group, or set partition_dim to -1 if every rank holds all of it",
+        )
+        return Layout()
+
+
+def _transposed_if_tagged(p: torch.Tensor, split: Layout | Split | Piece, name: str) -> Layout | Split | Piece:
+    """How the matrix (out, in) of a parameter is split, where the parameter may be stored as (in, out)."""
+    if not is_transposed(p) or isinstance(split, Layout):
+        return split
+    if isinstance(split, Split):
+        swapped = {p.ndim - 2: p.ndim - 1, p.ndim - 1: p.ndim - 2}
+        return Split(split.group, swapped.get(split.dim, split.dim))
+    require(
+        split.padding == 0,
+        f"a parameter tagged muon_transposed must not be padded; the padding of {name} is",
+        split.padding,
+        "store its transpose, without the tag",
+    )
+    top, bottom, left, right = split.rectangle
+    return Piece(split.group, split.whole[::-1], (left, right, top, bottom))
