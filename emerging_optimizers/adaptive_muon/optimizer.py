@@ -1,45 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from inspect import signature
-from typing import Any, Literal, Self, SupportsIndex, cast, get_args, overload, override
+from typing import Any, Self, SupportsIndex, Unpack, overload, override
 
 import torch
 from torch._compile import _disable_dynamo
-from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon.checks import require, require_one_of, require_picklable, within
-from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT, make_mode
+from emerging_optimizers.adaptive_muon.checks import require, require_picklable
+from emerging_optimizers.adaptive_muon.exchange import make_mode
 from emerging_optimizers.adaptive_muon.exchange.plan import Batch, Plan, Ready, make_plan
 from emerging_optimizers.adaptive_muon.modes import plain_modes
-from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, make_moment2
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
+from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed
-from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state
-from emerging_optimizers.adaptive_muon.update import BatchUpdate, Rule
+from emerging_optimizers.adaptive_muon.update import BatchUpdate, StepRule
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
-from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
+from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
-from emerging_optimizers.utils import FP32MatmulPrecT
 
 
-__all__ = ["AdaptiveMuon", "WeightDecayMethodT"]
-
-WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive"]
+__all__ = ["AdaptiveMuon"]
 
 
+@shows_options
 class AdaptiveMuon(upstream.AdaptiveMuon):
     """Muon with an adaptive second moment: AdaMuon, NorMuon, NAMO or NAMO-D, by one switch.
 
@@ -78,59 +71,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     Args:
         params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group
             may set its own ``lr``, ``momentum``, ``weight_decay``, ``beta2`` and ``eps``.
-        lr: Learning rate, >= 0. Default 3e-4, as upstream's Muon.
-        momentum: Decay rate of the momentum, in [0, 1). Default 0.95, as upstream's Muon and all three papers.
-        weight_decay: Weight decay coefficient, >= 0. Default 0.01, as upstream's Muon.
-        nesterov: Whether to look ahead: :math:`M' = (1-\\mu) G + \\mu M`.
-        weight_decay_method: Upstream's "decoupled", "independent", "l2" and "palm", see
-            :class:`~emerging_optimizers.mixin.WeightDecayMixin`; or "adaptive", the paper's: decoupled and scaled by
-            the same D as the update, :math:`W \\leftarrow W (1 - \\eta \\lambda D)`; for "namo" and "namo_d" only.
-        fp32_matmul_prec: Precision of the orthogonalization's products: "highest" and "high" as in
-            ``torch.set_float32_matmul_precision``; "medium" iterates in 16 bit: bfloat16 with
-            ``ns_algorithm="standard"``, else float16 on CUDA. On a CPU, "gram" then iterates in float32, and "auto" in
-            bfloat16 only where the CPU has units for it and is faster with them: never where a side is below 192.
-        coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
-            "deepseekv4".
-        num_ns_steps: Number of Newton-Schulz iterations, >= 1.
-        ns_algorithm: How they are computed. "standard" is upstream's function for one matrix after the other, to the
-            last bit; "gram" takes two or three steps at once on the smaller Gram matrix, of a stack of matrices of
-            one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more
-            than a few times as much; at "medium" precision less than "standard", or in bfloat16 about as much, see
-            :class:`~emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz.NewtonSchulz`.
-        scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
-            :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
-        extra_scale_factor: Further factor on the update; 0.2 with "spectral" gives Muon the update size of AdamW
-            (arXiv:2502.16982).
-        moment2_method: "adamuon", "normuon", "namo" or "namo_d".
-        beta2: Decay rate of V, in [0, 1). Default 0.95, as upstream; the NAMO paper uses 0.99.
-        eps: Small constant that is added to D's denominator ("normuon": the least that V counts as), > 0. Default
-            1e-8, as upstream. The denominator of "namo" and "namo_d" is a gradient norm: set ``eps`` well below those.
-        bias_correction: Whether D is corrected for V, and for namo and namo_d the momentum, having started at zero:
-            a factor :math:`\\sqrt{1 - \\beta_2^t}`, for namo and namo_d over :math:`1 - \\mu^t`. None means what the
-            method's source does: on for "namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).
-        namo_d_clamp: c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. Default 0.75, from the
-            paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.
-        use_syrk: Whether to use Triton kernels for symmetric products, on CUDA at "medium" precision: upstream's with
-            ``ns_algorithm="standard"``, else ours.
-        tp_group: Process group over which parameters are split that have the attribute ``partition_dim``: 0 their
-            rows, 1 their columns, in the order of the ranks; -1, None or no such attribute is a whole matrix. Strips
-            may differ in size. DTensors need no group: they know how they are sharded.
-        tp_mode: How a matrix in pieces is orthogonalized. "layer_sharded": sent to one rank and back, many matrices in
-            two messages; "duplicated": gathered and orthogonalized by all ranks; "distributed": left where it is, Gram
-            matrices are summed in every iteration, which rounds differently; "blockwise": each piece as a matrix of
-            its own, which is another result. The others give the whole matrix's.
-        layout_fn: Says how a parameter is split where the rules above do not fit: takes the parameter and returns
-            ``Layout()`` for whole, a :class:`~emerging_optimizers.adaptive_muon.Split`, a
-            :class:`~emerging_optimizers.adaptive_muon.Piece`, or None for the rules above.
-        blocks_fn: Says the row blocks of a fused parameter: takes it and returns their sizes, or None for the
-            parameter's attribute ``muon_blocks``, if it has one. Every block is a matrix of its own. Where the sizes
-            sum to less than the rows, they repeat down the matrix, as Megatron's query groups do.
-        max_bytes_in_flight: What a rank may send and receive at once, in bytes. A step with more takes more rounds of
-            the same messages; a parameter that is larger has a round of its own. Default 1 GiB.
-        capturable: Whether a step may be captured in a CUDA graph, as with torch's own optimizers: the step count is
-            kept on the device, and ``lr`` may be a tensor there, for replays to follow a schedule.
+        {options}
 
     Raises:
+        TypeError: If an argument is unknown.
         ValueError: If an argument, a group's option or a parameter breaks one of the rules above, or a sharding engine
             has emptied or flattened a parameter. Nothing is changed.
     """
@@ -138,96 +82,27 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
-        *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayMethodT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        ns_algorithm: NSAlgorithmT = "auto",
-        scale_mode: MuonScaleT = "spectral",
-        extra_scale_factor: float = 1.0,
-        moment2_method: Moment2MethodT = "adamuon",
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        bias_correction: bool | None = None,
-        namo_d_clamp: float = 0.75,
-        use_syrk: bool = False,
-        tp_group: ProcessGroup | None = None,
-        tp_mode: TensorParallelModeT = "layer_sharded",
-        layout_fn: LayoutFn | None = None,
-        blocks_fn: BlocksFn | None = None,
-        max_bytes_in_flight: int = 2**30,
-        capturable: bool = False,
+        lr: float = Options.lr,
+        momentum: float = Options.momentum,
+        weight_decay: float = Options.weight_decay,
+        **options: Unpack[OptionsDict],
     ) -> None:
-        moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
-        use_syrk = use_syrk and syrk_is_usable()
-        orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk, ns_algorithm, fp32_matmul_prec)
-        require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
-        require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
-        self._mode = make_mode(tp_mode)
-        require(
-            within(max_bytes_in_flight, 1),
-            "max_bytes_in_flight must be a positive number of bytes",
-            max_bytes_in_flight,
-            "the default is 2**30",
+        self.options = Options.of(lr=lr, momentum=momentum, weight_decay=weight_decay, **options)
+        moment2 = self.options.moment2
+        _check_decay_method(self.options)
+        self.bias_correction, self.capturable = bool(self.options.bias_correction), self.options.capturable
+        self.max_bytes_in_flight = self.options.max_bytes_in_flight
+        self._mode = make_mode(self.options.tp_mode)
+        placement = self.options.layout_fn, self.options.blocks_fn
+        self._sharding = Sharding(self.options.tp_group, self._mode, *placement, self.options.synced)
+        self.state_format = StateFormat(
+            self._sharding, self.options.moment2_method, moment2, self.bias_correction, self.capturable
         )
-        finite = within(extra_scale_factor, -math.inf) and math.isfinite(extra_scale_factor)
-        require(finite, "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
-        require(
-            weight_decay_method != "l2" or not moment2.reads_gradient,
-            f'weight_decay_method must not be "l2" with moment2_method="{moment2_method}", whose gradient norms it '
-            "would falsify",
-            weight_decay_method,
-            'use "decoupled" or "adaptive"',
-        )
-        require(
-            weight_decay_method != "adaptive" or moment2.adaptive_decay,
-            f'weight_decay_method must not be "adaptive" with moment2_method="{moment2_method}", whose D is not a '
-            "ratio of signal to noise",
-            weight_decay_method,
-            'use "decoupled", or moment2_method="namo" or "namo_d"',
-        )
-        self.bias_correction = moment2.bias_correction if bias_correction is None else bool(bias_correction)
-        self.max_bytes_in_flight = max_bytes_in_flight
-        self.capturable = capturable
-        alike = {
-            "moment2_method": moment2,
-            "orthogonalization": orthogonalize,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "nesterov": nesterov,
-            "weight_decay_method": weight_decay_method,
-            "scale_mode": scale_mode,
-            "extra_scale_factor": extra_scale_factor,
-            "bias_correction": self.bias_correction,
-            "tp_mode": tp_mode,
-            "max_bytes_in_flight": max_bytes_in_flight,
-            "capturable": capturable,
-        }
-        self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn, alike)
-        self.state_format = StateFormat(self._sharding, moment2_method, moment2, self.bias_correction, capturable)
         self._plan: tuple[list[Ready], Plan] | None = None
-        self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=cast(Any, weight_decay_method),
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            moment2_method=cast(Any, moment2_method),
-            beta2=beta2,
-            eps=eps,
-        )
-        self.scaled_orthogonalize_fn = orthogonalize
+        self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
+        of_upstream: dict[str, Any] = {name: getattr(self.options, name) for name in _OF_UPSTREAM}
+        super().__init__(params, lr, momentum, weight_decay, **of_upstream)
+        self.scaled_orthogonalize_fn = self.options.newton_schulz
         self._check_orthogonalization()
 
     @overload
@@ -320,9 +195,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         }
         return self._sharding.all_zero(fresh) if fresh else frozenset()
 
-    def _rule(self) -> Rule:
+    def _rule(self) -> StepRule:
         """Return what this step does with every batch: attributes may have been set since the last."""
-        return Rule(
+        return StepRule(
             moment2=self.state_format.moment2,
             nesterov=self.nesterov,
             decay_method=self.weight_decay_method,
@@ -336,7 +211,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     def _batch_update(
         self,
-        rule: Rule,
+        rule: StepRule,
         batch: Batch,
         all_params: Sequence[torch.Tensor],
         gradients: Mapping[torch.Tensor, torch.Tensor],
@@ -435,38 +310,19 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         """
         super().add_param_group({**self._group_defaults, **param_group})
         try:
-            self._check_group(self.param_groups[-1])
-            self._sharding.check(self.param_groups[-1])
+            group = self.param_groups[-1]
+            check_group(group, self.options)
+            require(
+                not group.get("maximize"),
+                "maximize must not be set, which AdaptiveMuon does not have",
+                group.get("maximize"),
+                "negate the loss",
+            )
+            check_matrices(group)
+            self._sharding.check(group)
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Checks a group's options and parameters."""
-        tiny = torch.finfo(torch.float32).tiny  # a smaller eps is zero, or has no inverse, in float32
-        for name, rule, low, high, remedy in (
-            ("lr", ">= 0", 0, math.inf, "Muon's rates are about 1e-3 to 1e-2"),
-            ("momentum", "in [0, 1)", 0, 1, "the default is 0.95"),
-            ("weight_decay", ">= 0", 0, math.inf, "pass 0 for none"),
-            ("beta2", "in [0, 1)", 0, 1, "0.95 and 0.99 are usual"),
-            ("eps", "> 0 in float32", tiny, math.inf, "the default is 1e-8"),
-        ):
-            require(within(group[name], low, high), f"{name} must be {rule}", group[name], remedy)
-        common = sorted(_COMMON_OPTIONS & group.keys())
-        require(not common, "a group may set only lr, momentum, weight_decay, beta2 and eps", common, "set it for all")
-        require(
-            group["moment2_method"] == self._group_defaults["moment2_method"],
-            f'moment2_method must be the same in all groups, "{self._group_defaults["moment2_method"]}"',
-            group["moment2_method"],
-            "make a second optimizer for these parameters",
-        )
-        require(
-            not group.get("maximize"),
-            "maximize must not be set, which AdaptiveMuon does not have",
-            group.get("maximize"),
-            "negate the loss",
-        )
-        check_matrices(group)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -511,6 +367,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                 group.setdefault(name, value)
 
 
+def _check_decay_method(options: Options) -> None:
+    """Raise a ``ValueError`` if the weight decay does not go with the second-moment method."""
+    decay_method, method = options.weight_decay_method, options.moment2_method
+    require(
+        decay_method != "l2" or not options.moment2.reads_gradient,
+        f'weight_decay_method must not be "l2" with moment2_method="{method}", whose gradient norms it would falsify',
+        decay_method,
+        'use "decoupled" or "adaptive"',
+    )
+    require(
+        decay_method != "adaptive" or options.moment2.adaptive_decay,
+        f'weight_decay_method must not be "adaptive" with moment2_method="{method}", whose D is not a ratio of signal to '
+        "noise",
+        decay_method,
+        'use "decoupled", or moment2_method="namo" or "namo_d"',
+    )
+
+
 def _function(method: Callable[..., Any]) -> Callable[..., Any]:
     """The function of a method; a function itself, as someone may have put on an instance."""
     function: Callable[..., Any] = getattr(method, "__func__", method)
@@ -521,7 +395,8 @@ def _function(method: Callable[..., Any]) -> Callable[..., Any]:
 _TAGS = ("partition_dim", "muon_blocks", "muon_stacked", "muon_transposed")
 # Where upstream lets a user, or a subclass, put a function of its own.
 _EXTENSION_POINTS = ("orthogonalize", "pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
-
-_OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}
-# Options that hold for all groups; in a group they would be passed over in silence.
-_COMMON_OPTIONS = signature(AdaptiveMuon).parameters.keys() - _OF_A_GROUP
+# What upstream's constructor takes beside lr, momentum and weight_decay.
+_OF_UPSTREAM = (
+    *("nesterov", "weight_decay_method", "fp32_matmul_prec", "coefficient_type", "num_ns_steps"),
+    *("scale_mode", "extra_scale_factor", "moment2_method", "beta2", "eps"),
+)

@@ -22,13 +22,13 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_bl
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 
 
-__all__ = ["BatchUpdate", "Rule"]
+__all__ = ["BatchUpdate", "StepRule"]
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class StepRule:
     """What a step does with every batch.
 
     Args:
@@ -70,7 +70,7 @@ class BatchUpdate:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: StepRule,
         group: dict[str, Any],
         params: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor],
