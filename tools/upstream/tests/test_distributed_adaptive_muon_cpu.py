@@ -79,6 +79,23 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         tolerance = 1e-5 if tp_mode == "duplicated" or moment2_method != "adamuon" else 1e-3
         torch.testing.assert_close(mine, shard(whole, group, partition_dim), atol=tolerance, rtol=tolerance)
 
+    @parameterized.product(moment2_method=MOMENT2_METHODS, partition_dim=(0, 1))
+    def test_state_of_a_shard(self, moment2_method, partition_dim) -> None:
+        """Test that a reduced buffer is the whole matrix's, and that an elementwise one is sharded as the matrix is."""
+        group = torch.distributed.group.WORLD
+        grad = same_on_all_ranks((16, 24))
+        buffers = []
+        for matrix in (grad, shard(grad, group, partition_dim)):
+            param = nn.Parameter(torch.zeros_like(matrix))
+            param.grad, param.partition_dim = matrix.clone(), partition_dim
+            tp_group = None if matrix is grad else group
+            optimizer = AdaptiveMuon([param], 0.1, 0.9, 0.0, moment2_method=moment2_method, tp_group=tp_group)
+            optimizer.step()
+            buffers.append(optimizer.state[param]["moment2_buffer"])
+        whole, actual = buffers
+        expected = shard(whole, group, partition_dim) if whole.shape == grad.shape else whole
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+
     @parameterized.product(moment2_method=("namo", "namo_d"), partition_dim=(0, 1))
     def test_adaptive_decay_in_shards(self, moment2_method, partition_dim) -> None:
         """Test that weight decay is scaled as for the whole matrix."""
