@@ -81,7 +81,7 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
 
     @parameterized.product(moment2_method=MOMENT2_METHODS, partition_dim=(0, 1))
     def test_state_of_a_shard(self, moment2_method, partition_dim) -> None:
-        """Test that a reduced buffer is the whole matrix's, and that an elementwise one is sharded as the matrix is."""
+        """Test that a reduced buffer is the whole matrix's, and an elementwise one is a shard."""
         group = torch.distributed.group.WORLD
         grad = same_on_all_ranks((16, 24))
         buffers = []
