@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pull request to upstream, of the installed package's files: it applies, and what it makes passes its tests."""
+"""The pull request to upstream: it applies, and what it makes passes its tests.
+
+The tests make upstream's main from the installed 0.3.0, as far as the pull request needs it. Where you have a checkout
+of main, run them on the checkout:
+
+    UPSTREAM_CHECKOUT=../Emerging-Optimizers python -m pytest tests/test_upstream_patch.py
+"""
 
 import os
 import shutil
@@ -15,10 +21,27 @@ ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "make_upstream_patch.py"
 tool = module_from_spec(spec_from_file_location("make_upstream_patch", TOOL))
 tool.__loader__.exec_module(tool)
-OPTIMIZER = "emerging_optimizers/orthogonalized_optimizers/adaptive_muon.py"
+CHECKOUT = os.environ.get("UPSTREAM_CHECKOUT")
+OPTIMIZER = f"{tool.PACKAGE}/adaptive_muon.py"
+# What main's file has otherwise than the installed one. The tool compares the result with the hash of main's file.
+SINCE_030 = {
+    'f"Orthogonalizing grad with {num_ns_steps} steps, {coefficient_type} coefficient"': (
+        '"Orthogonalizing grad with %s steps, %s coefficient", num_ns_steps, coefficient_type'
+    ),
+    'f"Applying Muon scale factor {scale_factor}, extra_scale_factor={self.extra_scale_factor}"': (
+        '"Applying Muon scale factor %s, extra_scale_factor=%s", scale_factor, self.extra_scale_factor'
+    ),
+}
+# The files of the diff that an installed package does not have.
+OLD_TEST, PAGE = "tests/test_adaptive_muon.py", "docs/apidocs/orthogonalized-optimizers.md"
 # What upstream's configuration asks of its code (0.3.0 and main of August 2026).
 RUFF = ["--isolated", "--line-length", "119", "--target-version", "py312"]
-RULES = ["--select", "F541,F841,F401,E741,F821,I,G004"]
+RULES = [
+    "--select",
+    "F541,F841,F401,E741,F821,I,G004,D101,D103",
+    "--per-file-ignores",
+    "tests/*.py:D101,tests/*.py:D103",
+]
 ISORT = ["lint.isort.known-first-party=['emerging_optimizers']", "lint.isort.lines-after-imports=2"]
 
 # Runs the patched class and this repository's on the same gradients, in one process, and prints the largest distance.
@@ -63,19 +86,11 @@ def run(*command, cwd, **environment):
     )
 
 
-# What is edited in a checkout only, which a package is not: a frame for the passages that are expected there.
-EDITED = {tool.OLD_TEST: tool._OLD_TEST_EDITS, tool.PAGE: tool._PAGE_EDITS}
-FRAMES = {
-    tool.OLD_TEST: """\
-class Test:
-    def test(self):
-        for _ in range(2):
-            torch.testing.assert_close(
-                applied_update,
-{}            )
-{}""",
-    tool.PAGE: "{}",
-}
+def passages(name, sign):
+    """The passages of a file that the diff has, before ("-") or after ("+") the change."""
+    [part] = [part for part in tool.DIFF.read_text().split("diff --git ") if part.startswith(f"a/{name} ")]
+    hunks = [hunk.splitlines()[1:] for hunk in part.split("\n@@ ")[1:]]
+    return ["".join(f"{line[1:]}\n" for line in hunk if line[0] in (" ", sign)) for hunk in hunks]
 
 
 def git(repository, *arguments):
@@ -89,25 +104,36 @@ def make(repository, *arguments):
 
 
 def new_repository(path):
-    """A repository with upstream's package as it is installed, without this project's part of it."""
+    """A repository with upstream's main: a clone of your checkout, or made from the installed package."""
+    if CHECKOUT:
+        git(ROOT, "clone", "--quiet", "--branch", "main", CHECKOUT, path)
+        name_the_author(path)
+        return path
     [installed] = [Path(each) for each in find_spec("emerging_optimizers").submodule_search_locations][:1]
     ours = shutil.ignore_patterns("adaptive_muon", "adaptive_muon_discovery", "__pycache__")
     shutil.copytree(installed, path / "emerging_optimizers", ignore=ours)
-    for name, edits in EDITED.items():
+    text = (path / OPTIMIZER).read_text()
+    for old, new in SINCE_030.items():
+        text = text.replace(old, new)
+    (path / OPTIMIZER).write_text(text)
+    for name in (OLD_TEST, PAGE):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(FRAMES[name].format(*edits))
+        (path / name).write_text("...\n".join(passages(name, "-")))
     git(path, "init", "--quiet", "--initial-branch", "main")
-    git(path, "config", "commit.gpgsign", "false")
-    git(path, "config", "user.name", "Ada")
-    git(path, "config", "user.email", "ada@example.com")
+    name_the_author(path)
     git(path, "add", ".")
     git(path, "commit", "--quiet", "--message", "as installed")
     return path
 
 
+def name_the_author(repository):
+    for key, value in (("commit.gpgsign", "false"), ("user.name", "Ada"), ("user.email", "ada@example.com")):
+        git(repository, "config", key, value)
+
+
 @pytest.fixture(scope="module")
 def upstream(tmp_path_factory):
-    return new_repository(tmp_path_factory.mktemp("upstream"))
+    return new_repository(tmp_path_factory.mktemp("upstream") / "upstream")
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +158,7 @@ def patched(upstream, output, tmp_path_factory):
 def test_the_checkout_stays_as_it_is(upstream, output):
     assert git(upstream, "status", "--porcelain") == ""
     assert git(upstream, "rev-parse", "--abbrev-ref", "HEAD").strip() == "main"
-    assert git(upstream, "rev-list", "--count", "main").strip() == "1"
+    assert git(upstream, "rev-parse", "main") == git(upstream, "rev-parse", "adaptive-muon-namo-d~1")
 
 
 def test_the_branch_is_one_signed_commit(upstream, output):
@@ -154,11 +180,9 @@ def test_the_pull_request_says_what_it_is(output):
 
 def test_style(patched):
     files = git(patched, "diff", "--name-only", "HEAD~1").split()
-    assert set(EDITED) < set(files)
-    files = sorted(set(files) - set(EDITED))
-    assert len(files) == 4 and all(
-        (patched / name).read_text().startswith("# SPDX-FileCopyrightText") for name in files
-    )
+    assert {OLD_TEST, PAGE} < set(files)
+    files = sorted(set(files) - {OLD_TEST, PAGE})
+    assert all((patched / name).read_text().startswith("# SPDX-FileCopyrightText") for name in files)
     ruff = (sys.executable, "-m", "ruff")
     config = [part for setting in ISORT for part in ("--config", setting)]
     for command in (["check", *RUFF, *RULES, *config], ["format", "--check", *RUFF, "--config", ISORT[1]]):
@@ -167,9 +191,29 @@ def test_style(patched):
     assert not [line for name in files for line in (patched / name).read_text().splitlines() if len(line) > 119]
 
 
-@pytest.mark.parametrize("name", EDITED)
+def test_the_methods_are_ours_under_upstreams_license(patched):
+    folder = ROOT / "emerging_optimizers/adaptive_muon/moment2"
+    names = [file.name for file in folder.glob("*.py")]
+    assert len(names) >= 7
+    assert sorted(names) == sorted(file.name for file in (patched / tool.PACKAGE / "moment2").glob("*.py"))
+    for name in names:
+        license_line, ours = (folder / name).read_text().split("\n", 1)
+        license_lines, theirs = (
+            (patched / tool.PACKAGE / "moment2" / name).read_text().split("limitations under the License.\n")
+        )
+        assert theirs == ours and license_line in license_lines.splitlines()
+
+
+@pytest.mark.parametrize("name", [OLD_TEST, PAGE])
 def test_edits_of_what_only_a_checkout_has(patched, name):
-    assert (patched / name).read_text() == FRAMES[name].format(*EDITED[name].values())
+    text = (patched / name).read_text()
+    assert all(text.count(passage) == 1 for passage in passages(name, "+"))
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="needs a checkout of upstream's main")
+def test_upstreams_own_test_passes(patched):
+    done = run(sys.executable, OLD_TEST, "--device=cpu", "--seed=42", cwd=patched, PYTHONPATH=patched)
+    assert done.returncode == 0 and "OK" in done.stderr, done.stderr[-3000:]
 
 
 def test_types(patched):
@@ -180,7 +224,7 @@ def test_types(patched):
         "--warn-redundant-casts",
     ]
     strict += ["--enable-error-code", "possibly-undefined", "--enable-error-code", "explicit-override"]
-    files = [OPTIMIZER, "emerging_optimizers/orthogonalized_optimizers/moment2.py"]
+    files = [OPTIMIZER, f"{tool.PACKAGE}/moment2", f"{tool.PACKAGE}/shard.py"]
     command = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
     done = run(*command, *strict, *files, cwd=patched)
     assert done.returncode == 0, done.stdout
@@ -220,24 +264,29 @@ def test_a_branch_that_is_there_is_kept(upstream, output):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("name", "old", "new", "message"),
     [
-        ("eps: float = 1e-8,\n    ):", "eps: float = 1e-7,\n    ):"),
-        ("p.add_(update, alpha=-group", "p.add_(update, alpha=-2 * group"),
-        ("denom = moment2.sqrt() + eps", "denom = (moment2 + eps).sqrt()"),
+        (OPTIMIZER, "beta2: float = 0.95", "beta2: float = 0.9", "has changed since changes.diff was made"),
+        (
+            OLD_TEST,
+            "expected_moment2,\n                atol=0.0",
+            "expected_moment2,\n                atol=1.0",
+            "patch failed",
+        ),
+        (PAGE, ":hidden:`Newton-Schulz`", ":hidden:`NewtonSchulz`", "patch failed"),
     ],
-    ids=["a default", "the step", "a formula"],
+    ids=["code beside the diff", "a test", "a page"],
 )
-def test_an_upstream_that_has_changed_is_refused(tmp_path, old, new):
-    repository = new_repository(tmp_path)
-    file, before = repository / OPTIMIZER, (repository / OPTIMIZER).read_text()
+def test_an_upstream_that_has_changed_is_refused(tmp_path, name, old, new, message):
+    repository = new_repository(tmp_path / "upstream")
+    file, before = repository / name, (repository / name).read_text()
     assert before.count(old) == 1
     file.write_text(before.replace(old, new))
     git(repository, "commit", "--quiet", "--all", "--message", "another default")
-    done = make(repository)
-    assert done.returncode == 2 and "has changed since this program was written" in done.stderr
+    done = run(sys.executable, TOOL, repository, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and name in done.stderr
     assert git(repository, "branch", "--list", "adaptive-muon-namo-d") == ""
-    assert not (repository / "upstream-patch").exists()
+    assert not (tmp_path / "upstream-patch").exists()
 
 
 def test_what_is_no_repository_is_refused(tmp_path):

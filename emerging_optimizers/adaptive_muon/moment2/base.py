@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a second-moment method is: which sums of squares it observes, what V averages, and which scale is made of it."""
+"""What a second-moment method is: which sums of squares it observes, what V averages, and which scale V gives."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
@@ -19,19 +19,19 @@ class Moment2(ABC):
     """A second-moment method: pure functions of whole vectors.
 
     A method is one file of this package that defines one subclass under ``@register_moment2(name)``, and one word in
-    ``Moment2MethodT``. Its dataclass fields, if any, are its own options, under the names of the optimizer's arguments.
+    ``Moment2MethodT``. Its dataclass fields, if any, are its own options, named as the optimizer's arguments.
 
     A method never sees a matrix, or a shard of one. It receives sums of squares over the whole matrix, along the
-    dimensions that V does not keep. A dimension that V does not keep has size 1. Leading dimensions, if any, are those of a
-    batch of matrices. So a method communicates nothing, and is right for every sharding.
+    dimensions that V does not keep. A dimension that V does not keep has size 1. Leading dimensions, if any, are those
+    of a batch of matrices. So a method communicates nothing, and is right for every sharding.
 
     Attributes:
-        observed: Whose sums of squares the method receives, in this order: "gradient" G, the raw gradient; "momentum" M', the
-            momentum after Nesterov, before orthogonalization; "orthogonalized" O.
+        observed: Whose sums of squares the method receives, in this order: "gradient" G, the raw gradient; "momentum"
+            M', the momentum after Nesterov, before orthogonalization; "orthogonalized" O.
         momentum_degree: p, where D is proportional to the p-th power of the size of M'.
         moment2_degree: q, where D is proportional to the q-th power of V (eps and clamps aside).
         scales_momentum: Whether D scales M' before the orthogonalization, as Muon^2 (arXiv:2604.09967) and Muon-VS
-            (arXiv:2601.14603) do, instead of O after it. O does not depend on the size of M', so both degrees are then 0.
+            (arXiv:2601.14603) do, instead of O after it. Both degrees are then 0: O does not depend on the size of M'.
         bias_correction: Whether the method's source corrects the bias of its moving averages.
         reads_gradient: Whether V averages the raw gradient, which "l2" weight decay would falsify.
         adaptive_decay: Whether D is a ratio of signal to noise in the order of 1, fit to scale the weight decay.

@@ -240,7 +240,7 @@ class AdaptiveMuonMoment2Test(parameterized.TestCase):
         self.assertFalse(torch.equal(param.detach(), before))
 
     @parameterized.parameters(
-        {"changes": {"moment2_method": "unknown"}, "error": TypeError, "message": "unknown"},
+        {"changes": {"moment2_method": "unknown"}, "error": ValueError, "message": "unknown"},
         {"changes": {"namo_d_clamp": 0.0}, "error": ValueError, "message": "namo_d_clamp"},
         {"changes": {"namo_d_clamp": 1.5}, "error": ValueError, "message": "namo_d_clamp"},
         {"changes": {"weight_decay_method": "l2"}, "error": ValueError, "message": "incompatible"},

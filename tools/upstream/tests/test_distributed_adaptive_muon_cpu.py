@@ -48,16 +48,16 @@ def group_count():
     return torch.distributed.get_world_size() // 2
 
 
-def strip(matrix, group, dim, sizes=None):
-    """This rank's strip of a matrix."""
+def shard(matrix, group, dim, sizes=None):
+    """This rank's shard of a matrix."""
     size = group.size()
     sizes = sizes or [matrix.size(dim) // size] * size
     return matrix.split(sizes, dim=dim)[group.rank()]
 
 
-def run_in_strips(initial, grads, group, partition_dim, sizes=None, **kwargs):
-    """Weights of this rank's strip after the same steps."""
-    first, *others = (strip(matrix, group, partition_dim, sizes) for matrix in (initial, *grads))
+def run_in_shards(initial, grads, group, partition_dim, sizes=None, **kwargs):
+    """Weights of this rank's shard after the same steps."""
+    first, *others = (shard(matrix, group, partition_dim, sizes) for matrix in (initial, *grads))
     return run(first, others, partition_dim=partition_dim, tp_group=group, **kwargs)
 
 
@@ -68,29 +68,46 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         partition_dim=(0, 1),
         tp_mode=("duplicated", "distributed"),
     )
-    def test_strips_are_the_whole(self, shape, moment2_method, partition_dim, tp_mode) -> None:
-        """Test that a matrix in strips takes the path of the whole one."""
+    def test_shards_are_the_whole(self, shape, moment2_method, partition_dim, tp_mode) -> None:
+        """Test that a matrix in shards takes the path of the whole one."""
         group = torch.distributed.group.WORLD
         initial, grads = same_on_all_ranks(shape), [same_on_all_ranks(shape) for _ in range(STEPS)]
         kwargs = {"moment2_method": moment2_method, "nesterov": True, "correct_bias": True}
         whole = run(initial, grads, **kwargs)
-        mine = run_in_strips(initial, grads, group, partition_dim, tp_mode=tp_mode, **kwargs)
+        mine = run_in_shards(initial, grads, group, partition_dim, tp_mode=tp_mode, **kwargs)
         # An element of adamuon's O close to zero is divided by its own size, which enlarges its rounding.
         tolerance = 1e-5 if tp_mode == "duplicated" or moment2_method != "adamuon" else 1e-3
-        torch.testing.assert_close(mine, strip(whole, group, partition_dim), atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(mine, shard(whole, group, partition_dim), atol=tolerance, rtol=tolerance)
+
+    @parameterized.product(moment2_method=MOMENT2_METHODS, partition_dim=(0, 1))
+    def test_state_of_a_shard(self, moment2_method, partition_dim) -> None:
+        """Test that a reduced buffer is the whole matrix's, and an elementwise one is a shard."""
+        group = torch.distributed.group.WORLD
+        grad = same_on_all_ranks((16, 24))
+        buffers = []
+        for matrix in (grad, shard(grad, group, partition_dim)):
+            param = nn.Parameter(torch.zeros_like(matrix))
+            param.grad, param.partition_dim = matrix.clone(), partition_dim
+            tp_group = None if matrix is grad else group
+            optimizer = AdaptiveMuon([param], 0.1, 0.9, 0.0, moment2_method=moment2_method, tp_group=tp_group)
+            optimizer.step()
+            buffers.append(optimizer.state[param]["moment2_buffer"])
+        whole, actual = buffers
+        expected = shard(whole, group, partition_dim) if whole.shape == grad.shape else whole
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
 
     @parameterized.product(moment2_method=("namo", "namo_d"), partition_dim=(0, 1))
-    def test_adaptive_decay_in_strips(self, moment2_method, partition_dim) -> None:
+    def test_adaptive_decay_in_shards(self, moment2_method, partition_dim) -> None:
         """Test that weight decay is scaled as for the whole matrix."""
         group = torch.distributed.group.WORLD
         initial, grads = same_on_all_ranks((16, 24)), [same_on_all_ranks((16, 24)) for _ in range(STEPS)]
         kwargs = {"moment2_method": moment2_method, "weight_decay_method": "adaptive"}
         whole = run(initial, grads, **kwargs)
-        mine = run_in_strips(initial, grads, group, partition_dim, **kwargs)
-        torch.testing.assert_close(mine, strip(whole, group, partition_dim), atol=1e-5, rtol=1e-5)
+        mine = run_in_shards(initial, grads, group, partition_dim, **kwargs)
+        torch.testing.assert_close(mine, shard(whole, group, partition_dim), atol=1e-5, rtol=1e-5)
 
     @parameterized.product(moment2_method=MOMENT2_METHODS, partition_dim=(0, 1))
-    def test_strips_of_different_sizes(self, moment2_method, partition_dim) -> None:
+    def test_shards_of_different_sizes(self, moment2_method, partition_dim) -> None:
         """Test that "distributed" takes them, and "duplicated" refuses."""
         group = torch.distributed.group.WORLD
         sizes = [3 + rank for rank in range(group.size())]
@@ -98,11 +115,11 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         initial, grads = same_on_all_ranks(shape), [same_on_all_ranks(shape) for _ in range(STEPS)]
         whole = run(initial, grads, moment2_method=moment2_method)
         args = (initial, grads, group, partition_dim, sizes)
-        mine = run_in_strips(*args, tp_mode="distributed", moment2_method=moment2_method)
-        expected = strip(whole, group, partition_dim, sizes)
+        mine = run_in_shards(*args, tp_mode="distributed", moment2_method=moment2_method)
+        expected = shard(whole, group, partition_dim, sizes)
         torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
-        with self.assertRaisesRegex(ValueError, "strips of one size"):
-            run_in_strips(*args, tp_mode="duplicated", moment2_method=moment2_method)
+        with self.assertRaisesRegex(ValueError, "shards of one size"):
+            run_in_shards(*args, tp_mode="duplicated", moment2_method=moment2_method)
 
     @parameterized.product(moment2_method=("normuon", "namo", "namo_d"), partition_dim=(0, 1))
     def test_subgroups(self, moment2_method, partition_dim) -> None:
@@ -112,10 +129,10 @@ class DistributedAdaptiveMuonCpuTest(parameterized.TestCase):
         of_pairs = [[same_on_all_ranks((16, 24)) for _ in range(1 + STEPS)] for _ in range(group_count())]
         initial, *grads = of_pairs[pair]
         whole = run(initial, grads, moment2_method=moment2_method)
-        mine = run_in_strips(initial, grads, group, partition_dim, moment2_method=moment2_method)
-        torch.testing.assert_close(mine, strip(whole, group, partition_dim), atol=1e-5, rtol=1e-5)
+        mine = run_in_shards(initial, grads, group, partition_dim, moment2_method=moment2_method)
+        torch.testing.assert_close(mine, shard(whole, group, partition_dim), atol=1e-5, rtol=1e-5)
 
-    def test_whole_parameters_beside_strips(self) -> None:
+    def test_whole_parameters_beside_shards(self) -> None:
         """Test that parameters without partition_dim, or with -1, are whole."""
         group = torch.distributed.group.WORLD
         initial, grads = same_on_all_ranks((16, 24)), [same_on_all_ranks((16, 24)) for _ in range(STEPS)]
