@@ -341,14 +341,14 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         if self.bias_correction:
             self._correct([D for D, _ in DO], states, momentum, group["beta2"])
         if decay_method == "adaptive" and weight_decay:
-            D = merge_blocks(stack.matrices, [D for D, _ in DO], G) * (lr * weight_decay)
+            D = merge_blocks(stack.matrices, [D for D, _ in DO], G.shape) * (lr * weight_decay)
             torch._foreach_addcmul_(Ws, Ws, D.unbind(0), value=-1)
         D = merge_blocks(
             stack.matrices,
             [D.mul_(self._scale(each.layout.shape(O))) for each, (D, O) in zip(stack.matrices, DO, strict=True)],
-            G,
+            G.shape,
         )
-        O = merge_blocks(stack.matrices, [O for _, O in DO], G)
+        O = merge_blocks(stack.matrices, [O for _, O in DO], G.shape)
         if self._has_pre_hook():
             D, O = torch.ones_like(D), D * O
             Ws = [self._hooked(*each) for each in zip(params, locals_, Ws, O, strict=True)]

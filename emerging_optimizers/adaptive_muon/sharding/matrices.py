@@ -78,17 +78,17 @@ class Matrix:
         return tensor if self.is_all else tensor[..., self.rows, :]
 
 
-def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
     """Return one tensor, broadcastable to a parameter, that is made of a tensor for each matrix of the parameter.
 
     Args:
         matrices: The parameter's matrices.
         parts: A tensor for each matrix, broadcastable to it.
-        like: A tensor of the parameter's shape. Rows of padding, which belong to no matrix, are zero in the result.
+        shape: The parameter's shape. Rows of padding, which belong to no matrix, are zero in the result.
     """
     if matrices[0].is_all:
         return parts[0]
-    merged = torch.zeros_like(like)
+    merged = parts[0].new_zeros(shape)
     for matrix, part in zip(matrices, parts, strict=True):
         merged[..., matrix.rows, :] = part
     return merged

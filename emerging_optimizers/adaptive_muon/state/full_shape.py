@@ -37,7 +37,7 @@ def spread(state: dict[str, Any], p: torch.Tensor, matrices: Sequence[Matrix], m
         V = matrix.of(V) if -2 in dims else V.view(*p.shape[:-2], 1, -1)
         parts.append(V.expand_as(matrix.of(p)))
     others = {key: value for key, value in state.items() if not key.startswith(_V)}
-    return {**others, _V: merge_blocks(matrices, parts, state["momentum_buffer"])}
+    return {**others, _V: merge_blocks(matrices, parts, state["momentum_buffer"].shape)}
 
 
 async def read_off(
