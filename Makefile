@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication convergence upstream-patch test test-long lint docs links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication convergence upstream-patch test test-long lint docs option-tables links release-check clean
 
 venv: $(STAMP)
 
@@ -69,6 +69,9 @@ $(DOCS): $(STAMP)
 docs: $(DOCS)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
 	$(BIN)/python tools/check_site.py docs/_build/html
+
+option-tables: $(STAMP)
+	$(BIN)/python tools/option_tables.py
 
 links: $(DOCS)
 	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck

@@ -166,7 +166,7 @@ def test_orthogonalize_gets_one_block_at_a_time() -> None:
 # Statistics with an entry a row lie together as the rows do; the others apart, by the number of the block.
 STATE = {
     "adamuon": {"moment2_buffer": (96, 32)},
-    "normuon": {"moment2_buffer": (96, 1), "moment2_buffer_1": (1, 32), "moment2_buffer_2": (1, 32)},
+    "normuon": {"moment2_buffer_0": (64, 1), "moment2_buffer_1": (1, 32), "moment2_buffer_2": (1, 32)},
     "namo": {f"moment2_buffer_{block}": (1,) for block in range(3)},
     "namo_d": {f"moment2_buffer_{block}": (1, 32) for block in range(3)},
 }

@@ -24,12 +24,13 @@ from megatron.core.optimizer import OptimizerConfig, emerging_optimizers
 from megatron.training import arguments, global_vars
 from megatron.training.training import get_megatron_optimizer_config
 
-from emerging_optimizers.adaptive_muon.integrations import megatron
 from emerging_optimizers.adaptive_muon.integrations.megatron import (
     TensorParallelAdaptiveMuon,
     add_adaptive_muon_args,
     register,
 )
+from emerging_optimizers.adaptive_muon.integrations.megatron.arguments import CONFIG_FIELDS
+from emerging_optimizers.adaptive_muon.options import Options, options_of
 
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
@@ -116,7 +117,8 @@ def test_other_versions_are_refused(version: tuple[int, ...], monkeypatch: pytes
 def test_every_field_about_muon_reaches_the_optimizer() -> None:
     """Also those that a later version adds: this fails until they are in the table."""
     about = {field.name for field in fields(OptimizerConfig) if "muon" in field.name}
-    assert about - set(megatron._FROM_CONFIG.values()) == {"muon_scalar_optimizer"}  # Megatron's own business
+    read = {*CONFIG_FIELDS.values(), *(option.megatron_field for option in options_of(Options))}
+    assert about - read == {"muon_scalar_optimizer"}  # Megatron's own business
     config = OptimizerConfig(
         optimizer="adaptive_muon",
         lr=0.5,
@@ -144,11 +146,11 @@ def test_every_field_about_muon_reaches_the_optimizer() -> None:
         "eps": 1e-3,
         "moment2_method": "namo_d",
     }
-    alike = optimizer._sharding._alike
-    assert alike["tp_mode"] == "distributed" and alike["scale_mode"] == "unit_rms_norm"
-    assert alike["nesterov"] is True and alike["fp32_matmul_prec"] == "high"
-    assert alike["orthogonalization"].coefficient_type == "polar_express"
-    assert alike["orthogonalization"].num_steps == 7 and alike["extra_scale_factor"] == 0.125
+    options = optimizer.options
+    assert options.tp_mode == "distributed" and options.scale_mode == "unit_rms_norm"
+    assert options.nesterov is True and options.fp32_matmul_prec == "high"
+    assert options.coefficient_type == "polar_express"
+    assert options.num_ns_steps == 7 and options.extra_scale_factor == 0.125
 
 
 def qkv_blocks(**config: Any) -> list[int]:
@@ -218,7 +220,7 @@ NAMO_D = OptimizerConfig(optimizer="adaptive_muon", lr=0.5, adaptive_muon_moment
 def test_options_that_the_config_lacks() -> None:
     register()
     plain = built(NAMO_D)
-    assert plain._sharding._alike["tp_mode"] == "layer_sharded"  # of the blockwise config: whole but for TP strips
+    assert plain.options.tp_mode == "layer_sharded"  # of the blockwise config: whole but for TP strips
     assert plain.bias_correction and plain.weight_decay_method == "decoupled"
     register(
         tp_mode="duplicated",
@@ -229,11 +231,22 @@ def test_options_that_the_config_lacks() -> None:
         max_bytes_in_flight=1000,
     )
     optimizer = built(NAMO_D)
-    assert optimizer._sharding._alike["tp_mode"] == "duplicated" and optimizer.weight_decay_method == "adaptive"
+    assert optimizer.options.tp_mode == "duplicated" and optimizer.weight_decay_method == "adaptive"
     assert not optimizer.bias_correction and optimizer.max_bytes_in_flight == 1000
-    assert optimizer._moment2.namo_d_clamp == 0.5
+    assert optimizer.options.namo_d_clamp == 0.5
     register()
     assert built(NAMO_D).bias_correction  # the last call's options
+
+
+def test_register_refuses_what_is_no_option_or_not_valid() -> None:
+    for unknown in ({"beta3": 0.9}, {"lr": 0.1}, {"tp_group": None}):
+        with pytest.raises(TypeError, match=f"got {next(iter(unknown))}: choose from .*ns_algorithm"):
+            register(**unknown)
+    with pytest.raises(ValueError, match="ns_algorithm must be .*, got 'fast': choose from standard, gram, auto"):
+        register(ns_algorithm="fast")
+    assert TABLE["adaptive_muon"] is STOCK
+    register(ns_algorithm="gram")
+    assert built(NAMO_D).options.ns_algorithm == "gram"
 
 
 def test_flags_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,9 +264,9 @@ def test_flags_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = built(config)
     [group] = optimizer.param_groups
     assert (group["moment2_method"], group["beta2"], group["eps"]) == ("namo_d", 0.5, 1e-3)
-    assert optimizer._moment2.namo_d_clamp == 0.25 and not optimizer.bias_correction
+    assert optimizer.options.namo_d_clamp == 0.25 and not optimizer.bias_correction
     assert optimizer.weight_decay_method == "adaptive" and optimizer.max_bytes_in_flight == 1000
-    assert optimizer._sharding._alike["tp_mode"] == "duplicated" and optimizer.fp32_matmul_prec == "highest"
+    assert optimizer.options.tp_mode == "duplicated" and optimizer.fp32_matmul_prec == "highest"
     register(bias_correction=True)  # which wins over the command line
     assert built(config).bias_correction
 
@@ -317,7 +330,7 @@ def test_launcher_runs_an_unmodified_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [
         "True adaptive_muon namo_d layer_sharded",
-        "emerging_optimizers.adaptive_muon.integrations.megatron",
+        TensorParallelAdaptiveMuon.__module__,
     ]
 
 

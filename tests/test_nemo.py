@@ -747,18 +747,6 @@ def test_documented_block_works(config):
     assert (matrices["moment2_method"], matrices["lr"], rest["lr"]) == ("namo_d", 4e-2, 4e-3)
 
 
-def test_documented_keys_are_all_keys_with_their_defaults():
-    table = PAGE[PAGE.index("## Keys") : PAGE.index("## What goes where")]
-    documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE))
-    numbers = {"2^30": 2**30, "[0.9, 0.999]": (0.9, 0.999), "`null`": None, "`false`": False}
-    of = {field.name: field.default for field in fields(AdaptiveMuonParams)}
-    assert documented.keys() == of.keys()
-    for key, text in documented.items():
-        if key != "lr":
-            value = numbers[text] if text in numbers else text.strip("`")
-            assert of[key] == (type(of[key])(value) if isinstance(value, str) else value), key
-
-
 def test_demo(tmp_path):
     command = [sys.executable, str(EXAMPLE / "compare.py"), "--steps", "2", "--seeds", "1", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -11,14 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Distributed, Duplicated, LayerSharded
+from emerging_optimizers.adaptive_muon.exchange import Mode, make_mode
 from emerging_optimizers.adaptive_muon.exchange.plan import Ready, make_plan
 from emerging_optimizers.adaptive_muon.orthogonalize import batches
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Rectangle, ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, ShardShapes
 
 
-MODES = (LayerSharded, Duplicated, Distributed)
+LAYER_SHARDED, DUPLICATED, DISTRIBUTED = MODES = tuple(map(make_mode, ("layer_sharded", "duplicated", "distributed")))
 NO_LIMIT = 2**40
 
 Matrices = dict[torch.Tensor, list[Matrix]]
@@ -88,13 +88,13 @@ class Laid(NamedTuple):
     """A plan whose stacks are laid out."""
 
     rounds: list[list[torch.Tensor]]
-    homes: dict[Matrix, int]
+    owners: dict[Matrix, int]
 
 
-def plan_of(matrices: Matrices, mode: type | None, most: int) -> "Laid":
+def plan_of(matrices: Matrices, mode: Mode | None, most: int) -> "Laid":
     """The rounds, their stacks laid out, and the homes."""
     plan, params = make_plan(ready(matrices), mode, most), [*matrices]
-    return Laid([[params[i] for stack in each for i in stack.members] for each in plan.rounds], plan.homes)
+    return Laid([[params[i] for batch in each.batches for i in batch.members] for each in plan.rounds], plan.owners)
 
 
 def ready(matrices: Matrices) -> list[Ready]:
@@ -105,16 +105,19 @@ def told(plan: Laid, matrices: Matrices) -> tuple[list[list[int]], list[int | No
     """A plan in words that fit on every rank: numbers of parameters, and a home or None for every matrix."""
     numbers = {p: i for i, p in enumerate(matrices)}
     return [[numbers[p] for p in each] for each in plan.rounds], [
-        plan.homes.get(matrix) for of in matrices.values() for matrix in of
+        plan.owners.get(matrix) for of in matrices.values() for matrix in of
     ]
 
 
-def bytes_of(p: torch.Tensor, matrices: list[Matrix], plan: Laid, mode: type, rank: int) -> int:
-    """What a rank sends, its piece, and receives, the whole matrix where it is the one to orthogonalize it."""
+def bytes_of(p: torch.Tensor, matrices: list[Matrix], plan: Laid, mode: Mode, rank: int) -> int:
+    """What a rank sends, its shard, and receives, the whole matrix where it owns it; or Gram matrices, both ways."""
     total = 0
     for matrix in matrices:
+        if mode is DISTRIBUTED:
+            total += 2 * matrix.layout.whole[1 if matrix.layout.split[-2] else 0] ** 2
+            continue
         rows, columns = matrix.layout.rectangles[rank].shape
-        receives = mode is Duplicated or (mode is LayerSharded and plan.homes[matrix] == rank)
+        receives = mode is DUPLICATED or (mode is LAYER_SHARDED and plan.owners[matrix] == rank)
         total += rows * columns + receives * math.prod(matrix.layout.whole)
     return 4 * math.prod(p.shape[:-2]) * total
 
@@ -125,7 +128,7 @@ modes = st.sampled_from(MODES)
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(ranks_and_specs, modes, st.sampled_from([1, 100, 1000, 5000, NO_LIMIT]))
-def test_rounds(drawn: tuple[int, list[Any]], mode: type, most: int) -> None:
+def test_rounds(drawn: tuple[int, list[Any]], mode: Mode, most: int) -> None:
     """Every parameter once; no more than allowed but alone; and no round before the last has had its fill."""
     ranks, of = drawn
     matrices = made(Group(ranks), of)
@@ -142,7 +145,7 @@ def test_rounds(drawn: tuple[int, list[Any]], mode: type, most: int) -> None:
 
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(ranks_and_specs, modes, st.sampled_from([1000, NO_LIMIT]))
-def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode: type, most: int) -> None:
+def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode: Mode, most: int) -> None:
     ranks, of = drawn
     plans = []
     for rank in [*range(ranks), 0]:
@@ -162,7 +165,7 @@ def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode
     st.sampled_from([1000, NO_LIMIT]),
 )
 def test_the_same_stacks_on_all_ranks(
-    drawn: tuple[int, list[Any]], mode: type, longest: int, most: int, layers: int, in_flight: int
+    drawn: tuple[int, list[Any]], mode: Mode, longest: int, most: int, layers: int, in_flight: int
 ) -> None:
     """Whatever the sizes of the pieces at hand, and wherever the threshold is below which matrices are stacked."""
     ranks, of = drawn
@@ -172,7 +175,7 @@ def test_the_same_stacks_on_all_ranks(
         for rank in range(ranks):
             matrices = made(Group(ranks), of * layers, rank)
             plan = make_plan(ready(matrices), mode, in_flight)
-            plans.append([[stack.members for stack in each] for each in plan.rounds])
+            plans.append([[batch.members for batch in each.batches] for each in plan.rounds])
     assert all(plan == plans[0] for plan in plans)
 
 
@@ -182,10 +185,10 @@ THIN = (2, [([shape], 0, [1, 1], ()) for shape in ((1, 300), (12, 12), (12, 12))
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@example(UNFORTUNATE, LayerSharded)
-@example(THIN, LayerSharded)
+@example(UNFORTUNATE, LAYER_SHARDED)
+@example(THIN, LAYER_SHARDED)
 @given(st.integers(1, 3).flatmap(lambda ranks: st.tuples(st.just(ranks), specs(ranks, 3, 2))), modes)
-def test_work_is_shared_fairly(drawn: tuple[int, list[Any]], mode: type) -> None:
+def test_work_is_shared_fairly(drawn: tuple[int, list[Any]], mode: Mode) -> None:
     """The greatest share is within 4/3 of the least that there could be."""
     ranks, of = drawn
     matrices = made(Group(ranks), of)
@@ -195,7 +198,7 @@ def test_work_is_shared_fairly(drawn: tuple[int, list[Any]], mode: type) -> None
         for p, each in matrices.items()
         for matrix in each
     }
-    assert plan.homes.keys() == costs.keys()
+    assert plan.owners.keys() == costs.keys()
 
     def greatest(homes: Sequence[int]) -> int:
         shares = [0] * ranks
@@ -204,7 +207,7 @@ def test_work_is_shared_fairly(drawn: tuple[int, list[Any]], mode: type) -> None
         return max(shares)
 
     least = min(map(greatest, product(range(ranks), repeat=len(costs))))
-    assert greatest([plan.homes[matrix] for matrix in costs]) <= 4 / 3 * least
+    assert greatest([plan.owners[matrix] for matrix in costs]) <= 4 / 3 * least
 
 
 def test_a_hundred_matrices_on_eight_ranks() -> None:
@@ -214,11 +217,11 @@ def test_a_hundred_matrices_on_eight_ranks() -> None:
         [([(64, 64), (16, 64), (16, 64)], 0), ([(64, 64)], 1), ([(256, 64)], 0), ([(64, 256)], 1)],
     )
     matrices = made(group, [(shapes, dim, [1] * 8, ()) for shapes, dim in layers] * 16)
-    plan = plan_of(matrices, LayerSharded, NO_LIMIT)
+    plan = plan_of(matrices, LAYER_SHARDED, NO_LIMIT)
     shares = [0] * 8
     for each in matrices.values():
         for matrix in each:
-            shares[plan.homes[matrix]] += math.prod(matrix.layout.whole) * min(matrix.layout.whole)
+            shares[plan.owners[matrix]] += math.prod(matrix.layout.whole) * min(matrix.layout.whole)
     assert max(shares) <= 1.02 * sum(shares) / 8
 
 
@@ -227,13 +230,13 @@ def test_a_hundred_matrices_on_eight_ranks() -> None:
 def test_whole_parameters_go_one_by_one(mode: Any, most: int) -> None:
     whole = {torch.empty(4, 6): [Matrix(Layout())], torch.empty(8, 6): [Matrix(Layout(), i, slice(0)) for i in (0, 1)]}
     plan = plan_of(whole, mode, most)
-    assert [[id(p) for p in each] for each in plan.rounds] == [[id(p)] for p in whole] and plan.homes == {}
+    assert [[id(p) for p in each] for each in plan.rounds] == [[id(p)] for p in whole] and plan.owners == {}
     assert plan_of({}, mode, most) == ([], {})
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("most", [1, 400, NO_LIMIT])
-def test_groups_are_kept_apart(mode: type, most: int) -> None:
+def test_groups_are_kept_apart(mode: Mode, most: int) -> None:
     """Whatever lies between them: no round has parameters of two groups, and each group shares its own work."""
     groups = [Group(2), Group(3), None]
     matrices: Matrices = {}
@@ -251,7 +254,7 @@ def test_groups_are_kept_apart(mode: type, most: int) -> None:
     if most == NO_LIMIT:
         assert len(plan.rounds) == 1 + 2
     for group in groups[:2]:
-        homes = [plan.homes[matrices[p][0]] for p in matrices if owner[p] is group]
+        homes = [plan.owners[matrices[p][0]] for p in matrices if owner[p] is group]
         assert sorted(homes) == {2: [0, 0, 1, 1], 3: [0, 0, 1, 2]}[group.ranks]
         alone = plan_of({p: of for p, of in matrices.items() if owner[p] is group}, mode, most)
         assert [[id(p) for p in each] for each in alone.rounds] == [

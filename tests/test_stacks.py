@@ -217,7 +217,7 @@ STATE = {
 }
 STATE_OF_BLOCKS = {
     "adamuon": {"moment2_buffer": (2, 48, 14)},
-    "normuon": {"moment2_buffer": (2, 48, 1), "moment2_buffer_1": (2, 1, 14), "moment2_buffer_2": (2, 1, 14)},
+    "normuon": {"moment2_buffer_0": (2, 32, 1), "moment2_buffer_1": (2, 1, 14), "moment2_buffer_2": (2, 1, 14)},
     "namo": {f"moment2_buffer_{block}": (2, 1) for block in range(3)},
     "namo_d": {f"moment2_buffer_{block}": (2, 1, 14) for block in range(3)},
 }

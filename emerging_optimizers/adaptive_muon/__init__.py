@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import TensorParallelModeT
+from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.hybrid import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT
-from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon, WeightDecayMethodT
+from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.options import WeightDecayMethodT
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Split
 from emerging_optimizers.registry import _OPTIMIZERS
 

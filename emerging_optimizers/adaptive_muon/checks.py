@@ -3,11 +3,11 @@
 
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
-__all__ = ["refusal", "require", "require_one_of", "require_picklable", "within"]
+__all__ = ["refusal", "require", "require_known", "require_one_of", "require_picklable", "within"]
 
 
 def refusal(rule: str, value: object, remedy: str) -> ValueError:
@@ -44,6 +44,18 @@ def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     """
     choices = tuple(allowed)
     require(value in choices, f"{name} must be one of the known names", value, f"choose from {', '.join(choices)}")
+
+
+def require_known(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise a ``TypeError`` that lists the known options unless all names are among them.
+
+    Args:
+        names: The names of keyword arguments.
+        known: The names of the options.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise TypeError(f"keyword arguments must be options, got {', '.join(unknown)}: choose from {', '.join(known)}")
 
 
 def within(value: Any, low: float, high: float = math.inf) -> bool:

@@ -4,7 +4,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import Any, Self, overload, override
+from typing import Any, Self, Unpack, overload, override
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.options import Options, OptionsDict
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
 from emerging_optimizers.adaptive_muon.routing.groups import (
     Entries,
@@ -76,15 +77,15 @@ class HybridAdaptiveMuon(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        lr: float = Options.lr,
+        momentum: float = Options.momentum,
+        weight_decay: float = Options.weight_decay,
         *,
         scalar_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         scalar_eps: float = 1e-8,
         scalar_weight_decay: float | None = None,
-        **options: Any,
+        **options: Unpack[OptionsDict],
     ) -> None:
         self._entries = Entries()
         self._model = ModelRoutes()
@@ -111,9 +112,9 @@ class HybridAdaptiveMuon(Optimizer):
     def from_model(
         cls,
         model: nn.Module,
-        lr: float = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        lr: float = Options.lr,
+        momentum: float = Options.momentum,
+        weight_decay: float = Options.weight_decay,
         *,
         routes: Mapping[str, AlgorithmT] | None = None,
         params: ParamsT | None = None,
@@ -259,7 +260,7 @@ class HybridAdaptiveMuon(Optimizer):
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
         self._share()
-        checkpoint.load(self, state_dict, super().load_state_dict, self._muon)
+        checkpoint.load(self, state_dict, super().load_state_dict, self._muon.state_format)
         self._let_go()
 
     @override

@@ -1,55 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from inspect import signature
-from typing import Any, Literal, Self, SupportsIndex, cast, get_args, overload, override
+from typing import Any, Self, SupportsIndex, Unpack, overload, override
 
 import torch
 from torch._compile import _disable_dynamo
-from torch.distributed import ProcessGroup
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon.checks import require, require_one_of, require_picklable, within
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import TensorParallelModeT, tensor_parallel_mode
-from emerging_optimizers.adaptive_muon.exchange.plan import Plan, Ready, Stack, make_plan
-from emerging_optimizers.adaptive_muon.exchange.together import run, together
+from emerging_optimizers.adaptive_muon.checks import require, require_picklable
+from emerging_optimizers.adaptive_muon.exchange import make_mode
+from emerging_optimizers.adaptive_muon.exchange.plan import Batch, Plan, Ready, make_plan
 from emerging_optimizers.adaptive_muon.modes import plain_modes
-from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT, Seen, make_moment2
-from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
+from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
-from emerging_optimizers.adaptive_muon.parameters import (
-    check_gradients,
-    check_matrices,
-    in_work_dtype,
-    parameter_name,
-    round_into,
-    work_dtype,
-)
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed, wrapped_like
-from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.matrices import merge_blocks
-from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn
+from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
-from emerging_optimizers.adaptive_muon.state.buffers import MomentAverage, buffer_dims, buffer_shape, new_buffers
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state
+from emerging_optimizers.adaptive_muon.update import BatchUpdate, StepRule
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
-from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT, get_muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
+from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
-from emerging_optimizers.utils import FP32MatmulPrecT
 
 
-__all__ = ["AdaptiveMuon", "WeightDecayMethodT"]
-
-WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive"]
+__all__ = ["AdaptiveMuon"]
 
 
+@shows_options
 class AdaptiveMuon(upstream.AdaptiveMuon):
     """Muon with an adaptive second moment: AdaMuon, NorMuon, NAMO or NAMO-D, by one switch.
 
@@ -88,59 +71,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     Args:
         params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group
             may set its own ``lr``, ``momentum``, ``weight_decay``, ``beta2`` and ``eps``.
-        lr: Learning rate, >= 0. Default 3e-4, as upstream's Muon.
-        momentum: Decay rate of the momentum, in [0, 1). Default 0.95, as upstream's Muon and all three papers.
-        weight_decay: Weight decay coefficient, >= 0. Default 0.01, as upstream's Muon.
-        nesterov: Whether to look ahead: :math:`M' = (1-\\mu) G + \\mu M`.
-        weight_decay_method: Upstream's "decoupled", "independent", "l2" and "palm", see
-            :class:`~emerging_optimizers.mixin.WeightDecayMixin`; or "adaptive", the paper's: decoupled and scaled by
-            the same D as the update, :math:`W \\leftarrow W (1 - \\eta \\lambda D)`; for "namo" and "namo_d" only.
-        fp32_matmul_prec: Precision of the orthogonalization's products: "highest" and "high" as in
-            ``torch.set_float32_matmul_precision``; "medium" iterates in 16 bit: bfloat16 with
-            ``ns_algorithm="standard"``, else float16 on CUDA. On a CPU, "gram" then iterates in float32, and "auto" in
-            bfloat16 only where the CPU has units for it and is faster with them: never where a side is below 192.
-        coefficient_type: Newton-Schulz coefficient set: "simple", "quintic", "polar_express", "cans", "aol" or
-            "deepseekv4".
-        num_ns_steps: Number of Newton-Schulz iterations, >= 1.
-        ns_algorithm: How they are computed. "standard" is upstream's function for one matrix after the other, to the
-            last bit; "gram" takes two or three steps at once on the smaller Gram matrix, of a stack of matrices of
-            one shape; "auto" is what is fastest for the shape and device. The last two round differently, not more
-            than a few times as much; at "medium" precision less than "standard", or in bfloat16 about as much, see
-            :class:`~emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz.NewtonSchulz`.
-        scale_mode: s for a matrix of m rows and n columns: "spectral" :math:`\\sqrt{\\max(m, n)}`, "shape_scaling"
-            :math:`\\sqrt{\\max(1, m/n)}`, "unit_rms_norm" :math:`\\sqrt{m/n}`.
-        extra_scale_factor: Further factor on the update; 0.2 with "spectral" gives Muon the update size of AdamW
-            (arXiv:2502.16982).
-        moment2_method: "adamuon", "normuon", "namo" or "namo_d".
-        beta2: Decay rate of V, in [0, 1). Default 0.95, as upstream; the NAMO paper uses 0.99.
-        eps: Small constant that is added to D's denominator ("normuon": the least that V counts as), > 0. Default
-            1e-8, as upstream. The denominator of "namo" and "namo_d" is a gradient norm: set ``eps`` well below those.
-        bias_correction: Whether D is corrected for V, and for namo and namo_d the momentum, having started at zero:
-            a factor :math:`\\sqrt{1 - \\beta_2^t}`, for namo and namo_d over :math:`1 - \\mu^t`. None means what the
-            method's source does: on for "namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).
-        namo_d_clamp: c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. Default 0.75, from the
-            paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.
-        use_syrk: Whether to use Triton kernels for symmetric products, on CUDA at "medium" precision: upstream's with
-            ``ns_algorithm="standard"``, else ours.
-        tp_group: Process group over which parameters are split that have the attribute ``partition_dim``: 0 their
-            rows, 1 their columns, in the order of the ranks; -1, None or no such attribute is a whole matrix. Strips
-            may differ in size. DTensors need no group: they know how they are sharded.
-        tp_mode: How a matrix in pieces is orthogonalized. "layer_sharded": sent to one rank and back, many matrices in
-            two messages; "duplicated": gathered and orthogonalized by all ranks; "distributed": left where it is, Gram
-            matrices are summed in every iteration, which rounds differently; "blockwise": each piece as a matrix of
-            its own, which is another result. The others give the whole matrix's.
-        layout_fn: Says how a parameter is split where the rules above do not fit: takes the parameter and returns
-            ``Layout()`` for whole, a :class:`~emerging_optimizers.adaptive_muon.Split`, a
-            :class:`~emerging_optimizers.adaptive_muon.Piece`, or None for the rules above.
-        blocks_fn: Says the row blocks of a fused parameter: takes it and returns their sizes, or None for the
-            parameter's attribute ``muon_blocks``, if it has one. Every block is a matrix of its own. Where the sizes
-            sum to less than the rows, they repeat down the matrix, as Megatron's query groups do.
-        max_bytes_in_flight: What a rank may send and receive at once, in bytes. A step with more takes more rounds of
-            the same messages; a parameter that is larger has a round of its own. Default 1 GiB.
-        capturable: Whether a step may be captured in a CUDA graph, as with torch's own optimizers: the step count is
-            kept on the device, and ``lr`` may be a tensor there, for replays to follow a schedule.
+        {options}
 
     Raises:
+        TypeError: If an argument is unknown.
         ValueError: If an argument, a group's option or a parameter breaks one of the rules above, or a sharding engine
             has emptied or flattened a parameter. Nothing is changed.
     """
@@ -148,95 +82,27 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-4,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
-        *,
-        nesterov: bool = False,
-        weight_decay_method: WeightDecayMethodT = "decoupled",
-        fp32_matmul_prec: FP32MatmulPrecT = "medium",
-        coefficient_type: NSCoeffT = "quintic",
-        num_ns_steps: int = 5,
-        ns_algorithm: NSAlgorithmT = "auto",
-        scale_mode: MuonScaleT = "spectral",
-        extra_scale_factor: float = 1.0,
-        moment2_method: Moment2MethodT = "adamuon",
-        beta2: float = 0.95,
-        eps: float = 1e-8,
-        bias_correction: bool | None = None,
-        namo_d_clamp: float = 0.75,
-        use_syrk: bool = False,
-        tp_group: ProcessGroup | None = None,
-        tp_mode: TensorParallelModeT = "layer_sharded",
-        layout_fn: LayoutFn | None = None,
-        blocks_fn: BlocksFn | None = None,
-        max_bytes_in_flight: int = 2**30,
-        capturable: bool = False,
+        lr: float = Options.lr,
+        momentum: float = Options.momentum,
+        weight_decay: float = Options.weight_decay,
+        **options: Unpack[OptionsDict],
     ) -> None:
-        self._moment2 = make_moment2(moment2_method, namo_d_clamp=namo_d_clamp)
-        use_syrk = use_syrk and syrk_is_usable()
-        orthogonalize = NewtonSchulz(coefficient_type, num_ns_steps, use_syrk, ns_algorithm, fp32_matmul_prec)
-        require_one_of("scale_mode", scale_mode, get_args(MuonScaleT))
-        require_one_of("weight_decay_method", weight_decay_method, get_args(WeightDecayMethodT))
-        self._mode = tensor_parallel_mode(tp_mode)
-        require(
-            within(max_bytes_in_flight, 1),
-            "max_bytes_in_flight must be a positive number of bytes",
-            max_bytes_in_flight,
-            "the default is 2**30",
+        self.options = Options.of(lr=lr, momentum=momentum, weight_decay=weight_decay, **options)
+        moment2 = self.options.moment2
+        _check_decay_method(self.options)
+        self.bias_correction, self.capturable = bool(self.options.bias_correction), self.options.capturable
+        self.max_bytes_in_flight = self.options.max_bytes_in_flight
+        self._mode = make_mode(self.options.tp_mode)
+        placement = self.options.layout_fn, self.options.blocks_fn
+        self._sharding = Sharding(self.options.tp_group, self._mode, *placement, self.options.synced)
+        self.state_format = StateFormat(
+            self._sharding, self.options.moment2_method, moment2, self.bias_correction, self.capturable
         )
-        finite = within(extra_scale_factor, -math.inf) and math.isfinite(extra_scale_factor)
-        require(finite, "extra_scale_factor must be finite", extra_scale_factor, "try 1.0")
-        require(
-            weight_decay_method != "l2" or not self._moment2.reads_gradient,
-            f'weight_decay_method must not be "l2" with moment2_method="{moment2_method}", whose gradient norms it '
-            "would falsify",
-            weight_decay_method,
-            'use "decoupled" or "adaptive"',
-        )
-        require(
-            weight_decay_method != "adaptive" or self._moment2.adaptive_decay,
-            f'weight_decay_method must not be "adaptive" with moment2_method="{moment2_method}", whose D is not a '
-            "ratio of signal to noise",
-            weight_decay_method,
-            'use "decoupled", or moment2_method="namo" or "namo_d"',
-        )
-        self.bias_correction = self._moment2.bias_correction if bias_correction is None else bool(bias_correction)
-        self.max_bytes_in_flight = max_bytes_in_flight
-        self.capturable = capturable
-        alike = {
-            "moment2_method": self._moment2,
-            "orthogonalization": orthogonalize,
-            "fp32_matmul_prec": fp32_matmul_prec,
-            "nesterov": nesterov,
-            "weight_decay_method": weight_decay_method,
-            "scale_mode": scale_mode,
-            "extra_scale_factor": extra_scale_factor,
-            "bias_correction": self.bias_correction,
-            "tp_mode": tp_mode,
-            "max_bytes_in_flight": max_bytes_in_flight,
-            "capturable": capturable,
-        }
-        self._sharding = Sharding(tp_group, self._mode, layout_fn, blocks_fn, alike)
         self._plan: tuple[list[Ready], Plan] | None = None
-        self._group_defaults = {"beta2": beta2, "eps": eps, "moment2_method": moment2_method}
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay,
-            nesterov=nesterov,
-            weight_decay_method=cast(Any, weight_decay_method),
-            fp32_matmul_prec=fp32_matmul_prec,
-            coefficient_type=coefficient_type,
-            num_ns_steps=num_ns_steps,
-            scale_mode=scale_mode,
-            extra_scale_factor=extra_scale_factor,
-            moment2_method=cast(Any, moment2_method),
-            beta2=beta2,
-            eps=eps,
-        )
-        self.scaled_orthogonalize_fn = orthogonalize
+        self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
+        of_upstream: dict[str, Any] = {name: getattr(self.options, name) for name in _OF_UPSTREAM}
+        super().__init__(params, lr, momentum, weight_decay, **of_upstream)
+        self.scaled_orthogonalize_fn = self.options.newton_schulz
         self._check_orthogonalization()
 
     @overload
@@ -272,131 +138,102 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         return loss
 
     def _step(self) -> None:
-        """Updates all matrices that have a gradient, whose modes are torch's usual ones."""
+        """Update all matrices that have a gradient, in the modes of :func:`plain_modes`."""
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
-        plan, params = self._plan_of()
+        params, plan = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        fresh = {p for group in self.param_groups for p in group["params"] if not self.state.get(p)}
+        unchanged = self._state_only(gradients)
+        if unchanged:
+            params, plan = self._plan_of(unchanged)
         for group in self.param_groups:
             self._init_group(group)
-        for at_once in plan.rounds:
-            run(self._update(stack, [params[i] for i in stack.members], gradients, fresh) for stack in at_once)
+        rule = self._rule()
+        for process_group, batches in plan.rounds:
+            updates = [self._batch_update(rule, batch, params, gradients) for batch in batches]
+            shards = [one for update in updates for one in update.begin()]
+            if process_group is None:
+                results = [one.orthogonalized() for one in shards]
+            else:
+                assert self._mode is not None  # "blockwise" has no matrix in shards
+                results = self._mode.exchange(process_group, shards)
+            of_updates = iter(results)
+            for update, batch in zip(updates, batches, strict=True):
+                update.finish([next(of_updates) for _ in batch.matrices])
 
-    def _plan_of(self) -> tuple[Plan, list[torch.Tensor]]:
-        """Returns the plan for the parameters that have a gradient, which rarely change, and these parameters."""
+    def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], Plan]:
+        """Return the parameters to update and their plan, which is kept: they rarely change."""
         params, ready = [], []
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None and not self._sharding.is_empty(p):
+                if p.grad is not None and p not in unchanged and not self._sharding.is_empty(p):
                     params.append(p)
                     matrices, held = self._sharding.matrices(p), as_matrices(p)
                     ready.append(Ready(matrices, index, p.dtype, p.device, held.shape, is_transposed(p)))
         if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
             self._plan = None  # the one before must not be taken again if something is refused now
             for group in self.param_groups:
-                self._check_state(group)
+                check_state(group, self.state, self.state_format)
             self._sharding.compare_gradients(self.param_groups)
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
-        return self._plan[1], params
+        return params, self._plan[1]
 
-    async def _update(
-        self,
-        stack: Stack,
-        params: Sequence[torch.Tensor],
-        gradients: Mapping[torch.Tensor, torch.Tensor],
-        fresh: Set[torch.Tensor],
-    ) -> None:
-        """Updates a stack of parameters and their state in place: the algorithm, in the paper's order and letters.
+    def _state_only(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Set[torch.Tensor]:
+        """Return the parameters for which a step makes state only: new ones, at a learning rate and gradients of zero.
 
-        Tensors with a letter of their own are stacks, lists of tensors have an s.
+        So torch.distributed.checkpoint makes the state to load into, and means nothing to change. Some decay methods would.
         """
-        group = self.param_groups[stack.group]
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        states, locals_ = [self.state[p] for p in params], [as_matrices(p) for p in params]
-        Ws, Gs = [in_work_dtype(p) for p in locals_], [as_matrices(p, gradients[p]).to(work_dtype(p)) for p in params]
-        if fresh >= set(params) and lr == 0:  # reads lr from the device, once
-            G = as_batch(Gs)
-            if not any(await together(matrix.layout.nonzero(matrix.of(G)) for matrix in stack.matrices)):
-                return  # torch.distributed.checkpoint steps so to make the state, and means nothing to change
-        decay_method: str = self.weight_decay_method
-        if decay_method == "l2":
-            Gs = [G.clone() for G in Gs]  # the decay is added to it in place; the user's gradient stays as it is
-        if decay_method != "adaptive":
-            self._decay(Ws, Gs, lr, weight_decay)
+        fresh = {
+            p: gradients[p]
+            for group in self.param_groups
+            for p in group["params"]
+            if p in gradients and not self.state.get(p) and not self._sharding.is_empty(p) and group["lr"] == 0
+        }
+        return self._sharding.all_zero(fresh) if fresh else frozenset()
 
-        Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(params, states, strict=True)]
-        torch._foreach_lerp_(Ms, Gs, 1 - momentum)
-        G, M = as_batch(Gs), as_batch(Ms)
-        if self.nesterov:
-            M = G.lerp(M, momentum)
-        DO = await together(
-            self._adapted(stack, params, index, matrix.of(G), matrix.of(M))
-            for index, matrix in enumerate(stack.matrices)
+    def _rule(self) -> StepRule:
+        """Return what this step does with every batch: attributes may have been set since the last."""
+        return StepRule(
+            moment2=self.state_format.moment2,
+            nesterov=self.nesterov,
+            decay_method=self.weight_decay_method,
+            bias_correction=self.bias_correction,
+            steps_on_device=self.capturable,
+            shape_factor=self._shape_factor,
+            decay=self._apply_weight_decay_inplace,
+            before_update=self.pre_weight_update_fn_inplace if self._has_pre_hook() else None,
+            after_update=self.post_weight_update_fn_inplace,
         )
-        if self.bias_correction:
-            self._correct([D for D, _ in DO], states, momentum, group["beta2"])
-        if decay_method == "adaptive" and weight_decay:
-            D = merge_blocks(stack.matrices, [D for D, _ in DO], G.shape) * (lr * weight_decay)
-            torch._foreach_addcmul_(Ws, Ws, D.unbind(0), value=-1)
-        D = merge_blocks(
-            stack.matrices,
-            [D.mul_(self._scale(each.layout.shape(O))) for each, (D, O) in zip(stack.matrices, DO, strict=True)],
-            G.shape,
-        )
-        O = merge_blocks(stack.matrices, [O for _, O in DO], G.shape)
-        if self._has_pre_hook():
-            D, O = torch.ones_like(D), D * O
-            Ws = [self._hooked(*each) for each in zip(params, locals_, Ws, O, strict=True)]
-        if isinstance(lr, torch.Tensor):
-            D, lr = D * lr, 1.0
-        torch._foreach_addcmul_(Ws, O.unbind(0), D.unbind(0), value=-lr)
-        for p, local, W in zip(params, locals_, Ws, strict=True):
-            round_into(local, W)
-            self.post_weight_update_fn_inplace(p)
 
-    async def _adapted(
-        self, stack: Stack, params: Sequence[torch.Tensor], index: int, G: torch.Tensor, M: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the adaptive scale D, without bias correction, and O, of one matrix of every parameter of a stack."""
-        matrix, group = stack.matrices[index], self.param_groups[stack.group]
-        L = matrix.layout
-        O = await self._orthogonalized(stack, params, index, M)
-        states = [self.state[p] for p in params]
-        average = MomentAverage(params, states, matrix, self._moment2.dims(*L.shape(O)), group["beta2"])
-        return await self._moment2.scale(average, Seen(G, M, O), L, eps=group["eps"]), O
+    def _batch_update(
+        self,
+        rule: StepRule,
+        batch: Batch,
+        all_params: Sequence[torch.Tensor],
+        gradients: Mapping[torch.Tensor, torch.Tensor],
+    ) -> BatchUpdate:
+        """Return the update of a batch."""
+        params, group = [all_params[i] for i in batch.members], self.param_groups[batch.group]
+        Gs, states = [gradients[p] for p in params], [self.state[p] for p in params]
+        function = self._function_of(params, group)
+        return BatchUpdate(rule, group, params, Gs, states, batch.matrices, batch.owners, function)
 
-    async def _orthogonalized(
-        self, stack: Stack, params: Sequence[torch.Tensor], index: int, M: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns O, of matrices in pieces the pieces at hand."""
-        layout, functions = stack.matrices[index].layout, [self._of_whole(p, stack.group) for p in params]
-        if isinstance(layout, ShardedLayout):
-            assert self._mode is not None  # "blockwise" has no matrix in pieces
-            newton_schulz = cast(NewtonSchulz, self._iteration())
-            return as_batch(
-                await together(
-                    self._mode(layout.group, piece, layout, home, of_whole, newton_schulz, stack.among_many).answer()
-                    for piece, home, of_whole in zip(M, stack.homes[index], functions, strict=True)
-                )
-            )
-        if isinstance(functions[0], NewtonSchulz):
-            return functions[0](M)
-        return as_batch([of_whole(whole) for of_whole, whole in zip(functions, M, strict=True)])
-
-    def _of_whole(self, p: torch.Tensor, group: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns what orthogonalizes a whole matrix of a parameter; where a subclass has no say, the iteration itself."""
-        if not self._has_own_orthogonalize():
-            return self._iteration()
-        options = {key: value for key, value in self.param_groups[group].items() if key != "params"}
-        return self._in_precision(partial(self.orthogonalize, p, **options))
+    def _function_of(
+        self, params: Sequence[torch.Tensor], group: dict[str, Any]
+    ) -> NewtonSchulz | list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Return the iteration; or where a subclass or the user has a say, a function of the momentum per parameter."""
+        if self._has_own_orthogonalize():
+            options = {key: value for key, value in group.items() if key != "params"}
+            return [self._in_precision(partial(self.orthogonalize, p, **options)) for p in params]
+        function = self._iteration()
+        return function if isinstance(function, NewtonSchulz) else [function] * len(params)
 
     def _iteration(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns ``scaled_orthogonalize_fn``, which may be a user's, to be called in the precision set now."""
+        """Return ``scaled_orthogonalize_fn``, which may be a user's, to be called in the precision set now."""
         function: Callable[[torch.Tensor], torch.Tensor] = self.scaled_orthogonalize_fn
         if isinstance(function, NewtonSchulz):
             as_set = function.precision == self.fp32_matmul_prec
@@ -406,7 +243,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     def _in_precision(
         self, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Returns a user's function as upstream calls it, with torch's precision of products set."""
+        """Return a user's function as upstream calls it, with torch's precision of products set."""
 
         def called(matrix: torch.Tensor) -> torch.Tensor:
             with matmul_precision(self.fp32_matmul_prec):
@@ -414,40 +251,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
         return called
 
-    def _decay(self, Ws: list[torch.Tensor], Gs: list[torch.Tensor], lr: float | torch.Tensor, decay: float) -> None:
-        """Applies a weight decay of upstream's in place: to the weights, or the gradients' copies."""
-        if isinstance(lr, torch.Tensor):  # upstream's would have to know its value
-            factors = {"decoupled": lr * decay, "palm": lr * lr * decay}
-            if self.weight_decay_method in factors and decay:
-                factor = factors[self.weight_decay_method]
-                torch._foreach_addcmul_(Ws, Ws, [factor] * len(Ws), value=-1)
-                return
-            lr = math.nan  # does not matter to the others
-        for W, G in zip(Ws, Gs, strict=True):
-            self._apply_weight_decay_inplace(W, G, lr, decay)
-
-    def _correct(
-        self, Ds: Iterable[torch.Tensor], states: list[dict[str, torch.Tensor]], momentum: float, beta2: float
-    ) -> None:
-        """Counts the step, and corrects D in place for the averages having started at zero."""
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        # on the host; with capturable, where the graph's replays count, on the device
-        known = torch.stack(steps).double() if self.capturable else map(float, steps)
-        corrections = [self._moment2.correction(step, momentum=momentum, beta2=beta2) for step in known]
-        for D in Ds:
-            torch._foreach_mul_(D.unbind(0), corrections)
-
-    def _hooked(self, p: torch.Tensor, local: torch.Tensor, W: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-        """Calls the function that may change the update and the weight, and returns the weight to work on."""
-        round_into(local, W)  # it sees the decayed weight,
-        self.pre_weight_update_fn_inplace(p, wrapped_like(p, U.mT if is_transposed(p) else U))
-        # and may change it
-        return W if W is local or torch.equal(W.to(local.dtype), local) else in_work_dtype(local)
-
-    def _scale(self, shape: tuple[int, int]) -> float:
-        """Returns s, the factor for the shape of a whole matrix."""
-        return get_muon_scale_factor(*shape, mode=self.scale_mode) * self.extra_scale_factor
+    def _shape_factor(self, rows: int, columns: int) -> float:
+        """Return s, the factor for the shape of a whole matrix."""
+        return get_muon_scale_factor(rows, columns, mode=self.scale_mode) * self.extra_scale_factor
 
     @override
     def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -493,10 +299,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             if state is None or "momentum_buffer" in state:
                 continue
             self._sharding.resolve(self.param_groups)
-            state.update(new_buffers(p, self._sharding.matrices(p), self._moment2))
-            if self.bias_correction:
-                device = p.device if self.capturable else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state.update(self.state_format.new_state(p))
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -507,59 +310,19 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         """
         super().add_param_group({**self._group_defaults, **param_group})
         try:
-            self._check_group(self.param_groups[-1])
-            self._sharding.check(self.param_groups[-1])
+            group = self.param_groups[-1]
+            check_group(group, self.options)
+            require(
+                not group.get("maximize"),
+                "maximize must not be set, which AdaptiveMuon does not have",
+                group.get("maximize"),
+                "negate the loss",
+            )
+            check_matrices(group)
+            self._sharding.check(group)
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Checks a group's options and parameters."""
-        tiny = torch.finfo(torch.float32).tiny  # a smaller eps is zero, or has no inverse, in float32
-        for name, rule, low, high, remedy in (
-            ("lr", ">= 0", 0, math.inf, "Muon's rates are about 1e-3 to 1e-2"),
-            ("momentum", "in [0, 1)", 0, 1, "the default is 0.95"),
-            ("weight_decay", ">= 0", 0, math.inf, "pass 0 for none"),
-            ("beta2", "in [0, 1)", 0, 1, "0.95 and 0.99 are usual"),
-            ("eps", "> 0 in float32", tiny, math.inf, "the default is 1e-8"),
-        ):
-            require(within(group[name], low, high), f"{name} must be {rule}", group[name], remedy)
-        common = sorted(_COMMON_OPTIONS & group.keys())
-        require(not common, "a group may set only lr, momentum, weight_decay, beta2 and eps", common, "set it for all")
-        require(
-            group["moment2_method"] == self._group_defaults["moment2_method"],
-            f'moment2_method must be the same in all groups, "{self._group_defaults["moment2_method"]}"',
-            group["moment2_method"],
-            "make a second optimizer for these parameters",
-        )
-        require(
-            not group.get("maximize"),
-            "maximize must not be set, which AdaptiveMuon does not have",
-            group.get("maximize"),
-            "negate the loss",
-        )
-        check_matrices(group)
-
-    def _check_state(self, group: dict[str, Any]) -> None:
-        """Raises a ``ValueError`` if parameters have been converted since their state was made, which does not fit now."""
-        for index, p in enumerate(group["params"]):
-            momentum = self.state.get(p, {}).get("momentum_buffer")
-            require(
-                momentum is None or momentum.dtype == work_dtype(p),
-                f"the state of {parameter_name(group, index)} must be in {work_dtype(p)}, in which it is worked on",
-                momentum if momentum is None else momentum.dtype,
-                "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
-            )
-            if momentum is not None:
-                shapes = buffer_dims(p, self._sharding.matrices(p), self._moment2)
-                expected = {key: buffer_shape(p, dims) for key, dims in shapes.items()}
-                found = {key: tuple(self.state[p][key].shape) for key in expected if key in self.state[p]}
-                require(
-                    found == expected,
-                    f"the state of {parameter_name(group, index)} must have the shapes {expected}; it has",
-                    found,
-                    "set muon_transposed before the first step, and drop the state of a parameter that has another shape",
-                )
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -572,7 +335,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             ValueError: If the checkpoint is of another ``moment2_method``, of other shapes, or lacks the step count
                 that bias correction needs. Nothing is changed.
         """
-        checkpoint.load(self, state_dict, super().load_state_dict, self)
+        checkpoint.load(self, state_dict, super().load_state_dict, self.state_format)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -604,6 +367,24 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                 group.setdefault(name, value)
 
 
+def _check_decay_method(options: Options) -> None:
+    """Raise a ``ValueError`` if the weight decay does not go with the second-moment method."""
+    decay_method, method = options.weight_decay_method, options.moment2_method
+    require(
+        decay_method != "l2" or not options.moment2.reads_gradient,
+        f'weight_decay_method must not be "l2" with moment2_method="{method}", whose gradient norms it would falsify',
+        decay_method,
+        'use "decoupled" or "adaptive"',
+    )
+    require(
+        decay_method != "adaptive" or options.moment2.adaptive_decay,
+        f'weight_decay_method must not be "adaptive" with moment2_method="{method}", whose D is not a ratio of signal to '
+        "noise",
+        decay_method,
+        'use "decoupled", or moment2_method="namo" or "namo_d"',
+    )
+
+
 def _function(method: Callable[..., Any]) -> Callable[..., Any]:
     """The function of a method; a function itself, as someone may have put on an instance."""
     function: Callable[..., Any] = getattr(method, "__func__", method)
@@ -614,7 +395,8 @@ def _function(method: Callable[..., Any]) -> Callable[..., Any]:
 _TAGS = ("partition_dim", "muon_blocks", "muon_stacked", "muon_transposed")
 # Where upstream lets a user, or a subclass, put a function of its own.
 _EXTENSION_POINTS = ("orthogonalize", "pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
-
-_OF_A_GROUP = {"params", "lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method"}
-# Options that hold for all groups; in a group they would be passed over in silence.
-_COMMON_OPTIONS = signature(AdaptiveMuon).parameters.keys() - _OF_A_GROUP
+# What upstream's constructor takes beside lr, momentum and weight_decay.
+_OF_UPSTREAM = (
+    *("nesterov", "weight_decay_method", "fp32_matmul_prec", "coefficient_type", "num_ns_steps"),
+    *("scale_mode", "extra_scale_factor", "moment2_method", "beta2", "eps"),
+)

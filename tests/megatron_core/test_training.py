@@ -12,7 +12,7 @@ from models import EXPERTS, cut, gpt, optimizer_of, parallel, seeded, train
 from side_by_side import each_method
 from torch import distributed as dist
 
-from emerging_optimizers.adaptive_muon.integrations import megatron
+from emerging_optimizers.adaptive_muon.integrations.megatron.optimizer import register, warn_of_blockwise
 
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
@@ -21,7 +21,7 @@ STOCK = TABLE["adaptive_muon"]
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    megatron.register()
+    register()
     yield
     TABLE["adaptive_muon"] = STOCK
 
@@ -48,7 +48,7 @@ def test_nor_on_how_the_whole_matrix_is_orthogonalized(mode: str) -> None:
 
 
 def test_blockwise_losses_do_and_the_user_is_warned(caplog: pytest.LogCaptureFixture) -> None:
-    megatron._warn_of_blockwise.cache_clear()
+    warn_of_blockwise.cache_clear()
     losses = [losses_at(tp, muon_tp_mode="blockwise") for tp in (1, 2, 2)]
     assert losses[1] == losses[2] != pytest.approx(losses[0], rel=1e-3)
     warnings = [record.getMessage() for record in caplog.records if "blockwise" in record.getMessage()]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from side_by_side import smooth
 from torch import distributed as dist
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.update import BatchUpdate
 
 
 # Wide, tall, square, tall as a whole but wide in four strips of rows, the reverse, strips that differ in size, and
@@ -68,11 +70,19 @@ def set_gradients(pairs: list[Pair], step: int) -> None:
 class Recording(AdaptiveMuon):
     """Keeps the last orthogonalized momentum of every matrix."""
 
-    async def _adapted(self, stack: Any, params: Any, index: int, *args: Any) -> Any:
-        D, O = await super()._adapted(stack, params, index, *args)
-        for p, each in zip(params, O, strict=True):
-            self.__dict__.setdefault("orthogonalized", {})[p, stack.matrices[index].block] = each.clone()
-        return D, O
+    def step(self, closure: Any = None) -> Any:
+        self.orthogonalized: dict[tuple[torch.Tensor, int | None], torch.Tensor] = {}
+        finish = BatchUpdate.finish
+
+        def recorded(update: BatchUpdate, results: Any) -> None:
+            for matrix, (O, _) in zip(update.matrices, results, strict=True):
+                for p, of_p in zip(update.params, O, strict=True):
+                    self.orthogonalized[p, matrix.block] = of_p.clone()
+            finish(update, results)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BatchUpdate, "finish", recorded)
+            return super().step(closure)
 
 
 def walk(pairs: list[Pair], steps: int = 4, same: dict[str, Any] | None = None, **of_pieces: Any) -> dict[str, float]:
@@ -103,10 +113,17 @@ def walk(pairs: list[Pair], steps: int = 4, same: dict[str, Any] | None = None, 
         for pair in pairs:
             see("W", pair.piece.detach(), pair.cut(pair.whole.detach()))
             for key, value in whole.state[pair.whole].items():
-                see(key, pieces.state[pair.piece][key], value if key == "step" else pair.cut(value))
+                see(key, pieces.state[pair.piece][key], held_of(value, key, pair))
             if pair.piece.numel() and not hasattr(pair.whole, "muon_blocks"):
                 see("O", pieces.orthogonalized[pair.piece, None], pair.cut(whole.orthogonalized[pair.whole, None]))
     return dict(seen)
+
+
+def held_of(value: torch.Tensor, key: str, pair: Pair) -> torch.Tensor:
+    """What a rank has of a whole matrix's state: its shard, but V whole; of a stack split along experts its experts'."""
+    is_vector = key.startswith("moment2_buffer") and value.shape != pair.whole.shape
+    own_experts = pair.whole.ndim == 3 and pair.piece.size(0) != pair.whole.size(0)
+    return value if key == "step" or (is_vector and not own_experts) else pair.cut(value)
 
 
 def far_apart(seen: dict[str, float], method: str) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State with V in its parameter's shape: made, cut as the parameter is, and read off again."""
+"""State with V in its parameter's shape: expanded, cut as the parameter is, and reduced again."""
 
 from typing import Any
 
@@ -12,12 +12,11 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
-from emerging_optimizers.adaptive_muon.exchange.together import run
-from emerging_optimizers.adaptive_muon.state.full_shape import read_off, spread
+from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
 
-def spread_state(optimizer: AdaptiveMuon, p: torch.Tensor) -> dict[str, Any]:
-    return spread(optimizer.state[p], p, optimizer._sharding.matrices(p), optimizer._moment2)
+def expanded(optimizer: AdaptiveMuon, p: torch.Tensor) -> dict[str, Any]:
+    return expand_v(optimizer.state[p], p, optimizer.state_format)
 
 
 def padded_strips(shapes: list[tuple[int, int]], group: ProcessGroup) -> tuple[list[Pair], dict[Any, Piece]]:
@@ -41,7 +40,7 @@ def padded_strips(shapes: list[tuple[int, int]], group: ProcessGroup) -> tuple[l
 
 @each_method
 @pytest.mark.parametrize("kind", ["strips", "blocks", "padded"])
-def test_spread_state_is_cut_as_the_parameter_is(method: str, kind: str, group: ProcessGroup) -> None:
+def test_expanded_state_is_cut_as_the_parameter_is(method: str, kind: str, group: ProcessGroup) -> None:
     """And what is read off its pieces, also of pieces without a row of a block, is the state of the pieces."""
     options = options_of(method)
     layouts: dict[Any, Piece] = {}
@@ -60,10 +59,10 @@ def test_spread_state_is_cut_as_the_parameter_is(method: str, kind: str, group: 
         whole.step()
         pieces.step()
     for pair in pairs:
-        full = spread_state(pieces, pair.piece)
+        full = expanded(pieces, pair.piece)
         assert full["moment2_buffer"].shape == full["momentum_buffer"].shape == pair.piece.shape
         assert full.keys() <= {"momentum_buffer", "moment2_buffer", "step"}
-        of_whole = spread_state(whole, pair.whole)
+        of_whole = expanded(whole, pair.whole)
         for key in "moment2_buffer", "momentum_buffer":
             expected, rows = (
                 pair.cut(of_whole[key]),
@@ -72,11 +71,10 @@ def test_spread_state_is_cut_as_the_parameter_is(method: str, kind: str, group: 
             torch.testing.assert_close(full[key][:rows], expected[:rows], rtol=1e-4, atol=1e-6)
         states = [(pieces, pair.piece, full), (whole, pair.whole, of_whole)]
         for optimizer, p, state in states:
-            matrices = optimizer._sharding.matrices(p)
-            [read] = run([read_off(state, p, matrices, optimizer._moment2)])
-            torch.testing.assert_close(read, dict(optimizer.state[p]), rtol=0, atol=0)
-            [same] = run([read_off(dict(optimizer.state[p]), p, matrices, optimizer._moment2)])
-            torch.testing.assert_close(same, dict(optimizer.state[p]), rtol=0, atol=0)
+            own = dict(optimizer.state[p])
+            for given in (state, own):
+                [reduced] = reduce_v([given], [p], optimizer.state_format)
+                torch.testing.assert_close(reduced, own, rtol=0, atol=0)
 
 
 def test_rows_of_padding_stay_as_they_are(group: ProcessGroup) -> None:

@@ -2,7 +2,7 @@
 """Who orthogonalizes what, and how much at a time."""
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple, cast
@@ -10,45 +10,55 @@ from typing import NamedTuple, cast
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.exchange.orthogonalizer import Orthogonalize
+from emerging_optimizers.adaptive_muon.exchange.mode import Mode
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
-__all__ = ["Plan", "Ready", "Stack", "make_plan"]
+__all__ = ["Batch", "Plan", "Ready", "Round", "make_plan"]
 
-_BYTES = 4  # pieces travel in float32
+_BYTES = 4  # shards travel in float32
 
 
 class Ready(NamedTuple):
-    """All that a plan depends on of a parameter with a gradient: its matrices, its group's number, what is held here."""
+    """All that a plan depends on of a parameter with a gradient."""
 
     matrices: tuple[Matrix, ...]
-    group: int
+    group: int  # the number of its parameter group
     dtype: torch.dtype
     device: torch.device
-    shape: torch.Size
+    shape: torch.Size  # of what this rank holds
     transposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
-    """Parameters alike in all but their values, to be worked on as one.
+class Batch:
+    """Parameters that differ in nothing but their values, to be worked on as one tensor.
 
     Args:
         members: The parameters, by their places among those of the step.
-        group: The number of their group.
-        matrices: The logical matrices of the first; the others' lie like them.
-        homes: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
-        among_many: Whether the step has so many matrices in pieces that they take several rounds.
+        group: The number of their parameter group.
+        matrices: The logical matrices of the first; the others' have the same shapes and shards.
+        owners: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
     """
 
     members: list[int]
     group: int
     matrices: tuple[Matrix, ...]
-    homes: list[list[int]]
-    among_many: bool
+    owners: list[list[int]]
+
+
+class Round(NamedTuple):
+    """Batches whose matrices are in the same messages.
+
+    Args:
+        process_group: The ranks that hold their shards; None where matrices are whole, and there are no messages.
+        batches: The batches.
+    """
+
+    process_group: ProcessGroup | None
+    batches: list[Batch]
 
 
 @dataclass(frozen=True)
@@ -56,69 +66,67 @@ class Plan:
     """How to go through the parameters of a step.
 
     Args:
-        rounds: The parameters in stacks, those of a round to be worked on side by side.
-        homes: For each matrix in pieces, the rank of its group that orthogonalizes it where one does it for all.
+        rounds: The rounds, in their order.
+        owners: For each matrix in shards, the rank of its group that orthogonalizes it where one does it for all.
     """
 
-    rounds: list[list[Stack]]
-    homes: dict[Matrix, int]
+    rounds: list[Round]
+    owners: dict[Matrix, int]
 
 
-def make_plan(ready: Sequence[Ready], mode: type[Orthogonalize] | None, max_bytes_in_flight: int) -> Plan:
-    """Returns the plan of a step, the same on all ranks that hold the same parameters.
+def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: int) -> Plan:
+    """Return the plan of a step, the same on all ranks that hold the same parameters.
 
     Args:
         ready: The parameters of the step.
-        mode: How matrices in pieces are orthogonalized.
+        mode: How matrices in shards are orthogonalized.
         max_bytes_in_flight: What a rank may have to send and to receive at once. A round ends where it would be more;
             a parameter that is beyond it by itself has a round of its own.
     """
     by_group: dict[ProcessGroup | None, dict[int, Ready]] = {}
-    for index, each in enumerate(ready):
-        layouts = [matrix.layout for matrix in each.matrices]
+    for index, one in enumerate(ready):
+        layouts = [matrix.layout for matrix in one.matrices]
         [group] = {layout.group if isinstance(layout, ShardedLayout) else None for layout in layouts}
-        by_group.setdefault(group, {})[index] = each
-    plan = Plan([[stack] for stack in _stacks(by_group.pop(None, {}), {})], {})
-    for group, held in by_group.items():
+        by_group.setdefault(group, {})[index] = one
+    plan = Plan([Round(None, [batch]) for batch in _batches(by_group.pop(None, {}), {})], {})
+    for group, members in by_group.items():
         assert group is not None and mode is not None
-        shared = [_Shared(index, each.shape, matrix) for index, each in held.items() for matrix in each.matrices]
-        plan.homes.update(_homes(shared, group.size()))
-        loads = {index: [0] * group.size() for index in held}
-        for one in shared:
-            receivers = mode.receivers(plan.homes[one.matrix], group.size())
-            loads[one.index] = list(map(add, loads[one.index], one.load(receivers)))
-        rounds = _rounds(loads, max_bytes_in_flight)
-        plan.rounds.extend(
-            _stacks({index: held[index] for index in at_once}, plan.homes, among_many=len(rounds) > 1)
-            for at_once in rounds
-        )
+        shared = [_Shared(index, one.shape, matrix) for index, one in members.items() for matrix in one.matrices]
+        plan.owners.update(_owners(shared, group.size()))
+        loads = {index: [0] * group.size() for index in members}
+        for of in shared:
+            elements = mode.in_flight(of.layout, plan.owners[of.matrix])
+            loads[of.index] = list(map(add, loads[of.index], (_BYTES * of.depth * number for number in elements)))
+        for indices in _rounds(loads, max_bytes_in_flight):
+            plan.rounds.append(Round(group, _batches({index: members[index] for index in indices}, plan.owners)))
     return plan
 
 
-def _stacks(ready: Mapping[int, Ready], homes: Mapping[Matrix, int], *, among_many: bool = False) -> list[Stack]:
-    """The parameters in stacks, each of no more than keep the device busy.
+def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[Batch]:
+    """The parameters in batches, each of no more than keep the device busy.
 
-    Stacks wait for the other ranks one after the other, so that those of parameters in pieces must be the same on all
-    ranks that hold some: only what all of these know decides.
+    A rank must not put in one batch what another rank puts in two: messages of the right size would hold the wrong
+    matrices. So of parameters in shards only what all holders know decides.
     """
-    alike: dict[Hashable, list[int]] = {}
-    for index, each in ready.items():
-        alike.setdefault((tuple(matrix.batch_key for matrix in each.matrices), *each[1:]), []).append(index)
-    stacks = []
-    for members in alike.values():
+    by_key: dict[Hashable, list[int]] = {}
+    for index, one in ready.items():
+        by_key.setdefault((tuple(matrix.batch_key for matrix in one.matrices), *one[1:]), []).append(index)
+    batches = []
+    for members in by_key.values():
         first = ready[members[0]]
         held = first.matrices[0].shard_shapes
         shape = first.shape if held is None else (*first.shape[:-2], *held.largest)
-        for some in in_batches(members, shape, first.device):
-            same = zip(*(ready[index].matrices for index in some), strict=True)
-            of_homes = [[homes.get(matrix, 0) for matrix in each] for each in same]
-            stacks.append(Stack([*some], first.group, ready[some[0]].matrices, of_homes, among_many))
-    return stacks
+        of_member = {index: [owners.get(matrix, 0) for matrix in ready[index].matrices] for index in members}
+        # The members of an owner are adjacent, so that a slice of the batch is sent to it.
+        for part in in_batches(sorted(members, key=of_member.__getitem__), shape, first.device):
+            of_matrix = [list(of) for of in zip(*(of_member[index] for index in part), strict=True)]
+            batches.append(Batch([*part], first.group, ready[part[0]].matrices, of_matrix))
+    return batches
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """A matrix that a group holds in pieces, and of its parameter the place and the shape at hand."""
+    """A matrix in shards, and of its parameter the place and the shape at hand."""
 
     index: int
     shape: torch.Size
@@ -130,33 +138,27 @@ class _Shared:
         return cast(ShardedLayout, self.matrix.layout)
 
     @property
-    def stack(self) -> int:
-        """How many matrices of this shape lie in a stack."""
+    def depth(self) -> int:
+        """The number of matrices of this shape in a stack of experts."""
         return math.prod(self.shape[:-2])
 
     @property
     def cost(self) -> int:
         """The products of the orthogonalization, up to a common factor."""
-        return self.stack * math.prod(self.layout.whole) * min(self.layout.whole)
-
-    def load(self, receivers: Collection[int]) -> list[int]:
-        """The bytes that each rank has to send, and to receive if it is one of the receivers."""
-        whole = math.prod(self.layout.whole)
-        areas = (each.area + whole * (rank in receivers) for rank, each in enumerate(self.layout.rectangles))
-        return [_BYTES * self.stack * area for area in areas]
+        return self.depth * math.prod(self.layout.whole) * min(self.layout.whole)
 
 
-def _homes(shared: list[_Shared], ranks: int) -> dict[Matrix, int]:
-    """A home for each matrix: the costliest first, each where the least work is.
+def _owners(shared: list[_Shared], ranks: int) -> dict[Matrix, int]:
+    """An owner for each matrix: the costliest first, to the rank with the least work.
 
     The largest share is then within 4/3 of the best possible (R. L. Graham, Bounds on multiprocessing timing anomalies,
     1969).
     """
-    homes, work = {}, [0] * ranks
-    for each in sorted(shared, key=lambda each: -each.cost):
-        homes[each.matrix] = home = min(range(ranks), key=work.__getitem__)
-        work[home] += each.cost
-    return homes
+    owners, work = {}, [0] * ranks
+    for one in sorted(shared, key=lambda one: -one.cost):
+        owners[one.matrix] = owner = min(range(ranks), key=work.__getitem__)
+        work[owner] += one.cost
+    return owners
 
 
 def _rounds(loads: dict[int, list[int]], most: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
+from emerging_optimizers.adaptive_muon.options import Options
 
 
 __all__ = ["AdaptiveMuonConfig"]
@@ -28,7 +29,7 @@ class AdaptiveMuonConfig(AdaptiveMuonOptions, OptimizerConfig):
     # It would take Megatron-FSDP's flat pieces of a matrix for the matrix.
     supports_megatron_fsdp_sharding: ClassVar[bool] = False
 
-    lr: float = 3e-4
+    lr: float = Options.lr
 
     @override
     def build(

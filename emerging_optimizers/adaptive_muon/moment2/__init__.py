@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Second-moment methods: which statistic V averages, and which adaptive scale D is made of V."""
+
 from importlib import import_module
 from typing import get_args
 
-from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
-from emerging_optimizers.adaptive_muon.moment2.registry import METHODS, Moment2MethodT, make_moment2, register_moment2
+from .base import Moment2, Observed, sum_of_squares
+from .registry import METHODS, Moment2MethodT, make_moment2, register_moment2
 
 
-__all__ = ["METHODS", "Average", "Moment2", "Moment2MethodT", "Seen", "make_moment2", "register_moment2"]
+__all__ = [
+    "METHODS",
+    "Moment2",
+    "Moment2MethodT",
+    "Observed",
+    "make_moment2",
+    "register_moment2",
+    "sum_of_squares",
+]
 
 for _name in get_args(Moment2MethodT):
     import_module(f"{__name__}.{_name}")

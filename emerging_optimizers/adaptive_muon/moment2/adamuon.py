@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import override
 
 import torch
 
-from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
-from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout
+from .base import Moment2
+from .registry import register_moment2
 
 
 @register_moment2("adamuon")
@@ -17,13 +17,16 @@ class AdaMuon(Moment2):
     .. math:: V \\leftarrow \\mathrm{EMA}(O \\odot O), \\qquad D = 1 / (\\sqrt{V} + \\varepsilon)
     """
 
+    observed = ("orthogonalized",)
     momentum_degree = 0  # O does not depend on the size of M'
     moment2_degree = -0.5
 
     @override
-    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+    def kept_dims(self, rows: int, columns: int) -> tuple[int, ...]:
         return (-2, -1)
 
     @override
-    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        return average(seen.orthogonalized.square()).sqrt().add_(eps).reciprocal_()
+    def scale(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor:
+        return V.sqrt().add_(eps).reciprocal_()

@@ -1,87 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a second-moment method is, and what it may see."""
+"""What a second-moment method is: which sums of squares it observes, what V averages, and which scale is made of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout
 
+__all__ = ["Moment2", "Observed", "sum_of_squares"]
 
-__all__ = ["Average", "Moment2", "Seen"]
-
-Average = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One step of one matrix, as every method sees it.
-
-    The tensors are stacks of shape ``(..., rows, columns)``, as are the statistics made of them: reductions are over
-    the last two dimensions.
-
-    Args:
-        gradient: G, the raw gradient.
-        momentum: M', the momentum after Nesterov, before orthogonalization.
-        orthogonalized: O, the orthogonalized momentum, not scaled.
-    """
-
-    gradient: torch.Tensor
-    momentum: torch.Tensor
-    orthogonalized: torch.Tensor
+Observed = Literal["gradient", "momentum", "orthogonalized"]
 
 
 @dataclass(frozen=True)
 class Moment2(ABC):
-    """A second-moment method: which statistic is averaged into V, and which adaptive scale D is made of it.
+    """A second-moment method: pure functions of whole vectors.
 
     A method is one file of this package that defines one subclass under ``@register_moment2(name)``, and one word in
-    ``Moment2MethodT``. Its dataclass fields, if any, are its own options; for users to set them,
-    :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` takes them as arguments by the same name. Formulas reduce
-    through the layout only and along the last two dimensions, which makes them right for a matrix in pieces and for a
-    stack of matrices; they ask for what they need at once in one call, since an answer may have to travel.
+    ``Moment2MethodT``. Its dataclass fields, if any, are its own options, under the names of the optimizer's arguments.
+
+    A method never sees a matrix, or a shard of one. It receives sums of squares over the whole matrix, along the
+    dimensions that V does not keep. A dimension that V does not keep has size 1. Leading dimensions, if any, are those of a
+    batch of matrices. So a method communicates nothing, and is right for every sharding.
 
     Attributes:
+        observed: Whose sums of squares the method receives, in this order: "gradient" G, the raw gradient; "momentum" M', the
+            momentum after Nesterov, before orthogonalization; "orthogonalized" O.
         momentum_degree: p, where D is proportional to the p-th power of the size of M'.
         moment2_degree: q, where D is proportional to the q-th power of V (eps and clamps aside).
+        scales_momentum: Whether D scales M' before the orthogonalization, as Muon^2 (arXiv:2604.09967) and Muon-VS
+            (arXiv:2601.14603) do, instead of O after it. O does not depend on the size of M', so both degrees are then 0.
         bias_correction: Whether the method's source corrects the bias of its moving averages.
         reads_gradient: Whether V averages the raw gradient, which "l2" weight decay would falsify.
         adaptive_decay: Whether D is a ratio of signal to noise in the order of 1, fit to scale the weight decay.
     """
 
+    observed: ClassVar[tuple[Observed, ...]]
     momentum_degree: ClassVar[float]
     moment2_degree: ClassVar[float]
+    scales_momentum: ClassVar[bool] = False
     bias_correction: ClassVar[bool] = False
     reads_gradient: ClassVar[bool] = False
     adaptive_decay: ClassVar[bool] = False
 
     @abstractmethod
-    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Returns along which dimensions V has entries of its own: -2 one for each row, -1 one for each column.
+    def kept_dims(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the dimensions that V keeps: -2 for an entry per row, -1 for an entry per column.
 
         Args:
             rows: Rows of the whole matrix.
             columns: Columns of the whole matrix.
         """
 
-    @abstractmethod
-    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        """Returns the adaptive scale D, without bias correction: a new tensor, broadcastable to O.
+    def statistic(self, squares: Sequence[torch.Tensor], *, shape: tuple[int, int]) -> torch.Tensor:
+        """Return what V averages; by default the first of the observed sums of squares.
 
         Args:
-            average: Takes the statistic, averages it into V in place, and returns V; to be called once. The statistic
-                has one entry along every dimension that :meth:`dims` leaves out, and so has what is returned.
-            seen: The matrix's G, M' and O.
-            layout: Answers questions about the whole matrix.
+            squares: The sums of squares of what is ``observed``, in its order.
+            shape: ``(rows, columns)`` of the whole matrix.
+        """
+        return squares[0]
+
+    @abstractmethod
+    def scale(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor:
+        """Return the adaptive scale D, without bias correction: a new tensor, broadcastable to the whole matrix.
+
+        Args:
+            V: The moving average of the statistic, after this step's update; it is not to be changed.
+            squares: The sums of squares of what is ``observed``, in its order.
+            shape: ``(rows, columns)`` of the whole matrix.
             eps: Small constant for numerical stability.
         """
 
     @final
     def correction[Step: (float, torch.Tensor)](self, step: Step, *, momentum: float, beta2: float) -> Step:
-        """Returns the factor on D that corrects the bias of the moving averages D is made of.
+        """Return the factor on D that corrects the bias of the moving averages D is made of.
 
         After ``step`` updates an average that began at zero is short by the factor ``1 - decay**step``; D inherits
         that to the power of its degree in the average.
@@ -94,3 +91,19 @@ class Moment2(ABC):
         short_of_momentum, short_of_moment2 = 1 - momentum**step, 1 - beta2**step
         correction: Step = short_of_momentum**-self.momentum_degree * short_of_moment2**-self.moment2_degree
         return correction
+
+
+def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int]) -> torch.Tensor:
+    """Return the sums of squares along the dimensions that are not kept, which get size 1.
+
+    The sums of a whole matrix are the sums of its shards' sums.
+
+    Args:
+        matrix: Shape ``(..., rows, columns)``, a batch of matrices or of shards.
+        kept_dims: Which of the dimensions -2 and -1 to keep; with both, the elements' squares.
+    """
+    summed = tuple(dim for dim in (-2, -1) if dim not in kept_dims)
+    if not summed:
+        return matrix.square()
+    norms: torch.Tensor = torch.linalg.vector_norm(matrix, dim=summed, keepdim=True)
+    return norms.square_()

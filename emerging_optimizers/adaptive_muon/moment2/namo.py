@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import override
 
 import torch
 
-from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
-from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout
+from .base import Moment2
+from .registry import register_moment2
 
 
 @register_moment2("namo")
@@ -19,16 +19,19 @@ class Namo(Moment2):
     The paper corrects the bias of both averages; Emerging-Optimizers 0.3.0, whose path the default follows, does not.
     """
 
+    observed = ("gradient", "momentum")
     momentum_degree = 1
     moment2_degree = -0.5
     reads_gradient = True
     adaptive_decay = True
 
     @override
-    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+    def kept_dims(self, rows: int, columns: int) -> tuple[int, ...]:
         return ()
 
     @override
-    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        of_gradient, of_momentum = await layout.norms(seen.gradient, seen.momentum)
-        return of_momentum / (average(of_gradient.square()).sqrt() + eps)
+    def scale(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor:
+        _, momentum = squares
+        return momentum.sqrt() / (V.sqrt() + eps)

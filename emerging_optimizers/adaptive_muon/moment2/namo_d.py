@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import override
 
 import torch
 
-from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
-from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout
+from .base import Moment2
+from .registry import register_moment2
 
 
 @register_moment2("namo_d")
@@ -28,6 +27,7 @@ class NamoD(Moment2):
 
     namo_d_clamp: float = 0.75
 
+    observed = ("gradient", "momentum")
     momentum_degree = 1
     moment2_degree = -0.5
     bias_correction = True
@@ -35,19 +35,20 @@ class NamoD(Moment2):
     adaptive_decay = True
 
     def __post_init__(self) -> None:
-        """Checks the clamp."""
-        clamp = self.namo_d_clamp
-        allowed = isinstance(clamp, float | int) and 0 < clamp <= 1
-        require(allowed, "namo_d_clamp must be in (0, 1]", clamp, "the default is 0.75")
+        """Check the clamp."""
+        c = self.namo_d_clamp
+        if not (isinstance(c, float | int) and 0 < c <= 1):
+            raise ValueError(f"namo_d_clamp must be in (0, 1], got {c!r}: the default is 0.75")
 
     @override
-    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+    def kept_dims(self, rows: int, columns: int) -> tuple[int, ...]:
         return (-1,)
 
     @override
-    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        of_gradient, of_momentum = await layout.norms(seen.gradient, seen.momentum, dim=-2)
-        d = of_momentum / (average(of_gradient.square()).sqrt() + eps)
-        [total] = await layout.totals(d, dim=-1)
-        mean = total / layout.shape(seen.momentum)[-1]
-        return d.clamp(self.namo_d_clamp * mean, mean / self.namo_d_clamp)
+    def scale(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor:
+        _, momentum = squares
+        d, c = momentum.sqrt() / (V.sqrt() + eps), self.namo_d_clamp
+        mean = d.mean(dim=-1, keepdim=True)
+        return d.clamp(c * mean, mean / c)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import override
 
 import torch
 
-from emerging_optimizers.adaptive_muon.moment2.base import Average, Moment2, Seen
-from emerging_optimizers.adaptive_muon.moment2.registry import register_moment2
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout
+from .base import Moment2
+from .registry import register_moment2
 
 
 @register_moment2("normuon")
@@ -21,20 +21,23 @@ class NorMuon(Moment2):
     Emerging-Optimizers 0.3.0 has it; the paper always takes rows.
     """
 
+    observed = ("orthogonalized",)
     momentum_degree = 0
     moment2_degree = 0  # a common factor on V cancels
 
     @override
-    def dims(self, rows: int, columns: int) -> tuple[int, ...]:
+    def kept_dims(self, rows: int, columns: int) -> tuple[int, ...]:
         return (-2,) if rows >= columns else (-1,)
 
     @override
-    async def scale(self, average: Average, seen: Seen, layout: Layout, *, eps: float) -> torch.Tensor:
-        shape = layout.shape(seen.orthogonalized)
-        [kept] = self.dims(*shape)
-        averaged_away = -3 - kept
-        [norms] = await layout.norms(seen.orthogonalized, dim=averaged_away)
-        squares = norms.square()
-        r = average(squares / shape[averaged_away]).clamp_min(eps).rsqrt_()
-        before, after = await layout.totals(squares, r.square() * squares, dim=kept)
-        return r * (before.sqrt() / after.sqrt().clamp_min(eps))
+    def statistic(self, squares: Sequence[torch.Tensor], *, shape: tuple[int, int]) -> torch.Tensor:
+        return squares[0] / min(shape)  # the shorter dimension is averaged away
+
+    @override
+    def scale(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor:
+        [orthogonalized] = squares
+        r = V.clamp_min(eps).rsqrt_()
+        before, after = (x.sum((-2, -1), keepdim=True).sqrt() for x in (orthogonalized, r.square() * orthogonalized))
+        return r * (before / after.clamp_min(eps))

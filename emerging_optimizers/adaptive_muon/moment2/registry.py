@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal
 
-from emerging_optimizers.adaptive_muon.checks import require_one_of
-from emerging_optimizers.adaptive_muon.moment2.base import Moment2
+from .base import Moment2
 
 
 __all__ = ["METHODS", "Moment2MethodT", "make_moment2", "register_moment2"]
@@ -17,14 +16,22 @@ Moment2MethodT = Literal["adamuon", "normuon", "namo", "namo_d"]
 METHODS: dict[str, type[Moment2]] = {}
 
 
-def register_moment2(name: Moment2MethodT) -> Callable[[type[Moment2]], type[Moment2]]:
-    """Returns a decorator that enters a :class:`Moment2` subclass under ``name``."""
+def register_moment2(name: str) -> Callable[[type[Moment2]], type[Moment2]]:
+    """Return a decorator that enters a :class:`Moment2` subclass under ``name``.
+
+    Raises:
+        TypeError: If the class does not say what it observes or how its scale grows, or contradicts itself.
+    """
 
     def enter(cls: type[Moment2]) -> type[Moment2]:
-        if not hasattr(cls, "momentum_degree") or not hasattr(cls, "moment2_degree"):
-            raise TypeError(
-                f"{cls.__name__} must set momentum_degree and moment2_degree, which the bias correction needs"
-            )
+        needed = ("observed", "momentum_degree", "moment2_degree")
+        missing = [attribute for attribute in needed if not hasattr(cls, attribute)]
+        if missing:
+            raise TypeError(f"{cls.__name__} must set {' and '.join(missing)}, see Moment2")
+        if cls.scales_momentum and (cls.momentum_degree or cls.moment2_degree or cls.adaptive_decay):
+            raise TypeError(f"{cls.__name__} scales the momentum: its degrees must be 0, and adaptive_decay False")
+        if cls.scales_momentum and "orthogonalized" in cls.observed:
+            raise TypeError(f"{cls.__name__} scales the momentum: it must not observe what is orthogonalized later")
         METHODS[name] = cls
         return cls
 
@@ -32,7 +39,7 @@ def register_moment2(name: Moment2MethodT) -> Callable[[type[Moment2]], type[Mom
 
 
 def make_moment2(name: str, **options: Any) -> Moment2:
-    """Makes the method called ``name``.
+    """Make the method called ``name``.
 
     Args:
         name: A name of ``Moment2MethodT``.
@@ -42,7 +49,9 @@ def make_moment2(name: str, **options: Any) -> Moment2:
     Raises:
         ValueError: If the name is unknown or an option is out of its range.
     """
-    require_one_of("moment2_method", name, METHODS)
+    if name not in METHODS:
+        choices = ", ".join(METHODS)
+        raise ValueError(f"moment2_method must be one of the known names, got {name!r}: choose from {choices}")
     made = {
         key: cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
         for key, cls in METHODS.items()

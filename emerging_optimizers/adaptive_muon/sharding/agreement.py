@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a group compare before they rely on it, so that all of them raise an error and none hangs."""
+"""What all ranks of a group find out together: their sums, and whether they agree, an error on all of them if not."""
 
+from collections.abc import Sequence
+from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["gather_from_all", "require_agreement"]
+__all__ = ["gather_from_all", "require_agreement", "sum_over"]
 
 
 def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
@@ -53,3 +56,19 @@ def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
         ranks_with.setdefault(str(value), []).append(rank)
     by_rank = "; ".join(f"{value} on rank {', '.join(map(str, ranks))}" for value, ranks in ranks_with.items())
     require(len(ranks_with) == 1, f"{subject} must be the same on all ranks of a process group", by_rank, remedy)
+
+
+def sum_over(group: ProcessGroup, terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the sums of tensors over the ranks of a group, from one all-reduce in the widest of their dtypes.
+
+    Args:
+        group: The process group.
+        terms: This rank's terms, of the same shapes and dtypes on all ranks; with none, nothing is sent.
+    """
+    if not terms:
+        return []
+    widest = reduce(torch.promote_types, (term.dtype for term in terms))
+    bucket = torch.cat([term.reshape(-1).to(widest) for term in terms])
+    dist.all_reduce(bucket, group=group)
+    sums = torch.split(bucket, [term.numel() for term in terms])
+    return [total.view(term.shape).to(term.dtype) for total, term in zip(sums, terms, strict=True)]

@@ -84,7 +84,7 @@ def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shap
     Args:
         matrices: The parameter's matrices.
         parts: A tensor for each matrix, broadcastable to it.
-        shape: The parameter's shape. Rows of padding, which belong to no matrix, are zero in the result.
+        shape: The shape of the parameter. Rows of padding, which belong to no matrix, are zero in the result.
     """
     if matrices[0].is_all:
         return parts[0]

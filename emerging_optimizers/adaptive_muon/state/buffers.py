@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer state of a parameter: which buffers there are, of which shapes, and V of each of its matrices in them.
+"""The optimizer state of a parameter: which buffers there are, of which shapes, and V of a batch in them.
 
-A parameter that is one matrix has upstream's buffers, ``momentum_buffer`` and ``moment2_buffer``. Where it has blocks,
-statistics with an entry a row lie together in ``moment2_buffer``, row by row as the parameter does and sharded as it
-is; the others in ``moment2_buffer_0`` for the first block and so on.
+A parameter that is one matrix has upstream's buffers, ``momentum_buffer`` and ``moment2_buffer``. Every rank that holds a
+shard keeps the whole V, but for a V with an entry per element, which is sharded as the parameter is. Where a parameter
+has row blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` and so on.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
-from emerging_optimizers.adaptive_muon.moment2 import Moment2
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
-from emerging_optimizers.adaptive_muon.parameters import work_dtype
+from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     as_matrices,
     is_transposed,
@@ -22,90 +24,165 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     wrapped_like,
 )
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
+from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
-__all__ = ["MomentAverage", "buffer_dims", "buffer_key", "buffer_shape", "new_buffers"]
+__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "v_key"]
+
+_ELEMENTS = (-2, -1)
 
 
-def buffer_dims(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -> dict[str, tuple[int, ...]]:
-    """Returns the names of a parameter's buffers, and along which of its dimensions -2 and -1 each lies as it does.
+class Buffer(NamedTuple):
+    """A buffer of a parameter's state.
 
     Args:
-        p: The parameter.
-        matrices: Its logical matrices.
-        moment2: The second-moment method.
+        shape: Its shape; the whole one where it is a DTensor.
+        local: The shape of what this rank holds.
+        placements: Its placements where it is a DTensor, else None.
     """
-    dims: dict[str, tuple[int, ...]] = {"momentum_buffer": (-2, -1)}
-    for matrix in matrices:
-        of_moment2 = moment2.dims(*matrix.layout.shape(matrix.of(as_matrices(p))))
-        of_p = tuple(-3 - dim for dim in of_moment2) if is_transposed(p) else of_moment2
-        dims[buffer_key(matrix, of_moment2)] = of_p
-    return dims
+
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    placements: Any
 
 
-def buffer_shape(p: torch.Tensor, dims: Collection[int]) -> tuple[int, ...]:
-    """Returns the shape of a buffer of ``p``; of its local piece where ``p`` is one."""
-    shape = [*p.shape[:-2], *(p.size(dim) if dim in dims else 1 for dim in (-2, -1))]
-    return tuple(shape if dims else shape[:-1])  # upstream's namo keeps (1,) for a matrix
-
-
-def new_buffers(p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -> dict[str, torch.Tensor]:
-    """Returns a parameter's buffers, all zero: DTensors where they are pieces of something, as the parameter is.
+@dataclass(frozen=True, eq=False)
+class StateFormat:
+    """What the state of an optimizer's parameters looks like.
 
     Args:
-        p: The parameter.
-        matrices: Its logical matrices.
+        sharding: The matrices of the parameters.
+        moment2_method: The name of the second-moment method.
         moment2: The second-moment method.
+        bias_correction: Whether steps are counted.
+        capturable: Whether the count is on the parameter's device.
     """
-    buffers, local = {}, local_of(p)
-    for key, dims in buffer_dims(p, matrices, moment2).items():
-        # not new_zeros, which gives a subclass of torch.Tensor, as some weights are, its own kind
-        buffers[key] = torch.zeros(buffer_shape(local, dims), dtype=work_dtype(p), device=local.device)
-        placements = placements_like(p, dims)
-        if placements is not None:
-            buffers[key] = wrapped_like(p, buffers[key], placements, buffer_shape(p, dims))
-    return buffers
+
+    sharding: Sharding
+    moment2_method: str
+    moment2: Moment2
+    bias_correction: bool
+    capturable: bool
+
+    def of_method(self, name: str) -> "StateFormat":
+        """Return the format with another second-moment method, whose own options matter to no shape."""
+        return replace(self, moment2_method=name, moment2=METHODS[name]())
+
+    def kept_dims(self, p: torch.Tensor, matrix: Matrix) -> tuple[int, ...]:
+        """Return the dimensions that V keeps of a matrix of a parameter."""
+        return self.moment2.kept_dims(*matrix.layout.shape(matrix.of(as_matrices(p))))
+
+    def buffers(self, p: torch.Tensor) -> dict[str, Buffer]:
+        """Return a parameter's buffers by their names."""
+        like_p = Buffer((*p.shape,), (*local_of(p).shape,), placements_like(p, _ELEMENTS))
+        buffers = {"momentum_buffer": like_p}
+        for matrix in self.sharding.matrices(p):
+            kept, shape = self.kept_dims(p, matrix), matrix.layout.shape(matrix.of(as_matrices(p)))
+            buffers[v_key(matrix, kept)] = like_p if set(kept) == {*_ELEMENTS} else _vector(p, shape, kept)
+        return buffers
+
+    def new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return a parameter's state, all zero."""
+        state, device = {}, local_of(p).device
+        for key, buffer in self.buffers(p).items():
+            # not new_zeros, which gives a subclass of torch.Tensor, as some weights are, its own kind
+            state[key] = torch.zeros(buffer.local, dtype=work_dtype(p), device=device)
+            if buffer.placements is not None:
+                state[key] = wrapped_like(p, state[key], buffer.placements, buffer.shape)
+        if self.bias_correction:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if self.capturable else "cpu")
+        return state
 
 
-@dataclass(frozen=True)
-class MomentAverage:
-    """V of a stack of matrices: takes a statistic, averages it into V in place and returns V.
+def check_state(
+    group: dict[str, Any], states: Mapping[torch.Tensor, dict[str, Any]], state_format: StateFormat
+) -> None:
+    """Raise a ``ValueError`` if a parameter of a group has been converted since its state was made, which does not fit now.
 
     Args:
-        params: The parameters of a stack.
+        group: The parameter group.
+        states: The states of all parameters that have one.
+        state_format: The format of the states.
+    """
+    for index, p in enumerate(group["params"]):
+        state = states.get(p, {})
+        momentum = state.get("momentum_buffer")
+        if momentum is None:
+            continue
+        require(
+            momentum.dtype == work_dtype(p),
+            f"the state of {parameter_name(group, index)} must be in {work_dtype(p)}, in which it is worked on",
+            momentum.dtype,
+            "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
+        )
+        expected = {key: buffer.shape for key, buffer in state_format.buffers(p).items()}
+        found = {key: tuple(state[key].shape) for key in expected if key in state}
+        require(
+            found == expected,
+            f"the state of {parameter_name(group, index)} must have the shapes {expected}; it has",
+            found,
+            "set muon_transposed before the first step, and drop the state of a parameter that has another shape",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoment:
+    """V of one matrix of every parameter in a batch.
+
+    Args:
+        params: The parameters.
         states: Their states.
-        matrix: The matrix, of each of them.
-        dims: Along which of its rows (-2) and columns (-1) V has entries of its own.
+        matrix: The matrix, of the first; the others' have the same shapes and shards.
+        kept_dims: The dimensions that V keeps.
         beta2: Decay rate of V.
     """
 
     params: Sequence[torch.Tensor]
     states: Sequence[dict[str, torch.Tensor]]
     matrix: Matrix
-    dims: tuple[int, ...]
+    kept_dims: tuple[int, ...]
     beta2: float
 
-    def __call__(self, statistic: torch.Tensor) -> torch.Tensor:
-        """Returns V, in the shape of ``statistic``, after its update."""
-        key, by_row = buffer_key(self.matrix, self.dims), -2 in self.dims
+    def update(self, statistic: torch.Tensor) -> torch.Tensor:
+        """Average a statistic into V in place, and return V; both have the shape ``(batch, ...)``."""
+        key, statistics = v_key(self.matrix, self.kept_dims), statistic.unbind(0)
         buffers = [as_matrices(p, state[key]) for p, state in zip(self.params, self.states, strict=True)]
-        statistics = statistic.unbind(0)
-        averages = [
-            (self.matrix.of(buffer) if by_row else buffer).view_as(each)
-            for buffer, each in zip(buffers, statistics, strict=True)
-        ]
-        torch._foreach_lerp_(averages, statistics, 1 - self.beta2)
-        if by_row and isinstance(self.matrix.rows, torch.Tensor):
-            for buffer, average in zip(buffers, averages, strict=True):
-                buffer[..., self.matrix.rows, :] = average  # rows that are not adjacent were a copy
-        return as_batch(averages)
+        parts = list(map(self.matrix.of, buffers)) if set(self.kept_dims) == {*_ELEMENTS} else buffers
+        Vs = [V.view_as(like) for V, like in zip(parts, statistics, strict=True)]
+        torch._foreach_lerp_(Vs, statistics, 1 - self.beta2)
+        if parts is not buffers and isinstance(self.matrix.rows, torch.Tensor):
+            for buffer, V in zip(buffers, Vs, strict=True):
+                buffer[..., self.matrix.rows, :] = V  # rows that are not adjacent were a copy
+        return as_batch(Vs)
+
+    def after(self, statistic: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+        """Return what V of some members, a vector, is after :meth:`update`, which is yet to come."""
+        key = v_key(self.matrix, self.kept_dims)
+        Vs = [as_matrices(self.params[i], self.states[i][key]) for i in members]
+        V = as_batch([V.view_as(like) for V, like in zip(Vs, statistic, strict=True)])
+        return V.lerp(statistic, 1 - self.beta2)
 
 
-def buffer_key(matrix: Matrix, dims: tuple[int, ...]) -> str:
-    """Returns the name in the state of the buffer that holds V of a matrix.
+def v_key(matrix: Matrix, kept_dims: Sequence[int]) -> str:
+    """Return the name in the state of the buffer that holds V of a matrix.
 
     Args:
         matrix: The matrix.
-        dims: Along which of its rows (-2) and columns (-1) V has entries of its own.
+        kept_dims: The dimensions that V keeps.
     """
-    return "moment2_buffer" if matrix.block is None or -2 in dims else f"moment2_buffer_{matrix.block}"
+    return (
+        "moment2_buffer"
+        if matrix.block is None or set(kept_dims) == {*_ELEMENTS}
+        else f"moment2_buffer_{matrix.block}"
+    )
+
+
+def _vector(p: torch.Tensor, shape: tuple[int, int], kept_dims: tuple[int, ...]) -> Buffer:
+    """The buffer of a V with an entry per row, per column, or for the whole matrix of this shape."""
+    sizes = [size if dim in kept_dims else 1 for dim, size in zip(_ELEMENTS, shape, strict=True)]
+    if is_transposed(p):
+        sizes.reverse()
+    if not kept_dims:
+        sizes.pop()  # upstream's namo keeps (1,) for a matrix
+    lead, local = p.shape[:-2], local_of(p).shape[:-2]
+    return Buffer((*lead, *sizes), (*local, *sizes), placements_like(p, ()))

@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint: refuse what does not fit before anything changes, and keep the state's full precision."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 import torch
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
-from emerging_optimizers.adaptive_muon.sharding.dtensor import placements_like
-from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
-from emerging_optimizers.adaptive_muon.state.buffers import buffer_dims, buffer_shape
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
-
-if TYPE_CHECKING:
-    from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 
 __all__ = ["attributes", "load"]
 
@@ -29,7 +23,7 @@ def load(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
     torch_load: Callable[[dict[str, Any]], None],
-    muon: "AdaptiveMuon",
+    state_format: StateFormat,
 ) -> None:
     """Loads a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and not rounded.
 
@@ -38,10 +32,10 @@ def load(
     all hooks that may change what was loaded.
 
     Args:
-        optimizer: The optimizer to load into, ``muon`` itself or one that holds its groups.
+        optimizer: The optimizer to load into: that of the matrices, or one that holds its groups too.
         state_dict: The checkpoint.
         torch_load: The torch class's ``load_state_dict`` of ``optimizer``.
-        muon: The optimizer of the matrices.
+        state_format: The format of the matrices' state.
 
     Raises:
         ValueError: If the checkpoint does not fit. Nothing has changed then.
@@ -53,7 +47,7 @@ def load(
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch says so
         _check_names(groups, optimizer.param_groups)
-        muon._sharding.resolve(muon.param_groups)
+        state_format.sharding.resolve([group for group in optimizer.param_groups if group.get("use_muon", True)])
         for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
             require(
                 saved_group.get("use_muon") == group.get("use_muon"),
@@ -62,16 +56,16 @@ def load(
                 "route the parameters as when it was saved, see HybridAdaptiveMuon.describe()",
             )
             if group.get("use_muon", True):
-                saved.update(_checked_states(saved_group, group, state_dict["state"], muon))
+                saved.update(_checked_states(saved_group, group, state_dict["state"], state_format))
 
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
             for key, value in state.items():
                 if isinstance(value, torch.Tensor):
                     dtype = work_dtype(p) if key.startswith(_BUFFERS) else value.dtype
-                    on_host = key == "step" and not muon.capturable
+                    on_host = key == "step" and not state_format.capturable
                     optimizer.state[p][key] = _plain(value).to(device="cpu" if on_host else p.device, dtype=dtype)
-            if not muon.bias_correction:
+            if not state_format.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
 
     hooks = (
@@ -117,7 +111,7 @@ def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]
 
 
 def _checked_states(
-    saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], muon: "AdaptiveMuon"
+    saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], state_format: StateFormat
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yields each parameter of a group with its saved state, or raises."""
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
@@ -130,39 +124,17 @@ def _checked_states(
             sorted(state),
             "the checkpoint is of another optimizer",
         )
-        matrices = muon._sharding.matrices(p)
-        method = saved_group.get("moment2_method") or _upstream_method(p, matrices, state, muon.moment2_method)
+        method = saved_group.get("moment2_method") or _upstream_method(p, state, state_format)
         require(
-            method == muon.moment2_method,
-            f'the checkpoint must be of the optimizer\'s moment2_method, "{muon.moment2_method}"; for {name} it is of',
+            method == state_format.moment2_method,
+            f'the checkpoint must be of the optimizer\'s moment2_method, "{state_format.moment2_method}"; for {name} '
+            "it is of",
             method,
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
-        expected = buffer_dims(p, matrices, muon._moment2)
-        buffers = {key for key in state if key.startswith(_BUFFERS)}
+        _check_buffers(p, name, state, state_format)
         require(
-            buffers <= expected.keys(),
-            f"the state of {name} must hold {', '.join(expected)}; in the checkpoint it holds",
-            sorted(buffers),
-            "the parameter had other blocks when it was saved",
-        )
-        for buffer, dims in expected.items():
-            shape, saved = buffer_shape(p, dims), state.get(buffer)
-            require(
-                saved is not None and tuple(saved.shape) == shape,
-                f"{buffer} of {name} must have the shape {shape}; in the checkpoint it has",
-                tuple(saved.shape) if saved is not None else None,
-                "the checkpoint is of another model, or its parameters are in another order or in other blocks",
-            )
-            placements = placements_like(p, dims)
-            require(
-                getattr(saved, "placements", None) == placements,
-                f"{buffer} of {name} must be sharded as the parameter is, {placements}; in the checkpoint it is",
-                getattr(saved, "placements", None),
-                "load it with torch.distributed.checkpoint and set_optimizer_state_dict, which reshard",
-            )
-        require(
-            not muon.bias_correction or "step" in state,
+            not state_format.bias_correction or "step" in state,
             f"bias correction needs the number of steps taken; the state of {name} holds only",
             sorted(state),
             "pass bias_correction=False to go on with this checkpoint",
@@ -170,13 +142,41 @@ def _checked_states(
         yield p, state
 
 
-def _upstream_method(p: torch.Tensor, matrices: Sequence[Matrix], state: dict[str, Any], preferred: str) -> str:
+def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_format: StateFormat) -> None:
+    """Raises unless a saved state has the parameter's buffers, in their shapes and placements."""
+    expected = state_format.buffers(p)
+    found = {key for key in state if key.startswith(_BUFFERS)}
+    require(
+        found <= expected.keys(),
+        f"the state of {name} must hold {', '.join(expected)}; in the checkpoint it holds",
+        sorted(found),
+        "the parameter had other blocks when it was saved",
+    )
+    for key, buffer in expected.items():
+        saved = state.get(key)
+        require(
+            saved is not None and tuple(saved.shape) == buffer.shape,
+            f"{key} of {name} must have the shape {buffer.shape}; in the checkpoint it has",
+            tuple(saved.shape) if saved is not None else None,
+            "the checkpoint is of another model, or its parameters are in another order or in other blocks",
+        )
+        placements = getattr(saved, "placements", None)
+        require(
+            placements == buffer.placements,
+            f"{key} of {name} must have the placements {buffer.placements}; in the checkpoint it has",
+            placements,
+            "load it with torch.distributed.checkpoint and set_optimizer_state_dict, which reshard",
+        )
+
+
+def _upstream_method(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat) -> str:
     """Returns the method of an upstream state, which does not name it: upstream's first whose V has that shape.
 
-    Shapes of different methods can coincide (a matrix of one column): the preferred method then wins, and also where
-    no shape fits, for the check of the shapes to complain.
+    Shapes of different methods can coincide (a matrix of one column): the optimizer's own method then wins, and also
+    where no shape fits, for the check of the shapes to complain.
     """
-    names = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != preferred)
-    dims = {name: buffer_dims(p, matrices, METHODS[name]()).get("moment2_buffer") for name in names}
+    own = state_format.moment2_method
+    names = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != own)
+    Vs = {name: state_format.of_method(name).buffers(p).get("moment2_buffer") for name in names}
     shape = tuple(state["moment2_buffer"].shape) if "moment2_buffer" in state else None
-    return next((name for name, of in dims.items() if of is not None and buffer_shape(p, of) == shape), preferred)
+    return next((name for name, V in Vs.items() if V is not None and V.shape == shape), own)

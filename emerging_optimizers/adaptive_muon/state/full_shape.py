@@ -1,82 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer state for checkpoints that know one shape a parameter: V spread over the parameter, and read off again.
+"""Optimizer state for checkpoints that know one shape per parameter: V expanded to it, and reduced again.
 
-Spread, every element of ``moment2_buffer`` is the V that holds for that element of the parameter, whatever the method
-and the blocks. A checkpoint may cut it and join it as it does with the parameter, and V can be read off the pieces.
+Expanded, every element of ``moment2_buffer`` is the V that holds for that element of the parameter, whatever the method
+and the blocks. A checkpoint may cut and join it as it does the parameter, and V can be reduced from the shards.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.exchange.together import together
-from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
-from emerging_optimizers.adaptive_muon.state.buffers import buffer_dims, buffer_key, buffer_shape
+from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.matrices import merge_blocks
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, v_key
 
 
-__all__ = ["read_off", "spread"]
+__all__ = ["expand_v", "reduce_v"]
 
 _V = "moment2_buffer"
 
 
-def spread(state: dict[str, Any], p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2) -> dict[str, Any]:
-    """Returns a parameter's state with V as one tensor in the shape of ``p``: a view of V where that is possible.
+def expand_v(state: dict[str, Any], p: torch.Tensor, state_format: StateFormat) -> dict[str, Any]:
+    """Return a parameter's state with V as one tensor in the shape of ``p``: a view of V where that is possible.
 
     Args:
         state: The state, which stays as it is.
-        p: The parameter, or the local piece of it.
-        matrices: Its logical matrices.
-        moment2: The second-moment method.
+        p: The parameter, or this rank's shard of it.
+        state_format: The format of the state.
     """
-    parts = []
+    matrices, parts = state_format.sharding.matrices(p), []
     for matrix in matrices:
-        dims = _dims(p, matrix, moment2)
-        V = state[buffer_key(matrix, dims)]
-        V = matrix.of(V) if -2 in dims else V.view(*p.shape[:-2], 1, -1)
-        parts.append(V.expand_as(matrix.of(p)))
+        like, kept = matrix.of(p), state_format.kept_dims(p, matrix)
+        V = state[v_key(matrix, kept)]
+        V = matrix.of(V) if len(kept) == 2 else matrix.layout.cut(V if kept else V.unsqueeze(-1), kept)
+        parts.append(V.expand_as(like))
     others = {key: value for key, value in state.items() if not key.startswith(_V)}
-    return {**others, _V: merge_blocks(matrices, parts, state["momentum_buffer"].shape)}
+    return {**others, _V: merge_blocks(matrices, parts, p.shape)}
 
 
-async def read_off(
-    state: dict[str, Any], p: torch.Tensor, matrices: Sequence[Matrix], moment2: Moment2
-) -> dict[str, Any]:
-    """Returns a parameter's state with V in the method's own buffers; a state that has them is returned itself.
+def reduce_v(
+    states: Sequence[dict[str, Any]], params: Sequence[torch.Tensor], state_format: StateFormat
+) -> list[dict[str, Any]]:
+    """Return parameters' states with V in the method's own buffers; a state that has them is returned itself.
+
+    All ranks that hold shards must call: entries of V that only other ranks have arrive in one all-reduce per group.
 
     Args:
-        state: The state, which stays as it is.
-        p: The parameter, or the local piece of it.
-        matrices: Its logical matrices.
-        moment2: The second-moment method.
+        states: The states, which stay as they are.
+        params: The parameters, or this rank's shards of them.
+        state_format: The format of the states.
     """
-    full = state.get(_V)
-    if full is None or full.shape != p.shape:
-        return state
-    firsts = await together(_first(full, p, matrix, moment2) for matrix in matrices)
-    state = {key: value for key, value in state.items() if key != _V}
-    for key, dims in buffer_dims(p, matrices, moment2).items():
-        if key.startswith(_V):
-            state[key] = full.new_zeros(buffer_shape(p, dims))
-    for matrix, first in zip(matrices, firsts, strict=True):
-        dims = _dims(p, matrix, moment2)
-        buffer = state[buffer_key(matrix, dims)]
-        if -2 in dims:
-            buffer[..., matrix.rows, :] = first
-        else:
-            buffer.copy_(first.view_as(buffer))
-    return state
+    reduced = list(states)
+    vectors: dict[ProcessGroup | None, dict[tuple[int, str], torch.Tensor]] = {}
+    for index, (state, p) in enumerate(zip(states, params, strict=True)):
+        full = state.get(_V)
+        if full is None or full.shape != p.shape:
+            continue
+        reduced[index] = {key: value for key, value in state.items() if key != _V}
+        for matrix in state_format.sharding.matrices(p):
+            kept, layout = state_format.kept_dims(p, matrix), matrix.layout
+            if len(kept) == 2:
+                reduced[index][_V] = full
+            else:
+                group = layout.group if isinstance(layout, ShardedLayout) else None
+                vectors.setdefault(group, {})[index, v_key(matrix, kept)] = _entries(matrix.of(full), layout, kept)
+    for group, by_key in vectors.items():
+        Vs = list(by_key.values()) if group is None else sum_over(group, list(by_key.values()))
+        for (index, key), V in zip(by_key, Vs, strict=True):
+            reduced[index][key] = V.reshape(state_format.buffers(params[index])[key].local)
+    return reduced
 
 
-def _dims(p: torch.Tensor, matrix: Matrix, moment2: Moment2) -> tuple[int, ...]:
-    """Along which dimensions V of a matrix has entries of its own."""
-    return moment2.dims(*matrix.layout.shape(matrix.of(p)))
-
-
-async def _first(full: torch.Tensor, p: torch.Tensor, matrix: Matrix, moment2: Moment2) -> torch.Tensor:
-    """V of a matrix: the first entry along each dimension along which V is the same."""
-    part, same = matrix.of(full), [dim for dim in (-2, -1) if dim not in _dims(p, matrix, moment2)]
-    if not same:
-        return part
-    return await matrix.layout.first(part, None if len(same) == 2 else same[0])
+def _entries(part: torch.Tensor, layout: Layout, kept: tuple[int, ...]) -> torch.Tensor:
+    """The entries of V that this rank counts, and zeros for the others: those of the matrix's first row, or column."""
+    shape = layout.shape(part)
+    first = part[..., slice(None) if -2 in kept else slice(1), slice(None) if -1 in kept else slice(1)]
+    sizes = [size if dim in kept else 1 for dim, size in zip((-2, -1), shape, strict=True)]
+    V = part.new_zeros((*part.shape[:-2], *sizes))
+    if not isinstance(layout, ShardedLayout):
+        V.copy_(first)
+    elif layout.own.area and (-2 in kept or layout.own.top == 0) and (-1 in kept or layout.own.left == 0):
+        layout.cut(V, kept).copy_(first)
+    return V

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mode "distributed": shards stay where they are, and their Gram matrices are summed."""
+
+from collections.abc import Collection, Sequence
+from typing import cast, override
+
+import torch
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.whole import Squares
+from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
+from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
+from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
+from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
+
+
+__all__ = ["Distributed"]
+
+
+class Distributed(Mode):
+    """One all-reduce per iteration, one before them, and where O is observed one after them, for all matrices.
+
+    A step of the iteration needs of the other shards their Gram matrices along the dimension that is not split, whose
+    sum is the whole matrix's. The first all-reduce carries the norms and the partial sums of squares.
+    """
+
+    takes_functions = False
+
+    @override
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
+        squares, Xs = _normalized(group, batches)
+        newton_schulz = cast(NewtonSchulz, batches[0].orthogonalize.function)
+        for coefficients in newton_schulz.coefficients:
+            Xs = _iterated(group, batches, Xs, newton_schulz, coefficients)
+        Os = [X.to(batch.momentum.dtype).view_as(batch.momentum) for X, batch in zip(Xs, batches, strict=True)]
+        observe = [i for i, batch in enumerate(batches) if batch.orthogonalize.observes_result]
+        terms = [_partial(Os[i], batches[i], batches[i].orthogonalize.kept_dims) for i in observe]
+        for i, total in zip(observe, sum_over(group, terms), strict=True):
+            squares[i].append(total)
+        return list(zip(Os, squares, strict=True))
+
+    @override
+    def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
+        return [2 * layout.whole[-1 if layout.split[-2] else -2] ** 2] * len(layout.rectangles)
+
+    @override
+    def check(self, layout: ShardedLayout, name: str) -> None:
+        require(
+            not (layout.split[-2] and layout.split[-1]),
+            f'tp_mode="distributed" takes matrices split along one dimension; {name} is split along both, in the pieces',
+            [tuple(each) for each in layout.rectangles],
+            'use tp_mode="layer_sharded"',
+        )
+
+
+def _normalized(group: ProcessGroup, batches: Sequence[Shards]) -> tuple[list[Squares], list[torch.Tensor]]:
+    """The whole sums of squares of each batch, and its shards, shape ``(batch, rows, columns)``, of norm 1 as a whole."""
+    terms = []
+    for batch in batches:
+        # The norm of D M' follows from sums of M' along what D keeps.
+        dims = batch.orthogonalize.kept_dims if batch.orthogonalize.scale is not None else ()
+        terms.append(_partial(batch.momentum, batch, dims))
+        terms += [_placed(squares, batch, batch.orthogonalize.kept_dims) for squares in batch.squares]
+    totals = iter(sum_over(group, terms))
+    squares, Xs = [], []
+    for batch in batches:
+        momentum, of_momentum = batch.momentum, next(totals)
+        squares.append([next(totals) for _ in batch.squares])
+        if batch.orthogonalize.scale is not None:
+            D = batch.orthogonalize.scale(squares[-1], range(momentum.size(0)))
+            momentum = momentum * batch.layout.cut(D, batch.orthogonalize.kept_dims)
+            of_momentum = (D.square() * of_momentum).sum((-2, -1), keepdim=True)
+        X = (momentum / of_momentum.sqrt().clamp_min(MIN_NORM)).flatten(0, -3)
+        Xs.append(X.to(batch.result_dtype))
+    return squares, Xs
+
+
+def _iterated(
+    group: ProcessGroup,
+    batches: Sequence[Shards],
+    Xs: Sequence[torch.Tensor],
+    newton_schulz: NewtonSchulz,
+    coefficients: tuple[float, float, float],
+) -> list[torch.Tensor]:
+    """The shards of each batch after one step of the iteration."""
+    a, b, c = coefficients
+    by_rows, grams, results = [batch.sharded.split[-2] for batch in batches], [], []
+    for X, rows_are_split in zip(Xs, by_rows, strict=True):
+        n = X.size(-1 if rows_are_split else -2)
+        grams.append(X.new_empty(X.size(0), n, n))
+        with newton_schulz.products(X.dtype):
+            symmetric_product(*(X.mT, X) if rows_are_split else (X, X.mT), out=grams[-1])
+    for X, A, rows_are_split in zip(Xs, sum_over(group, grams), by_rows, strict=True):
+        B = torch.empty_like(A)
+        with newton_schulz.products(X.dtype):
+            symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
+            results.append(torch.baddbmm(X, *(X, B) if rows_are_split else (B, X), beta=a))
+    return results
+
+
+def _partial(shards: torch.Tensor, batch: Shards, dims: Collection[int]) -> torch.Tensor:
+    """The sums of squares of these shards, in the shape of the whole matrix's."""
+    return _placed(sum_of_squares(shards, dims), batch, dims)
+
+
+def _placed(squares: torch.Tensor, batch: Shards, dims: Collection[int]) -> torch.Tensor:
+    """Partial sums of squares in the shape of the whole matrix's, zero where other ranks hold the shards."""
+    rows, columns = batch.sharded.whole
+    whole = squares.new_zeros((*squares.shape[:-2], rows if -2 in dims else 1, columns if -1 in dims else 1))
+    batch.layout.cut(whole, dims).copy_(squares)
+    return whole

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How matrices in shards are orthogonalized: what the ``tp_mode`` is a name of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import ClassVar
+
+import torch
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.exchange.messages import Part
+from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout
+
+
+__all__ = ["Mode", "Shards"]
+
+_MOMENTUM = torch.float32  # the orthogonalization's own precision
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """This rank's shards of one matrix of every parameter in a batch; whole matrices where the layout is.
+
+    Args:
+        momentum: M', shape ``(batch, ..., rows, columns)``.
+        squares: Partial sums of squares, of these shards.
+        layout: The shards of all ranks.
+        owners: For each member of the batch, the rank that orthogonalizes it where one does it for all.
+        orthogonalize: Orthogonalizes whole matrices of the batch.
+    """
+
+    momentum: torch.Tensor
+    squares: Squares
+    layout: Layout
+    owners: Sequence[int]
+    orthogonalize: Orthogonalize
+
+    def orthogonalized(self) -> tuple[torch.Tensor, Squares]:
+        """Return O of matrices that are held whole, and their sums of squares."""
+        momentum = self.momentum
+        return self.orthogonalize(momentum, self.squares, range(momentum.size(0)), momentum.dtype)
+
+    @property
+    def sharded(self) -> ShardedLayout:
+        """The layout of matrices that are held in shards."""
+        assert isinstance(self.layout, ShardedLayout)
+        return self.layout
+
+    @cached_property
+    def members(self) -> dict[int, list[int]]:
+        """For each owner, its members of the batch."""
+        members: dict[int, list[int]] = {}
+        for index, owner in enumerate(self.owners):
+            members.setdefault(owner, []).append(index)
+        return members
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype in which O is exact, and in which it is sent."""
+        return self.orthogonalize.dtype(self.momentum.device, self.sharded.whole)
+
+    def outgoing(self, members: Sequence[int]) -> list[tuple[torch.Tensor, torch.dtype]]:
+        """Return what this rank sends to an owner: its shards of these members, and their partial sums of squares."""
+        parts = [(self.momentum, _MOMENTUM), *((squares, squares.dtype) for squares in self.squares)]
+        return [(_select(part, members), dtype) for part, dtype in parts]
+
+    def incoming(self, members: Sequence[int], rank: int) -> list[Part]:
+        """Return what arrives of these members from a rank: its :meth:`outgoing`."""
+        rectangle = self.sharded.rectangles[rank]
+        sums = Part(self._sums_shape(members, rectangle.shape), self.momentum.dtype)
+        return [Part(self._shape(members, rectangle.shape), _MOMENTUM), *([sums] * len(self.squares))]
+
+    def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, Squares]:
+        """Return O of whole matrices, and their sums of squares.
+
+        Args:
+            members: The members of the batch.
+            arrived: For each rank what it sent. Partial sums are added in the order of the ranks, whoever adds them.
+        """
+        like, whole = self.momentum, self.sharded.whole
+        momentum = like.new_empty(self._shape(members, whole), dtype=_MOMENTUM)
+        totals = [like.new_zeros(self._sums_shape(members, whole)) for _ in self.squares]
+        for rectangle, (shards, *partial) in zip(self.sharded.rectangles, arrived, strict=True):
+            if rectangle.area:
+                rectangle.cut(momentum).copy_(shards)
+                for total, squares in zip(totals, partial, strict=True):
+                    rectangle.cut(total, self.orthogonalize.kept_dims).add_(squares)
+        return self.orthogonalize(momentum, totals, members, like.dtype)
+
+    def returning(self, O: torch.Tensor, squares: Squares, rank: int) -> list[tuple[torch.Tensor, torch.dtype]]:
+        """Return what an owner sends to a rank: its shards of O, and the whole sums of squares."""
+        shards = self.sharded.rectangles[rank].cut(O)
+        return [(shards, self.result_dtype), *((total, total.dtype) for total in squares)]
+
+    def returned(self, members: Sequence[int]) -> list[Part]:
+        """Return what arrives of these members from their owner: its :meth:`returning`."""
+        sums = Part(self._sums_shape(members, self.sharded.whole), self.momentum.dtype)
+        number = len(self.squares) + self.orthogonalize.observes_result
+        return [Part(self._shape(members, self.sharded.own.shape), self.result_dtype), *([sums] * number)]
+
+    def in_order(self, results: Mapping[int, Sequence[torch.Tensor]]) -> tuple[torch.Tensor, Squares]:
+        """Return O and the sums of squares of the batch.
+
+        Args:
+            results: For each owner, what it sent: :meth:`returning`.
+        """
+        dtype = self.momentum.dtype
+        if len(results) == 1:
+            [(O, *squares)] = results.values()
+            return O.to(dtype), squares
+        merged = []
+        for parts in zip(*results.values(), strict=True):
+            whole = torch.cat([part.to(dtype) for part in parts])
+            merged.append(whole if self._is_sorted else whole[self._places])
+        return merged[0], merged[1:]
+
+    @cached_property
+    def _is_sorted(self) -> bool:
+        """Whether the members of the owners, one owner after the other, are in the order of the batch."""
+        return [*chain(*self.members.values())] == [*range(len(self.owners))]
+
+    @property
+    def _places(self) -> torch.Tensor:
+        """For each member of the batch, its place among the members of the owners, one owner after the other."""
+        order = torch.tensor([*chain(*self.members.values())], device=self.momentum.device)
+        return order.argsort()
+
+    def _shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of members' matrices, or shards, that have this shape."""
+        return (len(members), *self.momentum.shape[1:-2], *shape)
+
+    def _sums_shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of their sums of squares."""
+        kept = self.orthogonalize.kept_dims
+        return self._shape(members, (shape[0] if -2 in kept else 1, shape[1] if -1 in kept else 1))
+
+
+class Mode(ABC):
+    """A way to orthogonalize matrices of which the ranks of a group hold shards."""
+
+    # Whether it calls a user's function in the place of the iteration.
+    takes_functions: ClassVar[bool] = True
+
+    @abstractmethod
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
+        """Return this rank's shards of O, and the sums of squares of the whole matrices, for every batch.
+
+        Args:
+            group: The process group, all of whose ranks call with the same batches.
+            batches: The batches, at least one.
+        """
+
+    @abstractmethod
+    def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
+        """Return how many elements of a matrix with this owner each rank sends and receives."""
+
+    def check(self, layout: ShardedLayout, name: str) -> None:
+        """Raise a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""
+        return
+
+
+def _select(tensor: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+    """The members of a batch: a view where they are adjacent."""
+    start, number = members[0], len(members)
+    if members[-1] - start + 1 == number:
+        return tensor[start : start + number]
+    return tensor[torch.tensor(members, device=tensor.device)]

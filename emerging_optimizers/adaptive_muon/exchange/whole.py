@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with whole matrices, wherever they are whole."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
+
+
+__all__ = ["Orthogonalize", "Squares"]
+
+Squares = list[torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Orthogonalize:
+    """Orthogonalizes whole matrices of a batch.
+
+    Args:
+        function: The iteration, for all matrices together; or a user's function for each member of the batch.
+        kept_dims: The dimensions that the sums of squares keep.
+        observes_result: Whether the sums of squares of O are asked for.
+        scale: Makes D out of the whole sums of squares and the members, where D scales M' first; else None.
+    """
+
+    function: NewtonSchulz | Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    kept_dims: tuple[int, ...]
+    observes_result: bool
+    scale: Callable[[Squares, Sequence[int]], torch.Tensor] | None = None
+
+    def __call__(
+        self, momentum: torch.Tensor, squares: Squares, members: Sequence[int], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, Squares]:
+        """Return O, and the sums of squares with those of O where they are asked for.
+
+        Args:
+            momentum: M' of whole matrices, shape ``(members, ..., rows, columns)``.
+            squares: Sums of squares of the whole matrices.
+            members: Which members of the batch they belong to.
+            dtype: The dtype of O and of its sums.
+        """
+        if self.scale is not None:
+            momentum = momentum * self.scale(squares, members)
+        if isinstance(self.function, NewtonSchulz):
+            O = self.function(momentum).to(dtype)
+        else:
+            O = as_batch([self.function[i](matrix) for i, matrix in zip(members, momentum, strict=True)]).to(dtype)
+        return O, [*squares, sum_of_squares(O, self.kept_dims)] if self.observes_result else squares
+
+    def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
+        """Return the dtype in which O is exact, of matrices of a shape on a device."""
+        return self.function.dtype(device, shape) if isinstance(self.function, NewtonSchulz) else torch.float32

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of AdaptiveMuon: the one record that every other list of them is made from."""
+
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from inspect import Parameter, cleandoc, signature
+from textwrap import fill
+from typing import Any, Literal, NamedTuple, Self, TypedDict, get_args, get_origin, override
+
+import torch
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon.checks import (
+    require,
+    require_known,
+    require_one_of,
+    require_picklable,
+    within,
+)
+from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
+from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2, Moment2MethodT, make_moment2
+from emerging_optimizers.adaptive_muon.moment2.namo_d import NamoD
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
+from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn
+from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT
+from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
+from emerging_optimizers.utils import FP32MatmulPrecT
+
+
+__all__ = [
+    "Option",
+    "Options",
+    "OptionsDict",
+    "Rule",
+    "WeightDecayMethodT",
+    "check_group",
+    "document",
+    "option_field",
+    "options_of",
+    "shows_options",
+]
+
+WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive"]
+
+
+class Rule(NamedTuple):
+    """What a value must be, as in "momentum must be in [0, 1)"; whether a value is that; and the remedy."""
+
+    text: str
+    holds: Callable[[Any], bool]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, as a field of a record describes it.
+
+    Args:
+        name: The keyword.
+        type: The annotation.
+        default: The default.
+        text: What the option sets, without markup. Docstrings, flags and tables show it.
+        rule: What a value must be. Names and switches, and options that another value checks, need none.
+        names: The valid names, where the annotation does not list exactly these.
+        scope: "shared" options must be the same on all ranks, and hold for all parameters. A parameter group may set
+            its own "group" options. "rank" options are objects of a process, such as functions.
+        megatron_field: The field of Megatron's ``OptimizerConfig``, if there is one.
+        flag: Whether Megatron's parser gets the flag ``--adaptive-muon-...``.
+        in_files: Whether the configuration files of NeMo and Automodel have a key.
+        key: That key, where it is not the name.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    text: str
+    rule: Rule | None = None
+    names: Collection[str] = ()
+    scope: Literal["shared", "group", "rank"] = "shared"
+    megatron_field: str = ""
+    flag: bool = False
+    in_files: bool = True
+    key: str = ""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The valid names; empty where the option is not a name."""
+        return tuple(self.names or (get_args(self.type) if get_origin(self.type) is Literal else ()))
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the option is True or False, or None for a default that depends on others."""
+        return self.type in (bool, bool | None)
+
+    def check(self, value: Any) -> None:
+        """Raise a ``ValueError`` with the rule, the value and the remedy unless a value is valid."""
+        if self.choices:
+            require_one_of(self.name, value, self.choices)
+        elif self.is_switch:
+            valid = isinstance(value, bool) or (value is None and self.default is None)
+            require(valid, f"{self.name} must be True or False", value, f"the default is {self.default}")
+        elif self.rule:
+            require(self.rule.holds(value), f"{self.name} must be {self.rule.text}", value, self.rule.remedy)
+
+
+def option_field(default: Any, text: str, **about: Any) -> Any:
+    """Return the field of a record: its default, its text and other arguments of :class:`Option`."""
+    return field(default=default, metadata={"option": {"text": text, **about}})
+
+
+def options_of(record: type) -> tuple[Option, ...]:
+    """Return the options that a record declares with :func:`option_field`, in their order."""
+    return tuple(
+        Option(declared.name, declared.type, declared.default, **declared.metadata["option"])
+        for declared in fields(record)
+        if "option" in declared.metadata
+    )
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+_AT_LEAST_0 = partial(within, low=0)
+_BELOW_1 = partial(within, low=0, high=1)
+# A smaller eps is zero, or has no inverse, in float32.
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid and resolved.
+
+    ``bias_correction`` is True or False here, and ``use_syrk`` is False where the kernels cannot be used.
+
+    Raises:
+        ValueError: If a value breaks its rule.
+    """
+
+    lr: float = option_field(
+        3e-4,
+        "Learning rate. The default is that of upstream's Muon.",
+        rule=Rule(">= 0", _AT_LEAST_0, "Muon's rates are about 1e-3 to 1e-2"),
+        scope="group",
+        megatron_field="lr",
+        in_files=False,
+    )
+    momentum: float = option_field(
+        0.95,
+        "Decay rate of the momentum. The default is that of upstream's Muon and of all three papers.",
+        rule=Rule("in [0, 1)", _BELOW_1, "the default is 0.95"),
+        scope="group",
+        megatron_field="muon_momentum",
+    )
+    weight_decay: float = option_field(
+        0.01,
+        "Coefficient of the weight decay. The default is that of upstream's Muon.",
+        rule=Rule(">= 0", _AT_LEAST_0, "pass 0 for none"),
+        scope="group",
+        megatron_field="weight_decay",
+    )
+    nesterov: bool = option_field(
+        False,
+        "Whether the update looks ahead: M' = (1 - momentum) G + momentum M.",
+        megatron_field="muon_nesterov",
+    )
+    weight_decay_method: WeightDecayMethodT = option_field(
+        "decoupled",
+        'How the weight decay is applied. "adaptive", the NAMO paper\'s, is decoupled and scaled by D as the update is; '
+        'it is for "namo" and "namo_d". The others are those of upstream\'s WeightDecayMixin.',
+        flag=True,
+    )
+    fp32_matmul_prec: FP32MatmulPrecT = option_field(
+        "medium",
+        'Precision of the products in the Newton-Schulz iteration. "medium" computes in 16 bit where the device is fast '
+        'at it; "high" and "highest" are those of torch.set_float32_matmul_precision.',
+        megatron_field="muon_fp32_matmul_prec",
+    )
+    coefficient_type: NSCoeffT = option_field(
+        "quintic",
+        "Coefficients of the Newton-Schulz iteration.",
+        names=[name for name in get_args(NSCoeffT) if name != "custom"],  # which is for a function of upstream's
+        megatron_field="muon_coefficient_type",
+    )
+    num_ns_steps: int = option_field(  # NewtonSchulz checks it
+        5,
+        "Number of Newton-Schulz steps, >= 1. The default is that of upstream's Muon.",
+        megatron_field="muon_num_ns_steps",
+    )
+    ns_algorithm: NSAlgorithmT = option_field(
+        "auto",
+        'How Newton-Schulz steps are computed: "standard" by upstream\'s function, one matrix after the other; "gram" two '
+        'or three steps at once on the smaller Gram matrix; "auto" as is fastest for the shape and the device.',
+        flag=True,
+    )
+    scale_mode: MuonScaleT = option_field(
+        "spectral",
+        'Factor s of the update of a matrix with m rows and n columns: "spectral" sqrt(max(m, n)), "shape_scaling" '
+        'sqrt(max(1, m/n)), "unit_rms_norm" sqrt(m/n).',
+        megatron_field="muon_scale_mode",
+    )
+    extra_scale_factor: float = option_field(
+        1.0,
+        'Further factor on the update. With "spectral", 0.2 gives Muon the update size of AdamW (arXiv:2502.16982).',
+        rule=Rule("finite", lambda value: within(value, -math.inf) and math.isfinite(value), "try 1.0"),
+        megatron_field="muon_extra_scale_factor",
+    )
+    moment2_method: Moment2MethodT = option_field(
+        "adamuon",
+        "Second-moment method, of which the adaptive scale D is made.",
+        names=METHODS,  # with those that a user has registered
+        megatron_field="adaptive_muon_moment2_method",
+        flag=True,
+    )
+    beta2: float = option_field(
+        0.95,
+        "Decay rate of the second moment V. The default is upstream's; the NAMO paper uses 0.99.",
+        rule=Rule("in [0, 1)", _BELOW_1, "0.95 and 0.99 are usual"),
+        scope="group",
+        megatron_field="adaptive_muon_beta2",
+        flag=True,
+    )
+    eps: float = option_field(
+        1e-8,
+        'Constant added to the denominator of D; for "normuon" the least value that V counts as. The default is '
+        'upstream\'s. For "namo" and "namo_d", the denominator is a gradient norm: choose a value well below those.',
+        rule=Rule("> 0 in float32", partial(within, low=_TINY), "the default is 1e-8"),
+        scope="group",
+        megatron_field="adaptive_muon_eps",
+        flag=True,
+        key="moment2_eps",
+    )
+    bias_correction: bool | None = option_field(
+        None,
+        "Whether D is corrected for moving averages that start at zero. None follows the method's source: on for "
+        '"namo_d" (the paper), off for the others (Emerging-Optimizers 0.3.0).',
+        flag=True,
+    )
+    namo_d_clamp: float = option_field(  # NamoD checks it
+        NamoD.namo_d_clamp,
+        'Bound c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. The default is from the '
+        "paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.",
+        flag=True,
+    )
+    use_syrk: bool = option_field(
+        False,
+        'Whether to use Triton kernels for symmetric products, on CUDA at "medium" precision.',
+        megatron_field="muon_use_syrk",
+        flag=True,
+    )
+    tp_group: ProcessGroup | None = option_field(
+        None,
+        "Process group over which parameters with the attribute partition_dim are split, in the order of its ranks: 0 "
+        "splits the rows, 1 the columns, and -1, None or no such attribute is a whole matrix. Shards may differ in "
+        "size. DTensors need no group.",
+        rule=Rule(
+            "a torch.distributed.ProcessGroup that this process belongs to",
+            _or_none(lambda value: isinstance(value, ProcessGroup)),
+            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
+        ),
+        scope="rank",
+        in_files=False,
+    )
+    tp_mode: TensorParallelModeT = option_field(
+        "layer_sharded",
+        'How a sharded matrix is orthogonalized: "layer_sharded" by its owner, many matrices in two messages; '
+        '"duplicated" by every rank; "distributed" without leaving its ranks, by sums of Gram matrices; "blockwise" '
+        "shard by shard, which gives another result than the whole matrix.",
+        megatron_field="muon_tp_mode",
+    )
+    layout_fn: LayoutFn | None = option_field(
+        None,
+        "Function that takes a parameter and returns how it is split: Layout() for whole, a Split, a Piece, or None for "
+        "what the parameter itself shows.",
+        rule=Rule(
+            "a function of a parameter",
+            _or_none(callable),
+            "return a Layout, Split or Piece from it, or None for the usual rules",
+        ),
+        scope="rank",
+        in_files=False,
+    )
+    blocks_fn: BlocksFn | None = option_field(
+        None,
+        "Function that takes a fused parameter and returns the sizes of its row blocks, or None for the parameter's "
+        "attribute muon_blocks. Every block is a matrix of its own. Sizes whose sum is less than the rows repeat down "
+        "the matrix, as Megatron's query groups do.",
+        rule=Rule("a function of a parameter", _or_none(callable), "or set muon_blocks on the fused parameters"),
+        scope="rank",
+        in_files=False,
+    )
+    max_bytes_in_flight: int = option_field(
+        2**30,
+        "Bytes that a rank may send and receive at once. A step with more takes more rounds. The default is 1 GiB.",
+        rule=Rule("a positive number of bytes", partial(within, low=1), "the default is 2**30"),
+        flag=True,
+    )
+    capturable: bool = option_field(
+        False,
+        "Whether a CUDA graph may capture the step. The step count is then on the device, and lr may be a tensor there.",
+        in_files=False,
+    )
+
+    def __post_init__(self) -> None:
+        """Check all values, and resolve those that depend on others."""
+        for option in options_of(type(self)):
+            option.check(getattr(self, option.name))
+        if self.bias_correction is None:
+            object.__setattr__(self, "bias_correction", self.moment2.bias_correction)
+        object.__setattr__(self, "use_syrk", self.use_syrk and syrk_is_usable())
+        _ = self.moment2, self.newton_schulz  # which check the rest
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """Return the record of keyword arguments.
+
+        Raises:
+            TypeError: If a keyword is unknown; it lists the known ones.
+            ValueError: If a value breaks its rule.
+        """
+        require_known(given, [option.name for option in options_of(cls)])
+        return cls(**given)
+
+    @cached_property
+    def moment2(self) -> Moment2:
+        """The second-moment method."""
+        return make_moment2(self.moment2_method, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @cached_property
+    def newton_schulz(self) -> NewtonSchulz:
+        """The orthogonalization of whole matrices."""
+        return NewtonSchulz(
+            self.coefficient_type, self.num_ns_steps, self.use_syrk, self.ns_algorithm, self.fp32_matmul_prec
+        )
+
+    @property
+    def synced(self) -> dict[str, Any]:
+        """The values that must be the same on all ranks, by name."""
+        return {
+            option.name: getattr(self, option.name) for option in options_of(type(self)) if option.scope == "shared"
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the record itself: it is frozen, and process groups cannot be copied."""
+        return self
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle stores, or raise an error that names the option that cannot be pickled."""
+        for option in options_of(type(self)):
+            require_picklable(option.name, getattr(self, option.name))
+        return vars(self)
+
+
+class OptionsDict(TypedDict, total=False):
+    """The keyword arguments after ``weight_decay``, for type checkers."""
+
+    nesterov: bool
+    weight_decay_method: WeightDecayMethodT
+    fp32_matmul_prec: FP32MatmulPrecT
+    coefficient_type: NSCoeffT
+    num_ns_steps: int
+    ns_algorithm: NSAlgorithmT
+    scale_mode: MuonScaleT
+    extra_scale_factor: float
+    moment2_method: Moment2MethodT
+    beta2: float
+    eps: float
+    bias_correction: bool | None
+    namo_d_clamp: float
+    use_syrk: bool
+    tp_group: ProcessGroup | None
+    tp_mode: TensorParallelModeT
+    layout_fn: LayoutFn | None
+    blocks_fn: BlocksFn | None
+    max_bytes_in_flight: int
+    capturable: bool
+
+
+def check_group(group: dict[str, Any], options: Options) -> None:
+    """Raise a ``ValueError`` if a parameter group has an invalid option, or one that holds for all groups.
+
+    Args:
+        group: A group with all options that a group may set.
+        options: The optimizer's options.
+    """
+    own = [option for option in options_of(type(options)) if option.scope == "group"]
+    for option in own:
+        option.check(group[option.name])
+    names = ", ".join(option.name for option in own)
+    others = (
+        {option.name for option in options_of(type(options))} - {option.name for option in own} - {"moment2_method"}
+    )
+    common = sorted(others & group.keys())
+    require(not common, f"a group may set only {names}", common, "set it for all")
+    require(
+        group["moment2_method"] == options.moment2_method,
+        f'moment2_method must be the same in all groups, "{options.moment2_method}"',
+        group["moment2_method"],
+        "make a second optimizer for these parameters",
+    )
+
+
+def document(cls: type, options: Iterable[Option]) -> None:
+    """Replace ``{options}`` in a class's docstring by the options and their texts, in place."""
+    lines = []
+    for option in options:
+        rule = f" Must be {option.rule.text}." if option.rule and option.scope != "rank" else ""
+        lines.append(
+            fill(f"{option.name}: {option.text}{rule}", 115, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        )
+    if cls.__doc__:  # python -OO has none
+        cls.__doc__ = cleandoc(cls.__doc__).replace("    {options}", "\n".join(lines))
+
+
+def shows_options[T: type](cls: T) -> T:
+    """Show all options in the signature and the docstring of a class whose constructor takes ``**options``."""
+    init = vars(cls)["__init__"]
+    shown = [p for p in signature(init).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    names = [p.name for p in shown]
+    shown += [
+        Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in options_of(Options)
+        if option.name not in names
+    ]
+    init.__signature__ = signature(init).replace(parameters=shown)
+    document(cls, options_of(Options))
+    return cls
