@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 from typing import Any, Self, SupportsIndex, Unpack, overload, override
 
@@ -13,20 +12,18 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable
 from emerging_optimizers.adaptive_muon.exchange import make_mode
-from emerging_optimizers.adaptive_muon.exchange.plan import Batch, Plan, Ready, make_plan
+from emerging_optimizers.adaptive_muon.exchange.plan import Plan, Ready, make_plan
 from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
-from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
-from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
+from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, gradient_of, is_transposed
+from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state
-from emerging_optimizers.adaptive_muon.update import BatchUpdate, StepRule
+from emerging_optimizers.adaptive_muon.update import StepRule, update_round
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
-from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
 
 __all__ = ["AdaptiveMuon"]
@@ -152,18 +149,20 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             params, plan = self._plan_of(unchanged)
         for group in self.param_groups:
             self._init_group(group)
-        rule = self._rule()
-        for process_group, batches in plan.rounds:
-            updates = [self._batch_update(rule, batch, params, gradients) for batch in batches]
-            shards = [one for update in updates for one in update.begin()]
-            if process_group is None:
-                results = [one.orthogonalized() for one in shards]
-            else:
-                assert self._mode is not None  # "blockwise" has no matrix in shards
-                results = self._mode.exchange(process_group, shards)
-            of_updates = iter(results)
-            for update, batch in zip(updates, batches, strict=True):
-                update.finish([next(of_updates) for _ in batch.matrices])
+        rule = StepRule(
+            moment2=self.state_format.moment2,
+            nesterov=self.nesterov,
+            decay_method=self.weight_decay_method,
+            bias_correction=self.bias_correction,
+            steps_on_device=self.capturable,
+            shape_factor=lambda *shape: get_muon_scale_factor(*shape, mode=self.scale_mode) * self.extra_scale_factor,
+            decay=self._apply_weight_decay_inplace,
+            functions=self._functions,
+            before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
+            after_update=self.post_weight_update_fn_inplace,
+        )
+        for one in plan.rounds:
+            update_round(one, rule, self._mode, self.param_groups, params, gradients, self.state)
 
     def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], Plan]:
         """Return the parameters to update and their plan, which is kept: they rarely change."""
@@ -172,8 +171,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             for p in group["params"]:
                 if p.grad is not None and p not in unchanged and not self._sharding.is_empty(p):
                     params.append(p)
-                    matrices, held = self._sharding.matrices(p), as_matrices(p)
-                    ready.append(Ready(matrices, index, p.dtype, p.device, held.shape, is_transposed(p)))
+                    ready.append(Ready.of(p, self._sharding.matrices(p), index))
         if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
             self._plan = None  # the one before must not be taken again if something is refused now
             for group in self.param_groups:
@@ -195,80 +193,31 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         }
         return self._sharding.all_zero(fresh) if fresh else frozenset()
 
-    def _rule(self) -> StepRule:
-        """Return what this step does with every batch: attributes may have been set since the last."""
-        return StepRule(
-            moment2=self.state_format.moment2,
-            nesterov=self.nesterov,
-            decay_method=self.weight_decay_method,
-            bias_correction=self.bias_correction,
-            steps_on_device=self.capturable,
-            shape_factor=self._shape_factor,
-            decay=self._apply_weight_decay_inplace,
-            before_update=self.pre_weight_update_fn_inplace if self._has_pre_hook() else None,
-            after_update=self.post_weight_update_fn_inplace,
-        )
-
-    def _batch_update(
-        self,
-        rule: StepRule,
-        batch: Batch,
-        all_params: Sequence[torch.Tensor],
-        gradients: Mapping[torch.Tensor, torch.Tensor],
-    ) -> BatchUpdate:
-        """Return the update of a batch."""
-        params, group = [all_params[i] for i in batch.members], self.param_groups[batch.group]
-        Gs, states = [gradients[p] for p in params], [self.state[p] for p in params]
-        function = self._function_of(params, group)
-        return BatchUpdate(rule, group, params, Gs, states, batch.matrices, batch.owners, function)
-
-    def _function_of(
+    def _functions(
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
     ) -> NewtonSchulz | list[Callable[[torch.Tensor], torch.Tensor]]:
         """Return the iteration; or where a subclass or the user has a say, a function of the momentum per parameter."""
-        if self._has_own_orthogonalize():
+        function = self.scaled_orthogonalize_fn
+        if self._has_own("orthogonalize"):
             options = {key: value for key, value in group.items() if key != "params"}
-            return [self._in_precision(partial(self.orthogonalize, p, **options)) for p in params]
-        function = self._iteration()
+            return [at_precision(partial(self.orthogonalize, p, **options), self.fp32_matmul_prec) for p in params]
+        function = at_precision(function, self.fp32_matmul_prec)
         return function if isinstance(function, NewtonSchulz) else [function] * len(params)
-
-    def _iteration(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return ``scaled_orthogonalize_fn``, which may be a user's, to be called in the precision set now."""
-        function: Callable[[torch.Tensor], torch.Tensor] = self.scaled_orthogonalize_fn
-        if isinstance(function, NewtonSchulz):
-            as_set = function.precision == self.fp32_matmul_prec
-            return function if as_set else replace(function, precision=self.fp32_matmul_prec)
-        return self._in_precision(function)
-
-    def _in_precision(
-        self, function: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return a user's function as upstream calls it, with torch's precision of products set."""
-
-        def called(matrix: torch.Tensor) -> torch.Tensor:
-            with matmul_precision(self.fp32_matmul_prec):
-                return function(matrix)
-
-        return called
-
-    def _shape_factor(self, rows: int, columns: int) -> float:
-        """Return s, the factor for the shape of a whole matrix."""
-        return get_muon_scale_factor(rows, columns, mode=self.scale_mode) * self.extra_scale_factor
 
     @override
     def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Returns the orthogonalized momentum, not scaled. A subclass may do more here, such as upstream's documents.
+        """Return the orthogonalized momentum, not scaled. A subclass may do more here, such as upstream's documents.
 
         Args:
-            p: The parameter, of which this process may hold a piece.
+            p: The parameter, of which this rank may hold a shard.
             grad: The momentum of one whole matrix of it, or of a stack of matrices.
             **kwargs: Options of the parameter's group.
         """
-        return self._iteration()(grad)
+        return at_precision(self.scaled_orthogonalize_fn, self.fp32_matmul_prec)(grad)
 
     def _check_orthogonalization(self) -> None:
-        """Raises a ``ValueError`` if the mode would pass over what is in the place of the iteration."""
-        replaced = self._has_own_orthogonalize() or not isinstance(self.scaled_orthogonalize_fn, NewtonSchulz)
+        """Raise a ``ValueError`` if the mode would pass over what is in the place of the iteration."""
+        replaced = self._has_own("orthogonalize") or not isinstance(self.scaled_orthogonalize_fn, NewtonSchulz)
         require(
             not replaced or self._mode is None or self._mode.takes_functions,
             "orthogonalize and scaled_orthogonalize_fn must not be replaced in a tp_mode that calls neither",
@@ -276,13 +225,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             'use tp_mode="layer_sharded"',
         )
 
-    def _has_own_orthogonalize(self) -> bool:
-        """Whether a subclass or the user has put something in the place of ``orthogonalize``."""
-        return _function(self.orthogonalize) is not AdaptiveMuon.orthogonalize
-
-    def _has_pre_hook(self) -> bool:
-        """Whether a subclass or the user has put something in the place of upstream's empty function."""
-        return _function(self.pre_weight_update_fn_inplace) is not OrthogonalizedOptimizer.pre_weight_update_fn_inplace
+    def _has_own(self, name: str) -> bool:
+        """Return whether a subclass or the user has put something in the place of a method."""
+        method = getattr(self, name)
+        return getattr(method, "__func__", method) is not getattr(AdaptiveMuon, name)
 
     @override
     @torch.no_grad()
@@ -355,7 +301,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         copied.__setstate__(deepcopy(self.__getstate__(), memo))
         for group, group_of_copy in zip(self.param_groups, copied.param_groups, strict=True):
             for p, q in zip(group["params"], group_of_copy["params"], strict=True):
-                vars(q).update({name: getattr(p, name) for name in _TAGS if hasattr(p, name)})
                 copied._sharding.adopt(q, p, self._sharding)
         return copied
 
@@ -385,16 +330,9 @@ def _check_decay_method(options: Options) -> None:
     )
 
 
-def _function(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of a method; a function itself, as someone may have put on an instance."""
-    function: Callable[..., Any] = getattr(method, "__func__", method)
-    return function
-
-
-# What says on a parameter how it is sharded and which matrices it holds.
-_TAGS = ("partition_dim", "muon_blocks", "muon_stacked", "muon_transposed")
 # Where upstream lets a user, or a subclass, put a function of its own.
-_EXTENSION_POINTS = ("orthogonalize", "pre_weight_update_fn_inplace", "post_weight_update_fn_inplace")
+_PRE_HOOK = "pre_weight_update_fn_inplace"
+_EXTENSION_POINTS = ("orthogonalize", _PRE_HOOK, "post_weight_update_fn_inplace")
 # What upstream's constructor takes beside lr, momentum and weight_decay.
 _OF_UPSTREAM = (
     *("nesterov", "weight_decay_method", "fp32_matmul_prec", "coefficient_type", "num_ns_steps"),

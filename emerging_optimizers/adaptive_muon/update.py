@@ -5,13 +5,14 @@ A letter with an s is a list, of a tensor per parameter; a letter without is one
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
+from emerging_optimizers.adaptive_muon.exchange import Mode, Orthogonalize, Shards
+from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import Moment2, sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
@@ -22,7 +23,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_bl
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 
 
-__all__ = ["BatchUpdate", "StepRule"]
+__all__ = ["BatchUpdate", "StepRule", "update_round"]
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -39,6 +40,7 @@ class StepRule:
         steps_on_device: Whether the step count is on the device, where no step may read it.
         shape_factor: Returns s for the rows and columns of a whole matrix.
         decay: Upstream's weight decay of a weight in place, given gradient, learning rate and coefficient.
+        functions: Returns the iteration for parameters of a group, or for each parameter a user's function in its place.
         before_update: Called with a parameter and its update, both of which it may change; or None.
         after_update: Called with a parameter that has been updated.
     """
@@ -50,8 +52,45 @@ class StepRule:
     steps_on_device: bool
     shape_factor: Callable[[int, int], float]
     decay: Callable[[torch.Tensor, torch.Tensor, float, float], None]
+    functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
     before_update: Callable[[torch.Tensor, torch.Tensor], None] | None
     after_update: Callable[[torch.Tensor], None]
+
+
+def update_round(
+    one: Round,
+    rule: StepRule,
+    mode: Mode | None,
+    param_groups: Sequence[dict[str, Any]],
+    params: Sequence[torch.Tensor],
+    gradients: Mapping[torch.Tensor, torch.Tensor],
+    states: Mapping[torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    """Update the parameters of a round and their states in place.
+
+    Args:
+        one: The round.
+        rule: What a step does.
+        mode: How matrices in shards are orthogonalized.
+        param_groups: The optimizer's parameter groups.
+        params: The parameters of the plan, by their places in it.
+        gradients: Their gradients; of DTensors what this rank holds.
+        states: Their states.
+    """
+    updates = []
+    for batch in one.batches:
+        members, group = [params[i] for i in batch.members], param_groups[batch.group]
+        Gs, of_members = [gradients[p] for p in members], [states[p] for p in members]
+        updates.append(BatchUpdate(rule, group, members, Gs, of_members, batch.matrices, batch.owners))
+    shards = [matrix for update in updates for matrix in update.begin()]
+    if one.process_group is None:
+        results = [matrix.orthogonalized() for matrix in shards]
+    else:
+        assert mode is not None  # "blockwise" has no matrix in shards
+        results = mode.exchange(one.process_group, shards)
+    of_updates = iter(results)
+    for update in updates:
+        update.finish([next(of_updates) for _ in update.matrices])
 
 
 class BatchUpdate:
@@ -65,7 +104,6 @@ class BatchUpdate:
         states: Their states.
         matrices: The logical matrices of the first parameter; the others' have the same shapes and shards.
         owners: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
-        function: The iteration; or for each parameter a user's function in its place.
     """
 
     def __init__(
@@ -77,8 +115,8 @@ class BatchUpdate:
         states: Sequence[dict[str, torch.Tensor]],
         matrices: Sequence[Matrix],
         owners: Sequence[Sequence[int]],
-        function: NewtonSchulz | Sequence[Function],
     ) -> None:
+        function = rule.functions(params, group)
         self.params, self.matrices, self._rule, self._group, self._states = params, matrices, rule, group, states
         self._locals = [as_matrices(p) for p in params]
         self._Ws = [in_work_dtype(local) for local in self._locals]

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.mode import Mode
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
@@ -30,6 +31,11 @@ class Ready(NamedTuple):
     device: torch.device
     shape: torch.Size  # of what this rank holds
     transposed: bool = False
+
+    @classmethod
+    def of(cls, p: torch.Tensor, matrices: tuple[Matrix, ...], group: int) -> "Ready":
+        """Return it for a parameter that has these logical matrices, of the group with this number."""
+        return cls(matrices, group, p.dtype, p.device, as_matrices(p).shape, is_transposed(p))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,18 +3,17 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import batched
 from typing import Any, Literal, get_args
 
 import torch
 from absl import logging
-from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
 from emerging_optimizers.adaptive_muon.orthogonalize import cpu
-from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch, batch_size, in_batches
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch, batch_size
 from emerging_optimizers.adaptive_muon.orthogonalize.gram import (
     MIN_NORM,
     Coefficients,
@@ -29,9 +28,11 @@ from emerging_optimizers.triton_kernels import HAS_TRITON_340  # type: ignore[at
 from emerging_optimizers.utils import FP32MatmulPrecT
 
 
-__all__ = ["NSAlgorithmT", "NewtonSchulz", "orthogonalized", "syrk_is_usable"]
+__all__ = ["NSAlgorithmT", "NewtonSchulz", "at_precision", "syrk_is_usable"]
 
 NSAlgorithmT = Literal["standard", "gram", "auto"]
+
+Function = Callable[[torch.Tensor], torch.Tensor]
 
 # The GPU generations for which upstream's Muon vouches for its Triton kernel.
 _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
@@ -118,18 +119,6 @@ class NewtonSchulz:
             return matmul_precision("high" if self.precision == "high" and not several_steps else "highest")
         return sums_in_float32() if dtype == torch.float16 else nullcontext()
 
-    def of_strips(self, strip: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
-        """Return the strip of the orthogonalized matrix that belongs to a strip of a matrix, in its shape and dtype.
-
-        Every iteration sums the strips' Gram matrices over the group; the strips stay where they are.
-
-        Args:
-            strip: Shape ``(rows, columns)``, of which one is spread over the group.
-            dim: The dimension that is spread, -2 or -1.
-            group: The ranks that hold the strips.
-        """
-        return self._upstreams(strip.float(), transpose=dim == -2, tp_group=group).to(strip.dtype)
-
     def _standard(self, batch: torch.Tensor) -> torch.Tensor:
         """Upstream's iteration, a matrix at a time."""
         return as_batch([self._upstreams(matrix) for matrix in batch])
@@ -175,26 +164,22 @@ _ALGORITHMS: dict[str, Callable[[NewtonSchulz, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def orthogonalized(
-    functions: Sequence[Callable[[torch.Tensor], torch.Tensor]], matrices: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return each function's result for its matrix. A :class:`NewtonSchulz` takes all matrices of one shape in batches.
+def at_precision(function: Function, precision: FP32MatmulPrecT) -> Function:
+    """Return a function that orthogonalizes with products in a precision.
 
     Args:
-        functions: A function for each matrix.
-        matrices: Matrices, or stacks of matrices.
+        function: The iteration, which has a precision of its own; or a user's function, which is called as upstream calls
+            it, with torch's precision of products set.
+        precision: The precision.
     """
-    by_shape: dict[Any, list[int]] = {}
-    results: dict[int, torch.Tensor] = {}
-    for index, (function, matrix) in enumerate(zip(functions, matrices, strict=True)):
-        if isinstance(function, NewtonSchulz):
-            by_shape.setdefault((function, matrix.shape, matrix.dtype), []).append(index)
-        else:
-            results[index] = function(matrix)
-    for (function, shape, _), indices in by_shape.items():
-        for batch in in_batches(indices, shape, matrices[indices[0]].device):
-            results |= zip(batch, function(as_batch([matrices[index] for index in batch])), strict=True)
-    return [results[index] for index in range(len(matrices))]
+    if isinstance(function, NewtonSchulz):
+        return function if function.precision == precision else replace(function, precision=precision)
+
+    def called(matrix: torch.Tensor) -> torch.Tensor:
+        with matmul_precision(precision):
+            return function(matrix)
+
+    return called
 
 
 @cache

@@ -26,6 +26,9 @@ from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn,
 
 __all__ = ["Sharding"]
 
+# The attributes that say how a parameter is sharded, and which matrices it holds.
+_TAGS = ("partition_dim", "muon_blocks", "muon_stacked", "muon_transposed")
+
 Key = tuple[int, str]
 # A parameter that is to be resolved, its name, and how it is split.
 Found = tuple[torch.Tensor, str, Layout | Split | Piece]
@@ -82,7 +85,8 @@ class Sharding:
         return {**vars(self), "_known": {}, "_compared": {}, "_to_compare": set()}
 
     def adopt(self, copy: torch.Tensor, p: torch.Tensor, known_by: "Sharding") -> None:
-        """Take over the matrices that another registry has for a parameter, for a copy of the parameter."""
+        """Take over what another registry has for a parameter, for a copy that torch made, which lacks attributes."""
+        vars(copy).update({name: getattr(p, name) for name in _TAGS if hasattr(p, name)})
         if known_by._knows(p):
             self._known[identity(copy)] = known_by._known[identity(p)]
 
