@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from copy import deepcopy
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Self, SupportsIndex, Unpack, overload, override
 
@@ -20,7 +19,7 @@ from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_
 from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
-from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state, state_only
 from emerging_optimizers.adaptive_muon.update import StepRule, update_round
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
@@ -85,16 +84,13 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         **options: Unpack[OptionsDict],
     ) -> None:
         self.options = Options.of(lr=lr, momentum=momentum, weight_decay=weight_decay, **options)
-        moment2 = self.options.moment2
-        _check_decay_method(self.options)
         self.bias_correction, self.capturable = bool(self.options.bias_correction), self.options.capturable
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
         placement = self.options.layout_fn, self.options.blocks_fn
         self._sharding = Sharding(self.options.tp_group, self._mode, *placement, self.options.synced)
-        self.state_format = StateFormat(
-            self._sharding, self.options.moment2_method, moment2, self.bias_correction, self.capturable
-        )
+        method = self.options.moment2_method, self.options.moment2
+        self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
         self._plan: tuple[list[Ready], Plan] | None = None
         self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
         of_upstream: dict[str, Any] = {name: getattr(self.options, name) for name in _OF_UPSTREAM}
@@ -144,7 +140,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         params, plan = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        unchanged = self._state_only(gradients)
+        unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
         if unchanged:
             params, plan = self._plan_of(unchanged)
         for group in self.param_groups:
@@ -155,7 +151,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             decay_method=self.weight_decay_method,
             bias_correction=self.bias_correction,
             steps_on_device=self.capturable,
-            shape_factor=lambda *shape: get_muon_scale_factor(*shape, mode=self.scale_mode) * self.extra_scale_factor,
+            shape_factor=lambda m, n: get_muon_scale_factor(m, n, mode=self.scale_mode) * self.extra_scale_factor,
             decay=self._apply_weight_decay_inplace,
             functions=self._functions,
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
@@ -179,19 +175,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             self._sharding.compare_gradients(self.param_groups)
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
         return params, self._plan[1]
-
-    def _state_only(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> Set[torch.Tensor]:
-        """Return the parameters for which a step makes state only: new ones, at a learning rate and gradients of zero.
-
-        So torch.distributed.checkpoint makes the state to load into, and means nothing to change. Some decay methods would.
-        """
-        fresh = {
-            p: gradients[p]
-            for group in self.param_groups
-            for p in group["params"]
-            if p in gradients and not self.state.get(p) and not self._sharding.is_empty(p) and group["lr"] == 0
-        }
-        return self._sharding.all_zero(fresh) if fresh else frozenset()
 
     def _functions(
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
@@ -258,12 +241,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         try:
             group = self.param_groups[-1]
             check_group(group, self.options)
-            require(
-                not group.get("maximize"),
-                "maximize must not be set, which AdaptiveMuon does not have",
-                group.get("maximize"),
-                "negate the loss",
-            )
             check_matrices(group)
             self._sharding.check(group)
         except Exception:
@@ -295,14 +272,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         return super().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns a copy, of its parameters too, which keep what says how they are sharded: torch's copies lose that."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        for group, group_of_copy in zip(self.param_groups, copied.param_groups, strict=True):
-            for p, q in zip(group["params"], group_of_copy["params"], strict=True):
-                copied._sharding.adopt(q, p, self._sharding)
-        return copied
+        return checkpoint.deep_copy(self, memo)
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -310,24 +280,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         for group in self.param_groups:  # an upstream checkpoint's groups lack ours
             for name, value in self._group_defaults.items():
                 group.setdefault(name, value)
-
-
-def _check_decay_method(options: Options) -> None:
-    """Raise a ``ValueError`` if the weight decay does not go with the second-moment method."""
-    decay_method, method = options.weight_decay_method, options.moment2_method
-    require(
-        decay_method != "l2" or not options.moment2.reads_gradient,
-        f'weight_decay_method must not be "l2" with moment2_method="{method}", whose gradient norms it would falsify',
-        decay_method,
-        'use "decoupled" or "adaptive"',
-    )
-    require(
-        decay_method != "adaptive" or options.moment2.adaptive_decay,
-        f'weight_decay_method must not be "adaptive" with moment2_method="{method}", whose D is not a ratio of signal to '
-        "noise",
-        decay_method,
-        'use "decoupled", or moment2_method="namo" or "namo_d"',
-    )
 
 
 # Where upstream lets a user, or a subclass, put a function of its own.

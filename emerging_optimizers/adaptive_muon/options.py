@@ -311,6 +311,7 @@ class Options:
             object.__setattr__(self, "bias_correction", self.moment2.bias_correction)
         object.__setattr__(self, "use_syrk", self.use_syrk and syrk_is_usable())
         _ = self.moment2, self.newton_schulz  # which check the rest
+        _check_decay_method(self)
 
     @classmethod
     def of(cls, **given: Any) -> Self:
@@ -379,6 +380,24 @@ class OptionsDict(TypedDict, total=False):
     capturable: bool
 
 
+def _check_decay_method(options: Options) -> None:
+    """Raise a ``ValueError`` if the weight decay does not go with the second-moment method."""
+    decay_method, method = options.weight_decay_method, options.moment2_method
+    require(
+        decay_method != "l2" or not options.moment2.reads_gradient,
+        f'weight_decay_method must not be "l2" with moment2_method="{method}", whose gradient norms it would falsify',
+        decay_method,
+        'use "decoupled" or "adaptive"',
+    )
+    require(
+        decay_method != "adaptive" or options.moment2.adaptive_decay,
+        f'weight_decay_method must not be "adaptive" with moment2_method="{method}", whose D is not a ratio of signal to '
+        "noise",
+        decay_method,
+        'use "decoupled", or moment2_method="namo" or "namo_d"',
+    )
+
+
 def check_group(group: dict[str, Any], options: Options) -> None:
     """Raise a ``ValueError`` if a parameter group has an invalid option, or one that holds for all groups.
 
@@ -401,6 +420,8 @@ def check_group(group: dict[str, Any], options: Options) -> None:
         group["moment2_method"],
         "make a second optimizer for these parameters",
     )
+    maximize = group.get("maximize")
+    require(not maximize, "maximize must not be set, which AdaptiveMuon does not have", maximize, "negate the loss")
 
 
 def document(cls: type, options: Iterable[Option]) -> None:

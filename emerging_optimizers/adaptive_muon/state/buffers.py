@@ -6,7 +6,7 @@ shard keeps the whole V, but for a V with an entry per element, which is sharded
 has row blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` and so on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
-__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "v_key"]
+__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "state_only", "v_key"]
 
 _ELEMENTS = (-2, -1)
 
@@ -123,6 +123,32 @@ def check_state(
             found,
             "set muon_transposed before the first step, and drop the state of a parameter that has another shape",
         )
+
+
+def state_only(
+    param_groups: Sequence[dict[str, Any]],
+    states: Mapping[torch.Tensor, dict[str, Any]],
+    gradients: Mapping[torch.Tensor, torch.Tensor],
+    sharding: Sharding,
+) -> Set[torch.Tensor]:
+    """Return the parameters for which a step makes state only: new ones, at a learning rate and gradients of zero.
+
+    torch.distributed.checkpoint steps so to make the state that it loads into, and nothing else must change. The decay of
+    some methods would. No rank can decide by its own shard, so the ranks are asked, before anything else of the step.
+
+    Args:
+        param_groups: The optimizer's parameter groups.
+        states: The states of all parameters that have one.
+        gradients: The gradients; of DTensors what this rank holds.
+        sharding: The matrices of the parameters.
+    """
+    fresh = {
+        p: gradients[p]
+        for group in param_groups
+        for p in group["params"]
+        if p in gradients and not states.get(p) and not sharding.is_empty(p) and group["lr"] == 0
+    }
+    return sharding.all_zero(fresh) if fresh else frozenset()
 
 
 @dataclass(frozen=True, eq=False)

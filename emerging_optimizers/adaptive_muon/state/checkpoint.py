@@ -2,6 +2,7 @@
 """Loading a checkpoint: refuse what does not fit before anything changes, and keep the state's full precision."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any, get_args
 
 import torch
@@ -14,7 +15,7 @@ from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
-__all__ = ["attributes", "load"]
+__all__ = ["attributes", "deep_copy", "load"]
 
 _BUFFERS = ("momentum_buffer", "moment2_buffer")
 
@@ -95,6 +96,17 @@ def attributes(optimizer: Optimizer) -> dict[str, Any]:
         for name, value in vars(optimizer).items()
         if name != "step" and not name.startswith("_optimizer_")
     }
+
+
+def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an AdaptiveMuon, and of its parameters, which keep what says how they are sharded."""
+    copied = type(optimizer).__new__(type(optimizer))
+    memo[id(optimizer)] = copied
+    copied.__setstate__(deepcopy(optimizer.__getstate__(), memo))
+    for group, group_of_copy in zip(optimizer.param_groups, copied.param_groups, strict=True):
+        for p, copy in zip(group["params"], group_of_copy["params"], strict=True):
+            copied.state_format.sharding.adopt(copy, p, optimizer.state_format.sharding)
+    return copied
 
 
 def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
