@@ -162,9 +162,7 @@ class Options:
         megatron_field="weight_decay",
     )
     nesterov: bool = option_field(
-        False,
-        "Whether the update looks ahead: M' = (1 - momentum) G + momentum M.",
-        megatron_field="muon_nesterov",
+        False, "Whether the update looks ahead: M' = (1 - momentum) G + momentum M.", megatron_field="muon_nesterov"
     )
     weight_decay_method: WeightDecayMethodT = option_field(
         "decoupled",
