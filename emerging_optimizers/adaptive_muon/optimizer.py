@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, Self, SupportsIndex, Unpack, overload, override
+from typing import Any, SupportsIndex, Unpack, overload, override
 
 import torch
 from torch._compile import _disable_dynamo
@@ -48,9 +48,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
     With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0, except where the
-    momentum's norm is below 1e-7. There 0.3.0 divides by 1e-7 instead of the norm, and its steps vanish; this class,
-    like 0.4.0, divides by the norm down to 1e-15. The paper's
-    NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
+    norm of the momentum is below 1e-7. There the steps of 0.3.0 vanish. This class, like 0.4.0, divides by the norm down
+    to 1e-15. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
     coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
@@ -180,11 +179,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
     ) -> NewtonSchulz | list[Callable[[torch.Tensor], torch.Tensor]]:
         """Return the iteration; or where a subclass or the user has a say, a function of the momentum per parameter."""
-        function = self.scaled_orthogonalize_fn
         if self._has_own("orthogonalize"):
             options = {key: value for key, value in group.items() if key != "params"}
             return [at_precision(partial(self.orthogonalize, p, **options), self.fp32_matmul_prec) for p in params]
-        function = at_precision(function, self.fp32_matmul_prec)
+        function = at_precision(self.scaled_orthogonalize_fn, self.fp32_matmul_prec)
         return function if isinstance(function, NewtonSchulz) else [function] * len(params)
 
     @override
@@ -271,7 +269,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                 require_picklable(name, vars(self)[name])
         return super().__reduce_ex__(protocol)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return checkpoint.deep_copy(self, memo)
 
     @override

@@ -100,7 +100,7 @@ def attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of an AdaptiveMuon, and of its parameters, which keep what says how they are sharded."""
-    copied = type(optimizer).__new__(type(optimizer))
+    copied = object.__new__(type(optimizer))
     memo[id(optimizer)] = copied
     copied.__setstate__(deepcopy(optimizer.__getstate__(), memo))
     for group, group_of_copy in zip(optimizer.param_groups, copied.param_groups, strict=True):
