@@ -218,7 +218,7 @@ class _Scale:
         function: NewtonSchulz | Sequence[Function],
     ) -> None:
         self.matrix = matrix
-        self.shape = matrix.layout.shape(matrix.of(as_matrices(params[0])))
+        self.shape = matrix.shape(params[0])
         self._moment2, self._eps, self._owners, self._function = moment2, group["eps"], owners, function
         self._kept_dims = moment2.kept_dims(*self.shape)
         self._per_element = len(self._kept_dims) == 2

@@ -73,6 +73,10 @@ class Matrix:
         rows = self.rows if isinstance(self.rows, slice) else id(self.rows)
         return self.layout, self.block, rows if self.shard_shapes is None else self.shard_shapes
 
+    def shape(self, p: torch.Tensor) -> tuple[int, int]:
+        """Return ``(rows, columns)`` of the whole matrix, one of this parameter's."""
+        return self.layout.shape(self.of(as_matrices(p)))
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the matrix's part of a tensor of the parameter's shape: a view where its rows are adjacent."""
         return tensor if self.is_all else tensor[..., self.rows, :]
