@@ -117,14 +117,16 @@ def set_gradients(pairs: list[Pair], step: int) -> None:
 
 
 class Recording(AdaptiveMuon):
-    """Keeps the last orthogonalized momentum of every matrix."""
+    """Keeps the last orthogonalized momentum of every matrix, and all sums of squares of the last step."""
 
     def step(self, closure: Any = None) -> Any:
         self.orthogonalized: dict[tuple[torch.Tensor, int | None], torch.Tensor] = {}
+        self.sums: list[torch.Tensor] = []
         finish = BatchUpdate.finish
 
         def recorded(update: BatchUpdate, results: Any) -> None:
-            for matrix, (O, _) in zip(update.matrices, results, strict=True):
+            for matrix, (O, squares) in zip(update.matrices, results, strict=True):
+                self.sums += squares
                 for p, of_p in zip(update.params, O, strict=True):
                     self.orthogonalized[p, matrix.block] = of_p.clone()
             finish(update, results)
