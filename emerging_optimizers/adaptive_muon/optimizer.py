@@ -49,8 +49,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0, except where the
     norm of the momentum is below 1e-7. There the steps of 0.3.0 vanish. This class, like 0.4.0, divides by the norm down
-    to 1e-15. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
-    coefficient_type="simple", extra_scale_factor=0.2``.
+    to 1e-15. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True,
+    weight_decay_method="adaptive", coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
     (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
