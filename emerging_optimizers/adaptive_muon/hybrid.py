@@ -97,12 +97,11 @@ class HybridAdaptiveMuon(Optimizer):
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
         }
         check_scalar(scalar)
-        # Made empty: add_param_group fills both.
+        # They lend their steps and checks: _share gives them the groups.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
-        self._muon.param_groups.clear()
-        self._adamw.param_groups.clear()
-        groups = _all_named_or_none(as_groups(params))
+        groups = as_groups(params)
+        _check_names(groups)
         parts = [part for group in groups for part in split(in_model({}, group), _names(groups))]
         # Schedulers and loggers take the first group for the learning rate.
         super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
@@ -120,7 +119,7 @@ class HybridAdaptiveMuon(Optimizer):
         params: ParamsT | None = None,
         **options: Any,
     ) -> Self:
-        """Makes the optimizer of a model, routing its parameters by the modules that own them.
+        """Make the optimizer of a model, routing its parameters by the modules that own them.
 
         To AdaptiveMuon go the weights of hidden linear maps, such as ``nn.Linear`` and the like of other packages. To
         AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
@@ -131,9 +130,9 @@ class HybridAdaptiveMuon(Optimizer):
 
         Args:
             model: The model.
-            lr: Learning rate of the matrices. Default 3e-4.
-            momentum: Decay rate of the matrices' momentum. Default 0.95.
-            weight_decay: Weight decay coefficient of the matrices. Default 0.01.
+            lr: As the class.
+            momentum: As the class.
+            weight_decay: As the class.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
                 pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Names match with and without what
                 wrappers such as ``torch.compile`` put into them.
@@ -146,20 +145,20 @@ class HybridAdaptiveMuon(Optimizer):
                 sharding engine has emptied or flattened it.
         """
         of_model = ModelRoutes(model, route_model(model, routes), routes)
-        groups = as_groups(model.parameters() if params is None else params)
-        optimizer = cls(_all_in_model(of_model, groups), lr, momentum, weight_decay, **options)
+        known, groups = of_model.by_parameter(), as_groups(model.parameters() if params is None else params)
+        foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
+        require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
+        optimizer = cls([in_model(known, group) for group in groups], lr, momentum, weight_decay, **options)
         optimizer._model = of_model
         return optimizer
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, split in two where it holds both kinds, or raises and leaves all as it was.
+        """Add a parameter group, split in two where it holds both kinds, or raise and leave all as it was.
 
-        Where the other groups have names and a parameter has none, not even in the model of :meth:`from_model`, it is
-        called by the place of its group, such as "added.2.0": the same whenever groups are added in the same order.
-
-        Args:
-            param_group: As in the constructor's ``params``.
+        The group is as in the constructor's ``params``. Where the other groups have names and a parameter has none, not
+        even in the model of :meth:`from_model`, it is called by the place of its group, such as "added.2.0": the same
+        whenever groups are added in the same order.
         """
         self._share()
         grown: tuple[list[Any], ...] = (self.param_groups, self._muon.param_groups, self._adamw.param_groups)
@@ -186,7 +185,7 @@ class HybridAdaptiveMuon(Optimizer):
         self._let_go()
 
     def _add_part(self, part: dict[str, Any]) -> None:
-        """Adds a group of one kind to the optimizer of its kind, and shares it."""
+        """Add a group of one kind to the optimizer of its kind, and share it."""
         entries = part["params"]
         if any("param_names" not in group for group in self.param_groups) or not all(name for name, _ in entries):
             part["params"] = [p for _, p in entries]  # torch wants names in all groups or in none
@@ -211,7 +210,7 @@ class HybridAdaptiveMuon(Optimizer):
     @override
     @_disable_dynamo  # as AdaptiveMuon's
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates all parameters that have a gradient.
+        """Update all parameters that have a gradient.
 
         Args:
             closure: Optional; evaluates the model again, with gradients enabled, and returns the loss.
@@ -227,20 +226,23 @@ class HybridAdaptiveMuon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._share()
-        _check_parts(self._muon, self._adamw)
+        for inner in (self._muon, self._adamw):
+            check_options(inner)
+        for group in self._adamw.param_groups:
+            check_gradients(group, "AdamW", complex_too=True)
+            check_capturable(group)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
-            self._muon.step()  # checks its own before it changes anything
+            self._muon.step()  # checks its own parameters before it changes anything
             self._adamw.step()
         self._let_go()
         return loss
 
     def describe(self, *, each: bool = True) -> str:
-        """Returns a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
+        """Return a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
 
         The line of AdamW counts the two-dimensional parameters that are not the weights of linear maps, and the
-        three-dimensional ones that may be stacks of experts: look whether they are where you want them.
-
-        Those that are frozen now, which no step changes before they are unfrozen, are counted by themselves.
+        three-dimensional ones that may be stacks of experts: look whether they are where you want them. Parameters that
+        are frozen now have a line of their own.
         """
         return _description(self._routes, self._muon.moment2_method, each=each)
 
@@ -250,10 +252,7 @@ class HybridAdaptiveMuon(Optimizer):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
+        """Load a checkpoint of this class.
 
         Raises:
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that
@@ -275,12 +274,12 @@ class HybridAdaptiveMuon(Optimizer):
             inner.__setstate__({})  # fills in what an older checkpoint's groups lack
 
     def _let_go(self) -> None:
-        """Takes the state and the groups from both optimizers, so that what leaves this one is not kept alive by them."""
+        """Take the state and the groups from both optimizers, so that what leaves this one is not kept alive by them."""
         for inner in (self._muon, self._adamw):
             inner.state, inner.param_groups = defaultdict(dict), []
 
     def _share(self) -> list[list[tuple[str, Route]]]:
-        """Gives both optimizers the state and groups of now, whoever set them; returns names and routes of each group."""
+        """Give both optimizers the state and groups of now, whoever set them; return names and routes of each group."""
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if bool(group.get("use_muon")) is use_muon]
@@ -292,25 +291,8 @@ class HybridAdaptiveMuon(Optimizer):
         return entries
 
 
-def _all_in_model(of_model: ModelRoutes, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns groups with the names and routes of a model, or raises if a parameter is not the model's."""
-    known = of_model.by_parameter()
-    foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
-    require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
-    return [in_model(known, group) for group in groups]
-
-
-def _check_parts(muon: Optimizer, adamw: Optimizer) -> None:
-    """Checks what AdaptiveMuon's own checks in its step leave, before anything changes."""
-    for inner in (muon, adamw):
-        check_options(inner)
-    for group in adamw.param_groups:
-        check_gradients(group, "AdamW", complex_too=True)
-        check_capturable(group)
-
-
-def _all_named_or_none(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the groups, or raises a ``ValueError`` if some parameters have names and others have none, as torch does."""
+def _check_names(groups: list[dict[str, Any]]) -> None:
+    """Raise a ``ValueError`` if some parameters have names and others have none, as torch does."""
     named = {bool(name) for group in groups for name, _ in entries_of(group)}
     require(
         len(named) < 2,
@@ -318,29 +300,23 @@ def _all_named_or_none(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "some of each",
         "pass (name, parameter) pairs for all of them, as in model.named_parameters()",
     )
-    return groups
 
 
 def _names(groups: list[dict[str, Any]]) -> set[str]:
-    """Returns the names of groups, by which loggers tell them apart."""
+    """Return the names of groups, by which loggers tell them apart."""
     return {str(group[key]) for group in groups for key in ("name", "group_name") if key in group}
 
 
-def _counted(rows: list[tuple[str, torch.Tensor, Route]], reason: str, text: str) -> str:
-    """Returns how many parameters are where they are for a reason, where there are any."""
-    count = sum(route.reason.startswith(reason) for *_, route in rows)
-    return f"; {count} of them {text}" if count else ""
-
-
 def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, each: bool) -> str:
-    """Returns the table that :meth:`HybridAdaptiveMuon.describe` returns."""
+    """Return the table that :meth:`HybridAdaptiveMuon.describe` returns."""
     titles = {"adaptive_muon": f"AdaptiveMuon ({method})", "adamw": "AdamW", "frozen": "frozen"}
     lines = []
-    for kind, title in titles.items():
-        rows = [row for row in routes if kind == (row[2].algorithm if row[1].requires_grad else "frozen")]
+    for part, title in titles.items():
+        rows = [row for row in routes if part == (row[2].algorithm if row[1].requires_grad else "frozen")]
         line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
-        if kind == "adamw":
-            line += _counted(rows, NOT_A_MAP, NOT_A_MAP) + _counted(rows, STACK, "3-D, stacks of experts perhaps")
+        for reason, text in ((NOT_A_MAP, NOT_A_MAP), (STACK, "3-D, stacks of experts perhaps")):
+            count = sum(route.reason.startswith(reason) for *_, route in rows) if part == "adamw" else 0
+            line += f"; {count} of them {text}" if count else ""
         lines.append(line)
         lines += [
             f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each

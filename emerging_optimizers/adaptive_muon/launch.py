@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an unmodified Megatron training script with our adaptive_muon and its flags.
+"""Run an unmodified Megatron training script with our adaptive_muon and its flags.
 
 torchrun ... -m emerging_optimizers.adaptive_muon.launch pretrain_gpt.py --optimizer adaptive_muon ...
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Registers adaptive_muon, adds its flags to Megatron's command line and runs the script as ``__main__``."""
+    """Register adaptive_muon, add its flags to Megatron's command line and run the script as ``__main__``."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit("usage: torchrun ... -m emerging_optimizers.adaptive_muon.launch SCRIPT [ARGUMENTS OF THE SCRIPT]")
     del sys.argv[0]

@@ -12,13 +12,10 @@ __all__ = ["plain_modes"]
 
 @contextmanager
 def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
-    """Leaves autocast, inference mode and gradients for the time of a step.
+    """Leave autocast, inference mode and gradients for the time of a step of these parameters.
 
     Autocast would round the products of a step, and state made in inference mode could not be updated outside of it.
     Parameters that are inference tensors themselves can only be updated in inference mode, which then stays.
-
-    Args:
-        params: The parameters of the step.
     """
     with ExitStack() as modes:
         modes.enter_context(torch.no_grad())

@@ -34,13 +34,13 @@ _WHOLE_SHAPE = re.compile(r"^_*(ds|orig|original|full|global|logical|unsharded|w
 
 
 def parameter_name(group: dict[str, Any], index: int) -> str:
-    """Returns what an error calls a group's parameter: its name where the group has names, else its index."""
+    """Return what an error calls a group's parameter: its name where the group has names, else its index."""
     names = group.get("param_names")
     return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
 
 
 def is_matrix(p: torch.Tensor) -> bool:
-    """Returns whether a parameter is a matrix, or tagged ``muon_stacked`` as a stack of them."""
+    """Return whether a parameter is a matrix, or tagged ``muon_stacked`` as a stack of them."""
     return p.ndim == 2 or (p.ndim == 3 and bool(getattr(p, "muon_stacked", False)))
 
 
@@ -52,9 +52,7 @@ def has_usable_dtype(p: torch.Tensor) -> bool:
 def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
     """Raise a ``ValueError`` if a sharding engine has taken a parameter's rows and columns, and so its matrix.
 
-    Args:
-        p: The parameter. One without rows, such as the empty shard of a small matrix, is as good as any other.
-        name: What the error calls it.
+    An empty shard of a small matrix is valid.
     """
     rule = "a parameter must keep its rows and columns to be optimized"
     remedy = "use FSDP2, torch.distributed.fsdp.fully_shard"
@@ -84,7 +82,7 @@ def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
 
 
 def check_matrices(group: dict[str, Any]) -> None:
-    """Raises a ``ValueError`` unless every parameter of a group is a real floating-point matrix or stack of them."""
+    """Raise a ``ValueError`` unless every parameter of a group is a real floating-point matrix or stack of them."""
     for index, p in enumerate(group["params"]):
         if is_lazy(p):
             continue  # it has no shape before the model's first forward; the step looks again
@@ -106,16 +104,18 @@ def check_matrices(group: dict[str, Any]) -> None:
 
 
 def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool = False) -> None:
-    """Raises a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors."""
+    """Raise a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors."""
     for index, p in enumerate(group["params"]):
         grad = p.grad
-        if grad is not None and not complex_too and _is_several(grad):
+        if grad is None:
+            continue
+        if not complex_too and _is_several(grad):
             raise refusal(
                 f"{algorithm} takes gradients that are one tensor each; that of {parameter_name(group, index)} is",
                 type(grad).__name__,
                 "convert it to a plain tensor, or give the parameter to another optimizer",
             )
-        if grad is not None and (grad.layout != torch.strided or (grad.is_complex() and not complex_too)):
+        if grad.layout != torch.strided or (grad.is_complex() and not complex_too):
             raise refusal(
                 f"{algorithm} takes dense{'' if complex_too else ' real'} gradients; that of "
                 f"{parameter_name(group, index)} is",
@@ -125,7 +125,7 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
 
 
 def check_capturable(group: dict[str, Any]) -> None:
-    """Raises a ``ValueError`` if torch's AdamW would find, in its step, that a group is on no device with graphs."""
+    """Raise a ``ValueError`` if torch's AdamW would find, in its step, that a group is on no device with graphs."""
     supported = _get_capturable_supported_devices()
     for index, p in enumerate(group["params"]):
         if group.get("capturable") and p.grad is not None and p.device.type not in supported:
@@ -149,16 +149,16 @@ def _is_several(tensor: torch.Tensor) -> bool:
 
 
 def work_dtype(p: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of a parameter's state and arithmetic: float32, or float64 for a float64 parameter."""
+    """Return the dtype of a parameter's state and arithmetic: float32, or float64 for a float64 parameter."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
 def in_work_dtype(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor itself where it has the precision to work in, else a copy in that precision."""
+    """Return the tensor itself where it has the precision to work in, else a copy in that precision."""
     return tensor.to(work_dtype(tensor))
 
 
 def round_into(p: torch.Tensor, worked: torch.Tensor) -> None:
-    """Rounds what :func:`in_work_dtype` returned, updated since, into ``p`` in place, unless it is ``p`` itself."""
+    """Round what :func:`in_work_dtype` returned, updated since, into ``p`` in place, unless it is ``p`` itself."""
     if worked is not p:
         p.copy_(worked)

@@ -120,7 +120,7 @@ class BatchUpdate:
         self.params, self.matrices, self._rule, self._group, self._states = params, matrices, rule, group, states
         self._locals = [as_matrices(p) for p in params]
         self._Ws = [in_work_dtype(local) for local in self._locals]
-        self._Gs = [as_matrices(p, G).to(work_dtype(p)) for p, G in zip(params, gradients, strict=True)]
+        self._gradients = gradients
         self._scales = [
             _Scale(rule.moment2, group, params, states, matrix, of_matrix, function)
             for matrix, of_matrix in zip(matrices, owners, strict=True)
@@ -129,7 +129,9 @@ class BatchUpdate:
     def begin(self) -> list[Shards]:
         """Decay W and average M; return M' of each matrix, with the sums of squares that are observed before O."""
         momentum, method = self._group["momentum"], self._rule.decay_method
-        Gs = [G.clone() for G in self._Gs] if method == "l2" else self._Gs  # l2 decay changes them, not the user's
+        Gs = [as_matrices(p, G).to(work_dtype(p)) for p, G in zip(self.params, self._gradients, strict=True)]
+        if method == "l2":
+            Gs = [G.clone() for G in Gs]  # the decay is added in place, and the user's gradient stays as it is
         if method != "adaptive":
             self._decay(Gs)
         Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self.params, self._states, strict=True)]
@@ -218,7 +220,7 @@ class _Scale:
         function: NewtonSchulz | Sequence[Function],
     ) -> None:
         self.matrix = matrix
-        self.shape = matrix.layout.shape(matrix.of(as_matrices(params[0])))
+        self.shape = matrix.shape(params[0])
         self._moment2, self._eps, self._owners, self._function = moment2, group["eps"], owners, function
         self._kept_dims = moment2.kept_dims(*self.shape)
         self._per_element = len(self._kept_dims) == 2
@@ -248,9 +250,6 @@ class _Scale:
             return O.new_ones((*O.shape[:-2], 1, 1))
         if self._per_element:
             squares = [*self._squares, *([O.square()] if "orthogonalized" in self._moment2.observed else [])]
-        names = sorted(self._moment2.observed, key="orthogonalized".__eq__)
-        by_name = dict(zip(names, squares, strict=True))
-        squares = [by_name[name] for name in self._moment2.observed]
         D = self._D(self._V.update(self._statistic(squares)), squares)
         return D if self._per_element else self.matrix.layout.cut(D, self._kept_dims)
 

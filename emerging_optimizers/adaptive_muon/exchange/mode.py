@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -66,7 +65,7 @@ class Shards:
     def outgoing(self, members: Sequence[int]) -> list[tuple[torch.Tensor, torch.dtype]]:
         """Return what this rank sends to an owner: its shards of these members, and their partial sums of squares."""
         parts = [(self.momentum, _MOMENTUM), *((squares, squares.dtype) for squares in self.squares)]
-        return [(_select(part, members), dtype) for part, dtype in parts]
+        return [(part[_index(members)], dtype) for part, dtype in parts]
 
     def incoming(self, members: Sequence[int], rank: int) -> list[Part]:
         """Return what arrives of these members from a rank: its :meth:`outgoing`."""
@@ -108,26 +107,12 @@ class Shards:
         Args:
             results: For each owner, what it sent: :meth:`returning`.
         """
-        dtype = self.momentum.dtype
-        if len(results) == 1:
-            [(O, *squares)] = results.values()
-            return O.to(dtype), squares
-        merged = []
-        for parts in zip(*results.values(), strict=True):
-            whole = torch.cat([part.to(dtype) for part in parts])
-            merged.append(whole if self._is_sorted else whole[self._places])
+        size, dtype = len(self.owners), self.momentum.dtype
+        merged = [part.new_empty((size, *part.shape[1:]), dtype=dtype) for part in next(iter(results.values()))]
+        for owner, parts in results.items():
+            for whole, part in zip(merged, parts, strict=True):
+                whole[_index(self.members[owner])] = part.to(dtype)
         return merged[0], merged[1:]
-
-    @cached_property
-    def _is_sorted(self) -> bool:
-        """Whether the members of the owners, one owner after the other, are in the order of the batch."""
-        return [*chain(*self.members.values())] == [*range(len(self.owners))]
-
-    @property
-    def _places(self) -> torch.Tensor:
-        """For each member of the batch, its place among the members of the owners, one owner after the other."""
-        order = torch.tensor([*chain(*self.members.values())], device=self.momentum.device)
-        return order.argsort()
 
     def _shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of members' matrices, or shards, that have this shape."""
@@ -163,9 +148,7 @@ class Mode(ABC):
         return
 
 
-def _select(tensor: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
-    """The members of a batch: a view where they are adjacent."""
-    start, number = members[0], len(members)
-    if members[-1] - start + 1 == number:
-        return tensor[start : start + number]
-    return tensor[torch.tensor(members, device=tensor.device)]
+def _index(members: Sequence[int]) -> slice | list[int]:
+    """The index of members of a batch: of a view where they are adjacent."""
+    adjacent = members[-1] - members[0] + 1 == len(members)
+    return slice(members[0], members[-1] + 1) if adjacent else list(members)

@@ -27,7 +27,7 @@ class Moment2(ABC):
 
     Attributes:
         observed: Whose sums of squares the method receives, in this order: "gradient" G, the raw gradient; "momentum"
-            M', the momentum after Nesterov, before orthogonalization; "orthogonalized" O.
+            M', the momentum after Nesterov, before orthogonalization; and last "orthogonalized", O.
         momentum_degree: p, where D is proportional to the p-th power of the size of M'.
         moment2_degree: q, where D is proportional to the q-th power of V (eps and clamps aside).
         scales_momentum: Whether D scales M' before the orthogonalization, as Muon^2 (arXiv:2604.09967) and Muon-VS

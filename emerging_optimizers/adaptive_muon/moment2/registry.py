@@ -30,8 +30,10 @@ def register_moment2(name: str) -> Callable[[type[Moment2]], type[Moment2]]:
             raise TypeError(f"{cls.__name__} must set {' and '.join(missing)}, see Moment2")
         if cls.scales_momentum and (cls.momentum_degree or cls.moment2_degree or cls.adaptive_decay):
             raise TypeError(f"{cls.__name__} scales the momentum: its degrees must be 0, and adaptive_decay False")
-        if cls.scales_momentum and "orthogonalized" in cls.observed:
-            raise TypeError(f"{cls.__name__} scales the momentum: it must not observe what is orthogonalized later")
+        if "orthogonalized" in (cls.observed if cls.scales_momentum else cls.observed[:-1]):
+            raise TypeError(
+                f"{cls.__name__} must observe what is orthogonalized last, or not if it scales the momentum"
+            )
         METHODS[name] = cls
         return cls
 

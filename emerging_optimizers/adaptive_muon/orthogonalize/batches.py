@@ -31,11 +31,5 @@ def batch_size(shape: Sequence[int], device: torch.device) -> int:
 def in_batches[Member](
     members: Sequence[Member], shape: Sequence[int], device: torch.device
 ) -> Iterator[tuple[Member, ...]]:
-    """Yield the members of each batch.
-
-    Args:
-        members: What has one tensor each.
-        shape: The shape of each tensor, a matrix or a stack of matrices.
-        device: The device of the tensors.
-    """
+    """Yield the members of each batch, where every member has one tensor of this shape on this device."""
     return batched(members, min(batch_size(shape, device), len(members)))

@@ -59,16 +59,13 @@ def group_steps(steps: Sequence[Coefficients], short_side: int, dtype: torch.dty
 
 
 def iterate(
-    matrices: torch.Tensor,
-    step_groups: Iterable[Sequence[Coefficients]],
-    dtype: torch.dtype,
-    use_syrk: bool = False,
+    matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]], dtype: torch.dtype, use_syrk: bool = False
 ) -> torch.Tensor:
     """Return a batch of matrices after the iteration, in float32. Each matrix is first divided by its Frobenius norm.
 
     Args:
         matrices: Shape ``(batch, rows, columns)``, float32.
-        step_groups: ``(a, b, c)`` of every step, in groups of steps to take at once.
+        step_groups: The steps, in groups of steps to take at once.
         dtype: The dtype to iterate in.
         use_syrk: Whether symmetric products use our Triton kernel where it takes them.
     """

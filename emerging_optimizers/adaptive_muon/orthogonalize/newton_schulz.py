@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import batched
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from absl import logging
@@ -51,8 +51,7 @@ class NewtonSchulz:
     again after two steps, or in float32 after the first three steps of a large matrix.
 
     Args:
-        coefficient_type: A coefficient set of upstream's table, see
-            :func:`~emerging_optimizers.orthogonalized_optimizers.muon_utils.newton_schulz`.
+        coefficient_type: A coefficient set of upstream's table.
         num_steps: Number of iterations, at least 1.
         use_syrk: Whether iterations in 16 bit on CUDA use a Triton kernel for symmetric products. "standard" uses
             upstream's, for single matrices in bfloat16; the others use ours, for batches in float16.
@@ -66,7 +65,7 @@ class NewtonSchulz:
             :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`.
 
     Raises:
-        ValueError: If a name is unknown or ``num_steps`` is not a positive whole number.
+        ValueError: If ``num_steps`` is not a positive whole number, or the precision is unknown.
     """
 
     coefficient_type: NSCoeffT
@@ -76,16 +75,13 @@ class NewtonSchulz:
     precision: FP32MatmulPrecT = "medium"
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        # "custom" stands in upstream's alias for a function argument that no optimizer has.
-        require_one_of("coefficient_type", self.coefficient_type, (c for c in get_args(NSCoeffT) if c != "custom"))
+        """Check what can be set apart from the optimizer's options, which check the other names."""
         require(
             isinstance(self.num_steps, int) and self.num_steps >= 1,
             "num_ns_steps must be a whole number >= 1",
             self.num_steps,
             "upstream's default is 5",
         )
-        require_one_of("ns_algorithm", self.algorithm, get_args(NSAlgorithmT))
         require_one_of("fp32_matmul_prec", self.precision, get_args(FP32MatmulPrecT))
 
     def __call__(self, matrices: torch.Tensor) -> torch.Tensor:
@@ -97,7 +93,11 @@ class NewtonSchulz:
         if not matrices.numel():
             return torch.zeros_like(matrices)
         batch = matrices.reshape(-1, *matrices.shape[-2:]).float()
-        return _ALGORITHMS[self.algorithm](self, batch).view(matrices.shape).to(matrices.dtype)
+        if self.algorithm == "standard":
+            result = as_batch([self._by_upstream(matrix) for matrix in batch])
+        else:
+            result = self._iterated(batch)
+        return result.view(matrices.shape).to(matrices.dtype)
 
     @property
     def coefficients(self) -> tuple[Coefficients, ...]:
@@ -106,7 +106,15 @@ class NewtonSchulz:
 
     def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
         """Return the dtype of the iteration on matrices of a shape on a device, in which the result is exact."""
-        return _MEDIUM[self.algorithm](device, shape) if self.precision == "medium" else torch.float32
+        if self.precision != "medium":
+            return torch.float32
+        if self.algorithm == "standard":
+            return torch.bfloat16
+        if device.type == "cuda":
+            return torch.float16
+        # Several steps at once are not safe in bfloat16, which "auto" takes, as upstream does, on other devices.
+        in_float32 = self.algorithm == "gram" or (device.type == "cpu" and not _is_faster_in_bfloat16(shape))
+        return torch.float32 if in_float32 else torch.bfloat16
 
     def products(self, dtype: torch.dtype, *, several_steps: bool = False) -> AbstractContextManager[None]:
         """Return a context in which torch's switches are as the iteration's products need them.
@@ -119,58 +127,36 @@ class NewtonSchulz:
             return matmul_precision("high" if self.precision == "high" and not several_steps else "highest")
         return sums_in_float32() if dtype == torch.float16 else nullcontext()
 
-    def _standard(self, batch: torch.Tensor) -> torch.Tensor:
-        """Upstream's iteration, a matrix at a time."""
-        return as_batch([self._upstreams(matrix) for matrix in batch])
-
-    def _gram(self, batch: torch.Tensor) -> torch.Tensor:
-        """Several steps at once."""
-        return self._iterated(batch, several_steps=True)
-
-    def _auto(self, batch: torch.Tensor) -> torch.Tensor:
-        """Several steps at once where that saves products and is exact, else one after the other."""
-        coarse = self.dtype(batch.device, batch.shape) == torch.bfloat16 or (
-            self.precision == "high" and batch.is_cuda
-        )
-        return self._iterated(batch, several_steps=not coarse and several_steps_pay(batch.shape))
-
-    def _iterated(self, batch: torch.Tensor, *, several_steps: bool) -> torch.Tensor:
+    def _iterated(self, batch: torch.Tensor) -> torch.Tensor:
         """Our own iteration, of no more matrices at a time than make a batch."""
         dtype, steps = self.dtype(batch.device, batch.shape), self.coefficients
+        is_coarse = dtype == torch.bfloat16 or (self.precision == "high" and batch.is_cuda)
+        several_steps = self.algorithm == "gram" or (not is_coarse and several_steps_pay(batch.shape))
         step_groups = group_steps(steps, min(batch.shape[1:]), dtype) if several_steps else [*batched(steps, 1)]
         parts = torch.split(batch, batch_size(batch.shape[1:], batch.device))
         with self.products(dtype, several_steps=several_steps):
             results = [iterate(part, step_groups, dtype, self.use_syrk) for part in parts]
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _upstreams(self, matrix: torch.Tensor, **spread: Any) -> torch.Tensor:
-        """Upstream's iteration of a float32 matrix; ``spread`` says how a matrix in strips lies."""
+    def _by_upstream(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Upstream's iteration of a float32 matrix."""
+        # Upstream's kernel wants bfloat16 rows and columns to start on multiples of 16 bytes.
+        is_aligned = matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
         with matmul_precision(self.precision):
             orthogonalized: torch.Tensor = muon_utils.newton_schulz(
                 matrix,
                 steps=self.num_steps,
                 coefficient_type=self.coefficient_type,
                 eps=MIN_NORM,
-                use_syrk=self.use_syrk and _syrk_takes(matrix),
-                **spread,
+                use_syrk=self.use_syrk and matrix.is_cuda and is_aligned,
             )
         return orthogonalized
-
-
-_ALGORITHMS: dict[str, Callable[[NewtonSchulz, torch.Tensor], torch.Tensor]] = {
-    "standard": NewtonSchulz._standard,
-    "gram": NewtonSchulz._gram,
-    "auto": NewtonSchulz._auto,
-}
 
 
 def at_precision(function: Function, precision: FP32MatmulPrecT) -> Function:
     """Return a function that orthogonalizes with products in a precision.
 
-    Args:
-        function: The iteration, which has a precision of its own; or a user's function, which is called as upstream calls
-            it, with torch's precision of products set.
-        precision: The precision.
+    A user's function is called as upstream calls it, with torch's precision of products set.
     """
     if isinstance(function, NewtonSchulz):
         return function if function.precision == precision else replace(function, precision=precision)
@@ -202,21 +188,6 @@ def _is_faster_in_bfloat16(shape: Sequence[int]) -> bool:
     return cpu.has_tiles() or (cpu.is_amd_with_bfloat16_vectors() and not several_steps_pay(shape))
 
 
-def _medium_of_auto(device: torch.device, shape: Sequence[int]) -> torch.dtype:
-    """The fastest dtype that is as exact as bfloat16: that itself where nothing is known."""
-    if device.type == "cpu":
-        return torch.bfloat16 if _is_faster_in_bfloat16(shape) else torch.float32
-    return torch.float16 if device.type == "cuda" else torch.bfloat16
-
-
-# The dtype of "medium" precision on a device. Several steps at once are not safe in bfloat16.
-_MEDIUM: dict[str, Callable[[torch.device, Sequence[int]], torch.dtype]] = {
-    "standard": lambda device, shape: torch.bfloat16,
-    "gram": lambda device, shape: torch.float16 if device.type == "cuda" else torch.float32,
-    "auto": _medium_of_auto,
-}
-
-
 def syrk_is_usable() -> bool:
     """Return whether Triton kernels for symmetric products can be trusted here. If not, log why."""
     if not HAS_TRITON_340:
@@ -227,10 +198,3 @@ def syrk_is_usable() -> bool:
         logging.error("use_syrk is not known to be right on CUDA capability %s; going on without it.", capability)
         return False
     return True
-
-
-def _syrk_takes(matrix: torch.Tensor) -> bool:
-    """Whether the kernel takes this matrix: its bfloat16 rows and columns must start on multiples of 16 bytes."""
-    return (
-        matrix.is_cuda and matrix.ndim == 2 and matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
-    )

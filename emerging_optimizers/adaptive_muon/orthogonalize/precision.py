@@ -48,9 +48,7 @@ class _Turns:
     def at(self, value: object, set_to: Callable[[], _Undo]) -> Iterator[None]:
         """Keep the setting at a value. Inside, the same thread may set another value for a while.
 
-        Args:
-            value: The value.
-            set_to: Sets it, and returns what sets it back.
+        ``set_to`` sets the value, and returns what restores the setting.
         """
         around = getattr(self._of_thread, "current", None)
         if around:
@@ -85,11 +83,7 @@ _float32_turns, _float16_turns = _Turns(), _Turns()
 
 @contextmanager
 def matmul_precision(precision: FP32MatmulPrecT) -> Iterator[None]:
-    """Compute float32 products in a precision, whatever torch's switches are, and restore all of them.
-
-    Args:
-        precision: "highest", "high" or "medium", as in ``torch.set_float32_matmul_precision``.
-    """
+    """Compute float32 products in a precision, whatever torch's switches are, and restore all of them."""
     with _float32_turns.at(precision, lambda: _set_to(precision)):
         yield
 

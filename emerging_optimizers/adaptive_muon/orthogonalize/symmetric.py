@@ -31,8 +31,7 @@ def symmetric_product(
     Args:
         S: Left factors, shape ``(batch, n, k)``.
         T: Right factors, shape ``(batch, k, n)``.
-        out: Takes the result, shape ``(batch, n, n)``; it may be P, but none of the factors. Where half
-            of it was computed and mirrored it is symmetric to the last bit.
+        out: Takes the result, shape ``(batch, n, n)``; it may be P, but none of the factors.
         plus: P, symmetric, shape ``(batch, n, n)``; None for zero.
         beta: Factor on P.
         alpha: Factor on the product.
@@ -60,11 +59,8 @@ def _in_halves(
     number, size = 1, S.size(0)
 
     def compute(size: int, row: int, column: int, into: torch.Tensor) -> None:
-        addend, left, right = (
-            _squares(plus, number, size, row, column),
-            _bands(S, number, size, row),
-            _bands(T.mT, number, size, column).mT,
-        )
+        addend = _squares(plus, number, size, row, column)
+        left, right = _bands(S, number, size, row), _bands(T.mT, number, size, column).mT
         if number == 1:
             torch.addmm(addend[0], left[0], right[0], beta=beta, alpha=alpha, out=into[0])
         else:  # straight into a view it would not be batched

@@ -62,15 +62,9 @@ def _lower_tiles(
 def symmetric_product_on_cuda(
     S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor | None, out: torch.Tensor, beta: float, alpha: float
 ) -> None:
-    """Compute :math:`\\beta P + \\alpha S T` of batches of matrices, where that is symmetric; sums in float32.
+    """Compute :math:`\\beta P + \\alpha S T` of float16 matrices of any strides; sums are in float32.
 
-    Args:
-        S: Left factors, shape ``(batch, n, k)``, float16, of any strides.
-        T: Right factors, shape ``(batch, k, n)``.
-        plus: P, symmetric, shape ``(batch, n, n)``; None for zero.
-        out: Takes the result, shape ``(batch, n, n)``; it may be P, but none of the factors.
-        beta: Factor on P.
-        alpha: Factor on the product.
+    The arguments are those of :func:`~emerging_optimizers.adaptive_muon.orthogonalize.symmetric.symmetric_product`.
     """
     batch, n, k = S.shape
     added = out if plus is None else plus

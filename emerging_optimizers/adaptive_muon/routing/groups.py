@@ -49,12 +49,12 @@ _IDENTIFIERS = ("name", "group_name")
 class ModelRoutes:
     """The routes of a model's parameters, by name: a parameter that is replaced under its name keeps its route.
 
-    It keeps neither the model nor its parameters alive, and pickle does not carry them.
+    It keeps neither the model nor its parameters alive, and pickle does not store them.
 
     Args:
         model: The model.
-        routed: What :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` returned for it.
-        patterns: The ``routes`` that it was given.
+        routed: The routes of its parameters.
+        patterns: The ``routes`` that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
     """
 
     def __init__(
@@ -70,21 +70,16 @@ class ModelRoutes:
     def by_parameter(self, params: Iterable[torch.Tensor] = ()) -> dict[torch.Tensor, tuple[str, Route]]:
         """Return name and route of each parameter that the model has now; none once the model is gone.
 
-        Args:
-            params: The parameters in question. If the model has got some of them since it was routed, it is routed
-                anew; the parameters that it had before keep their routes.
+        If the model has got some of ``params`` since it was routed, it is routed anew. The parameters that it had before
+        keep their routes.
         """
-        named, wanted = self._named(), set(params)
-        routes = self.routes
         model = self._model() if self._model else None
-        if model is not None and any(p in wanted and name not in routes for name, p in named):
+        if model is None:
+            return {}
+        named, wanted, routes = plain_names(model), set(params), self.routes
+        if any(p in wanted and name not in routes for name, p in named):
             routes = {name: route for name, _, route in route_model(model, self._patterns, partly=True)} | routes
         return {p: (name, routes[name]) for name, p in named if name in routes}
-
-    def _named(self) -> list[tuple[str, torch.Tensor]]:
-        """Return the names and parameters of the model."""
-        model = self._model() if self._model else None
-        return [] if model is None else plain_names(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelRoutes":
         """Return one for a copy of the model, if that was copied before in the same call, or for none."""
@@ -124,9 +119,7 @@ class Entries:
     def follow(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> list[list[tuple[str, Route]]]:
         """Return name and route of each parameter in groups, which may have been edited.
 
-        Args:
-            groups: The groups, each of one kind.
-            model: The routes of a model, for parameters that were put into a group from outside.
+        Parameters that were put into a group from outside have those of the model, if it has them.
         """
         places = [[key_of(p) for p in group["params"]] for group in groups]
         if any(key not in self._known for place in places for key in place):
@@ -135,7 +128,8 @@ class Entries:
             places = [[key_of(p) for p in group["params"]] for group in groups]
         self._places = places
         return [
-            [_of_group(group, *self._known[key]) for key in place] for group, place in zip(groups, places, strict=True)
+            [(name, _in_group(group, route)) for name, route in (self._known[key] for key in place)]
+            for group, place in zip(groups, places, strict=True)
         ]
 
     def _take_over(self, groups: Sequence[dict[str, Any]], places: list[list[str]]) -> None:
@@ -153,16 +147,14 @@ class Entries:
         new = [(p, group.get("use_muon")) for group in groups for p in group["params"] if key_of(p) not in self._known]
         known = model.by_parameter(p for p, _ in new) if new else {}
         for p, use_muon in new:
-            self._known[key_of(p) or give_key(p)] = known.get(p) or (
-                "",
-                Route("adaptive_muon" if use_muon else "adamw", _OUTSIDE),
-            )
+            outside = Route("adaptive_muon" if use_muon else "adamw", _OUTSIDE)
+            self._known[key_of(p) or give_key(p)] = known.get(p, ("", outside))
 
 
-def _of_group(group: dict[str, Any], name: str, route: Route) -> tuple[str, Route]:
-    """Return a parameter's name and its route, which is that of the group it is in now."""
+def _in_group(group: dict[str, Any], route: Route) -> Route:
+    """Return a route, or if it is not to the algorithm of the group that its parameter is in now, that one."""
     algorithm: AlgorithmT = "adaptive_muon" if group.get("use_muon") else "adamw"
-    return name, route if route.algorithm == algorithm else replace(route, algorithm=algorithm, reason=_OUTSIDE)
+    return route if route.algorithm == algorithm else replace(route, algorithm=algorithm, reason=_OUTSIDE)
 
 
 def as_groups(params: ParamsT) -> list[dict[str, Any]]:
@@ -208,9 +200,7 @@ def entries_of(group: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
 def in_model(known: Mapping[torch.Tensor, tuple[str, Route]], group: dict[str, Any]) -> dict[str, Any]:
     """Return a group with the names and routes of a model; what is not of the model is routed by itself.
 
-    Args:
-        known: Names and routes of the model's parameters.
-        group: The group. Its ``use_muon`` decides before the model does.
+    The group's ``use_muon`` decides before the model does.
     """
     entries = [(known[p][0] if p in known else name, p) for name, p in entries_of(group)]
     routes, use_muon = group.get("routes"), group.get("use_muon")
@@ -249,12 +239,7 @@ def rows_of(
 
 
 def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
-    """Put the names of groups right whose parameters were edited without their names.
-
-    Args:
-        groups: The groups.
-        entries: Name and route of each parameter, as :meth:`Entries.follow` returned them.
-    """
+    """Put the names of groups right whose parameters were edited without their names, in place."""
     owned = {name for known in entries for name, _ in known}
     for at, (group, known) in enumerate(zip(groups, entries, strict=True)):
         if "param_names" not in group:
@@ -268,39 +253,25 @@ def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[st
 
 
 def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]:
-    """Return a group as one or two groups of one kind each, matrices first, with ``use_muon`` and ``routes`` set.
+    """Return a group as one or two groups, matrices first, each with the options of one optimizer.
 
-    Options are those of the kind. A value that is a list with an entry for each parameter is split too, and a name
-    (``"name"``) gets the kind appended, so that the two groups can be told apart.
-
-    Args:
-        group: The group, as :func:`in_model` returned it.
-        taken: Names of other groups.
+    A value that is a list with an entry for each parameter is split too. A name (``"name"``) gets the algorithm
+    appended, and differs from the ``taken`` ones of other groups.
     """
     entries, routes = group["params"], group["routes"]
     unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
     require(not unknown, "scalar_ options of a group must be known", unknown, f"choose from {', '.join(_SCALAR_KEYS)}")
-    chosen = {
-        algorithm: [index for index, route in enumerate(routes) if route.algorithm == algorithm]
-        for algorithm in ("adaptive_muon", "adamw")
-    }
     parts = []
-    for algorithm, indices in chosen.items():
+    for algorithm in ("adaptive_muon", "adamw"):
+        indices = [index for index, route in enumerate(routes) if route.algorithm == algorithm]
         if not indices:
             continue
-        options = _options(group, use_muon=algorithm == "adaptive_muon")
+        part = _options(group, use_muon=algorithm == "adaptive_muon")
         if len(indices) < len(entries):
-            if algorithm == "adamw":
-                options = {key: _cloned(value) for key, value in options.items()}
-            options = _of_half(options, algorithm, indices, len(entries), taken)
-        parts.append(
-            options
-            | {
-                "params": [entries[index] for index in indices],
-                "routes": [routes[index] for index in indices],
-                "use_muon": algorithm == "adaptive_muon",
-            }
-        )
+            part = _of_half(part, algorithm, indices, len(entries), taken)
+        part["params"], part["routes"] = ([values[index] for index in indices] for values in (entries, routes))
+        part["use_muon"] = algorithm == "adaptive_muon"
+        parts.append(part)
     return parts
 
 
@@ -363,14 +334,13 @@ def _options(group: dict[str, Any], *, use_muon: bool) -> dict[str, Any]:
 def _of_half(
     options: dict[str, Any], algorithm: str, indices: list[int], length: int, taken: Collection[str]
 ) -> dict[str, Any]:
-    """Return the options of one of the two halves of a group."""
-    half = {
-        key: [value[index] for index in indices] if _is_per_parameter(key, value, length) else value
-        for key, value in options.items()
-    }
-    for key in _IDENTIFIERS:
-        if key in half:
-            half[key] = f"{half[key]}/{algorithm}"
+    """Return the options of one of the two halves of a group, which share no tensor."""
+    half = {key: _cloned(value) for key, value in options.items()} if algorithm == "adamw" else dict(options)
+    for key, value in half.items():
+        if key in _IDENTIFIERS:
+            half[key] = f"{value}/{algorithm}"
+        elif isinstance(value, list) and len(value) == length and key != "betas":
+            half[key] = [value[index] for index in indices]
     return distinct(half, taken)
 
 
@@ -379,11 +349,6 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.clone()
     return type(value)(map(_cloned, value)) if type(value) in (list, tuple) else value
-
-
-def _is_per_parameter(key: str, value: Any, length: int) -> bool:
-    """Return whether an option is a list with an entry for each of a group's parameters."""
-    return isinstance(value, list) and len(value) == length and key != "betas"
 
 
 def _without(group: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from itertools import takewhile
 
 import torch
 from torch import nn
@@ -52,7 +51,7 @@ def head_by_name(
     """Return the component of a module's dotted name that shows it to be an output head, or None.
 
     Args:
-        path: Components of the name of the module that holds a parameter, without those of wrappers.
+        path: Components of the name of the module that has a parameter, without those of wrappers.
         in_blocks: Whether a last word such as "head" counts in repeated blocks (``layers.3.head``) too.
         networks: Paths of modules that are no heads, see :func:`networks_in`.
     """
@@ -80,7 +79,7 @@ def networks_in(paths: Iterable[tuple[Sequence[str], Sequence[nn.Module]]]) -> s
     """Return the paths of the modules that contain attention or repeated blocks, and so are no output heads.
 
     Args:
-        paths: The path of each module that holds a parameter, and the modules from the model down to it.
+        paths: The path of each module that has a parameter, and the modules from the model down to it.
     """
     found = set()
     for path, around in paths:
@@ -116,7 +115,7 @@ def find_heads(
 
     Args:
         model: The model.
-        maps: Its linear maps in its order: the path and the module, and the map.
+        maps: The path, the module and the map of each of its linear maps, in its order.
         networks: Paths of modules that are no heads, see :func:`networks_in`.
     """
     heads: dict[nn.Module, str] = {}
@@ -134,47 +133,36 @@ def find_heads(
     # An untied head stands last and has the shape of an embedding; where that is square, any layer may have it.
     tables = {tuple(weight.shape) for weight in _tables(model)}
     last_path, last, last_shape = in_order[-1]
-    trailing = {id(module) for _, module, _ in takewhile(lambda each: _goes_with(each, in_order[-1]), in_order[::-1])}
+    trailing = set()
+    for path, module, shape in reversed(in_order):
+        is_beside = path[:-1] == last_path[:-1]  # output_linears.0 to output_linears.3
+        if shape != last_shape or _is_in_block(path[:-1] if is_beside else path):
+            break
+        trailing.add(module)
     for path, module, shape in in_order:
         if shape not in tables or len(set(shape)) == 1:
             continue
-        if id(module) in trailing or head_by_name(path, in_blocks=True, networks=networks):
+        if module in trailing or head_by_name(path, in_blocks=True, networks=networks):
             heads.setdefault(module, f"output head by its shape, {shape[0]} x {shape[1]} as an embedding")
     if len(set(last_shape)) == 2 and _is_last_head(last_path):
         heads.setdefault(last, f"output head by its place and name, {'.'.join(last_path)!r}")
     return heads
 
 
-def _goes_with(
-    each: tuple[Sequence[str], nn.Module, tuple[int, int]], last: tuple[Sequence[str], nn.Module, tuple[int, int]]
-) -> bool:
-    """Return whether a linear map is a head if the last one is: of its shape, and in no repeated block."""
-    path, _, shape = each
-    beside = path[:-1] == last[0][:-1]  # output_linears.0 to output_linears.3
-    return shape == last[2] and not _is_in_block(path[:-1] if beside else path)
-
-
 def _is_last_head(path: Sequence[str]) -> bool:
     """Return whether the last linear map of a model is its head by its name, which means less elsewhere."""
     while path and path[-1].isdigit():
         path = path[:-1]
-    words = _words(path[-1]) if path else []
-    if not words or len(path) > _TOP or any(part.isdigit() or _is_hidden_network(part) for part in path):
+    in_words = [_words(part) for part in path]
+    if not in_words or not in_words[-1] or len(path) > _TOP or any(part.isdigit() for part in path):
         return False
-    named = path[-1].lower() in _LAST_NAMES or words[-2:] == ["out", "proj"] or words[-1] in _LAST_MAPS
-    return named or any(map(_is_final, path))
-
-
-def _is_final(part: str) -> bool:
-    """Return whether a name says that the module is the last one: final_layer, final_proj, generator."""
-    words = _words(part)
-    return words[:1] == ["final"] or words in (["generator"], ["readout"])
-
-
-def _is_hidden_network(part: str) -> bool:
-    """Return whether a name is that of attention or of a network in the middle, whose last map is no head."""
-    words = _words(part)
-    return _is_attention(words) or not _HIDDEN_NETWORKS.isdisjoint(words)
+    if any(_is_attention(words) or _HIDDEN_NETWORKS.intersection(words) for words in in_words):
+        return False
+    last = in_words[-1]
+    if path[-1].lower() in _LAST_NAMES or last[-2:] == ["out", "proj"] or last[-1] in _LAST_MAPS:
+        return True
+    # final_layer, final_proj, generator
+    return any(words[:1] == ["final"] or words in (["generator"], ["readout"]) for words in in_words)
 
 
 def _is_network(inner: Sequence[str]) -> bool:
@@ -188,12 +176,9 @@ def _is_network(inner: Sequence[str]) -> bool:
 
 def _is_attention(words: Sequence[str]) -> bool:
     """Return whether the words of a name mean attention."""
-    literal = list(words[-2:]) in (["multi", "head"], ["multi", "heads"])
-    return (
-        literal
-        or list(words) == ["self"]
-        or any(word in _ATTENTION or word.rstrip("s").endswith("attention") for word in words)
-    )
+    if list(words) == ["self"] or list(words[-2:]) in (["multi", "head"], ["multi", "heads"]):
+        return True
+    return any(word in _ATTENTION or word.rstrip("s").endswith("attention") for word in words)
 
 
 def _tables(model: nn.Module) -> Iterable[torch.Tensor]:

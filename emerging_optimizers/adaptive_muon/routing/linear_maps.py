@@ -35,32 +35,20 @@ _MERGED_LORA = re.compile(r"^lora_(A|B|a|b|down|up)$")
 
 @dataclass(frozen=True)
 class LinearMap:
-    """The shape of a linear map, as far as this process holds it.
-
-    Args:
-        outputs: Number of outputs.
-        inputs: Number of inputs.
-        transposed: Whether the weight is stored as (in, out), as Hugging Face's ``Conv1D`` does.
-    """
+    """The shape of a linear map, as far as this process has it."""
 
     outputs: int
     inputs: int
-    transposed: bool = False
+    transposed: bool = False  # stored as (in, out), as Hugging Face's Conv1D does
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter's parameter adapts.
-
-    Args:
-        path: Components of the name of the module that has the adapter.
-        base: The module that is adapted.
-        is_wrapped: Whether the adapter holds ``base``, as peft's do, which leaves no doubt.
-    """
+    """What an adapter's parameter adapts: the module, and the path of the module that has the adapter."""
 
     path: Sequence[str]
     base: nn.Module
-    is_wrapped: bool
+    is_wrapped: bool  # the adapter contains the module, as peft's do, which leaves no doubt
 
 
 def linear_map(module: nn.Module, leaf: str, p: torch.Tensor) -> LinearMap | None:
@@ -69,9 +57,9 @@ def linear_map(module: nn.Module, leaf: str, p: torch.Tensor) -> LinearMap | Non
     Other packages' modules are recognized by their attributes; none of these packages is imported.
 
     Args:
-        module: The module that holds the parameter; of a parametrized weight, the module that was parametrized.
+        module: The module that has the parameter; of a parametrized weight, the module that was parametrized.
         leaf: The parameter's name in the module.
-        p: The parameter, of which this process may hold a shard.
+        p: The parameter, or this process's shard of it.
     """
     if p.ndim != 2:
         return None
@@ -109,12 +97,7 @@ def is_factor(leaf: str) -> bool:
 
 
 def adapted(path: Sequence[str], modules: Mapping[str, nn.Module]) -> Adapted | None:
-    """Return what an adapter's parameter adapts, or None where it is not an adapter's.
-
-    Args:
-        path: Components of the parameter's name, as the model has them.
-        modules: All modules of the model by their dotted names.
-    """
+    """Return what the parameter with this path adapts, or None where it is not an adapter's."""
     for at, part in enumerate(path):
         outer = base = modules[parametrized(".".join(path[:at]))[0]]
         wrapped = _wrapped(base)
@@ -153,9 +136,9 @@ def _features(module: nn.Module) -> Iterator[tuple[int, int]]:
     sizes = {name: size for name, size in vars(module).items() if type(size) is int}
     for name, inputs in sizes.items():
         for found in re.finditer("in", name):
-            outputs = sizes.get(f"{name[: found.start()]}out{name[found.end() :]}")
-            if outputs is not None:
-                yield outputs, inputs
+            output_name = f"{name[: found.start()]}out{name[found.end() :]}"
+            if output_name in sizes:
+                yield sizes[output_name], inputs
 
 
 def _is_weight(leaf: str) -> bool:

@@ -57,40 +57,24 @@ _HOLDERS = {
 
 @dataclass(frozen=True)
 class Route:
-    """Where a parameter goes and why.
-
-    Args:
-        algorithm: "adaptive_muon" or "adamw".
-        reason: The rule that decided, in words.
-        transposed: Whether the matrix is stored as (in, out) instead of (out, in).
-    """
+    """Where a parameter goes and why."""
 
     algorithm: AlgorithmT
-    reason: str
-    transposed: bool = False
+    reason: str  # the rule that decided, in words
+    transposed: bool = False  # whether the matrix is stored as (in, out) instead of (out, in)
 
 
 @dataclass(frozen=True)
 class _Use:
-    """One place of a model where a parameter is.
+    """One place of a model where a parameter is."""
 
-    Args:
-        path: Components of its name, without those of wrappers.
-        wrapped_path: All components of its name.
-        module: The module that holds it; of a parametrized weight, the module that was parametrized.
-        around: The modules around it, ``module`` included.
-        modules: The model, then the module of each component of ``path``.
-        map: The linear map whose weight it is there, if it is one.
-        adapts: What it adapts there, if it is an adapter's.
-    """
-
-    path: list[str]
-    wrapped_path: list[str]
-    module: nn.Module
-    around: list[nn.Module]
-    modules: list[nn.Module]
-    map: LinearMap | None
-    adapts: Adapted | None
+    path: list[str]  # components of its name, without those of wrappers
+    wrapped_path: list[str]  # all components of its name
+    module: nn.Module  # which has it; of a parametrized weight, the module that was parametrized
+    around: list[nn.Module]  # the modules around it, the above included
+    modules: list[nn.Module]  # the model, then the module of each component of the path
+    map: LinearMap | None  # whose weight it is there, if it is one
+    adapts: Adapted | None  # what it adapts there, if it is an adapter's
 
     @property
     def name(self) -> str:
@@ -118,14 +102,11 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
     route = _route_by_itself(p, [name])
     if route is not None:
         return route
-    if _is_tagged(p):
-        return _to_muon(p)
     table = table_by_name(name.split(".")[:-1])
-    if table:
-        return Route("adamw", f"{table} by its name; to override, set 'use_muon': True in its group")
-    if not name or is_weight_by_name(name):
+    if _is_tagged(p) or not name or (not table and is_weight_by_name(name)):
         return _to_muon(p)
-    return Route("adamw", f"{NOT_A_MAP}; to override, set 'use_muon': True in its group")
+    reason = f"{table} by its name" if table else NOT_A_MAP
+    return Route("adamw", f"{reason}; to override, set 'use_muon': True in its group")
 
 
 def route_model(
@@ -163,13 +144,11 @@ def route_model(
     routed = []
     for p, places in uses.items():
         names = {name for use in places for name in use.names}
-        chosen = (
-            Route(algorithm, f"pattern {pattern!r}")
-            for pattern, form, algorithm in patterns
-            if any(fnmatchcase(name, form) for name in names)
-        )
-        route = next(chosen, None)
-        if route is None:
+        for pattern, form, algorithm in patterns:
+            if any(fnmatchcase(name, form) for name in names):
+                route = Route(algorithm, f"pattern {pattern!r}")
+                break
+        else:
             route = _route_in_model(p, places, heads, tables, networks)
         if any(use.map and use.map.transposed for use in places):
             suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
@@ -196,9 +175,6 @@ def _resolved(
     """Return each pattern, the form of it that matches, and its algorithm.
 
     A pattern that names wrappers matches a model with the same wrappers or, failing that, with others or none.
-
-    Raises:
-        ValueError: If a pattern matches no name, unless ``partly``, or is routed to no algorithm.
     """
     resolved = []
     for pattern, algorithm in routes.items():
@@ -298,10 +274,7 @@ def _route_in_model(
 
 
 def _reason_of_place(
-    use: _Use,
-    heads: Mapping[nn.Module, str],
-    tables: Collection[torch.Tensor],
-    networks: Collection[tuple[str, ...]],
+    use: _Use, heads: Mapping[nn.Module, str], tables: Collection[torch.Tensor], networks: Collection[tuple[str, ...]]
 ) -> str | None:
     """Return the reason for which the modules around a parameter send it to AdamW, if they do."""
     head = next((heads[module] for module in use.around if module in heads), None)
@@ -311,9 +284,8 @@ def _reason_of_place(
         base = use.adapts.base
         if is_embedding(base) or getattr(base, "weight", None) in tables:
             return "adapter of an embedding"
-        if base in heads or head_by_name(
-            [part for part in use.adapts.path if part not in _WRAPPERS], networks=networks
-        ):
+        path = [part for part in use.adapts.path if part not in _WRAPPERS]
+        if base in heads or head_by_name(path, networks=networks):
             return "adapter of an output head"
         if use.adapts.is_wrapped and not is_linear(base):
             return f"adapter of {type(base).__name__}, which is not a linear map"
@@ -346,9 +318,8 @@ def _route_by_itself(
         is_stack = may_be_stack and p.ndim == 3 and min(p.shape) > 1
         return Route("adamw", f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix")
     if not has_usable_dtype(p):
-        return Route(
-            "adamw", f"{p.dtype if p.layout == torch.strided else p.layout}, which AdaptiveMuon does not take"
-        )
+        reason = p.dtype if p.layout == torch.strided else p.layout
+        return Route("adamw", f"{reason}, which AdaptiveMuon does not take")
     # Of a dimension that is split, the size at hand says nothing.
     if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
         return Route("adamw", "a single row or column")

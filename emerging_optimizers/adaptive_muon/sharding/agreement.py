@@ -17,16 +17,11 @@ __all__ = ["gather_from_all", "require_agreement", "sum_over"]
 
 
 def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
-    """Return the values of all ranks of a group, in the order of the ranks.
-
-    Args:
-        group: The process group; all of its ranks must call.
-        value: The value of this rank; it is pickled.
-        subject: What is compared, for the error.
+    """Return the values of all ranks of a group, in the order of the ranks. All of them must call.
 
     Raises:
         RuntimeError: If a rank does not answer, because it died, took another path or is later than the group's
-            timeout.
+            timeout. The error names the subject.
     """
     values: list[Any] = [None] * group.size()
     try:
@@ -42,10 +37,7 @@ def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
 def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
     """Raise a ``ValueError``, the same on all ranks, unless the values of all ranks are equal.
 
-    Args:
-        values: The value of each rank. Of lists, the error shows the first entry that differs.
-        subject: What must be the same.
-        remedy: What to do about it.
+    If the values are lists, the error shows the first entry that differs.
     """
     if isinstance(values[0], list):
         for entries in zip_longest(*values, fillvalue="nothing"):
@@ -61,9 +53,7 @@ def require_agreement(values: list[Any], subject: str, remedy: str) -> None:
 def sum_over(group: ProcessGroup, terms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return the sums of tensors over the ranks of a group, from one all-reduce in the widest of their dtypes.
 
-    Args:
-        group: The process group.
-        terms: This rank's terms, of the same shapes and dtypes on all ranks; with none, nothing is sent.
+    The terms must have the same shapes and dtypes on all ranks. Without terms, nothing is sent.
     """
     if not terms:
         return []

@@ -25,8 +25,8 @@ __all__ = [
     "is_dtensor",
     "is_transposed",
     "local_of",
-    "shard_of",
     "placements_like",
+    "shard_of",
     "wrapped_like",
 ]
 
@@ -73,10 +73,6 @@ def shard_of(p: "DTensor", name: str) -> Layout | Piece:
     Mesh dimensions that replicate the parameter, or that shard a stack of matrices along its first dimension, keep
     matrices whole. The processes along all other mesh dimensions hold a matrix together.
 
-    Args:
-        p: The parameter, a matrix or a stack of matrices.
-        name: What to call it in an error.
-
     Raises:
         ValueError: If its placements are not contiguous shards and replicas.
     """
@@ -108,12 +104,11 @@ def shard_of(p: "DTensor", name: str) -> Layout | Piece:
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
     """Return the placements of a buffer that is sharded as ``p`` is along some dimensions and has size 1 in others.
 
+    Where every rank has all of the buffer, or ``p`` is no DTensor, return None.
+
     Args:
         p: The parameter.
         dims: Which of -2 (rows) and -1 (columns) the buffer has in common with it.
-
-    Returns:
-        The placements, or None where every rank holds all of the buffer or ``p`` is no DTensor.
     """
     if not is_dtensor(p):
         return None
@@ -132,20 +127,15 @@ def wrapped_like(
 ) -> torch.Tensor:
     """Return a local tensor itself, or where ``p`` is a DTensor, the DTensor on its mesh of which it is the shard.
 
-    Args:
-        p: The parameter.
-        local: The tensor.
-        placements: The placements; those of ``p`` by default.
-        shape: The shape of the whole tensor; that of ``p`` by default.
+    The DTensor's placements and its whole shape are those of ``p`` by default.
     """
     if not is_dtensor(p):
         return local
     from torch.distributed.tensor import DTensor
 
-    size = torch.Size(p.shape if shape is None else shape)
-    stride = torch.empty(size, device="meta").stride()
+    whole = torch.empty(p.shape if shape is None else torch.Size(shape), device="meta")
     return DTensor.from_local(
-        local, p.device_mesh, placements or p.placements, run_check=False, shape=size, stride=stride
+        local, p.device_mesh, placements or p.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.sharding.blocks import row_blocks
+from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, ShardedLayout, Split
 
@@ -73,6 +73,10 @@ class Matrix:
         rows = self.rows if isinstance(self.rows, slice) else id(self.rows)
         return self.layout, self.block, rows if self.shard_shapes is None else self.shard_shapes
 
+    def shape(self, p: torch.Tensor) -> tuple[int, int]:
+        """Return ``(rows, columns)`` of the whole matrix, one of this parameter's."""
+        return self.layout.shape(self.of(as_matrices(p)))
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the matrix's part of a tensor of the parameter's shape: a view where its rows are adjacent."""
         return tensor if self.is_all else tensor[..., self.rows, :]
@@ -95,25 +99,24 @@ def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shap
 
 
 class ShardInfo(NamedTuple):
-    """What a rank sends to the others about its shard of a parameter. The first six must be the same on all ranks."""
+    """What a rank sends to the others about its shard of a parameter. The first five must be the same on all ranks."""
 
     name: str
     group: int
     dtype: str
-    stack: tuple[int, ...]
     blocks: Any
     split: int | tuple[int, int] | None  # the dimension of a Split, the whole shape of a Piece
-    local: tuple[int, int]
+    local: tuple[int, ...]
     rectangle: tuple[int, int, int, int] | None
 
     def common(self) -> str:
         """Return what must be the same on all ranks, as text for an error."""
-        shape: list[Any] = [*self.stack, *self.local]
+        shape: list[Any] = [*self.local]
         if isinstance(self.split, int):
             shape[self.split] = "*"
         elif self.split is not None:
             shape[-2:] = self.split
-        elif self.stack:
+        elif len(shape) > 2:
             shape[0] = "*"  # a stack of whole matrices, of which ranks may hold different ones
         how = f" split along dim {len(shape) + self.split}" if isinstance(self.split, int) else ""
         return (
@@ -124,65 +127,36 @@ class ShardInfo(NamedTuple):
 
 
 def shard_info(p: torch.Tensor, name: str, group: int, split: Layout | Split | Piece, blocks: Any) -> ShardInfo:
-    """Return what to send to the other ranks about a parameter.
-
-    Args:
-        p: The parameter.
-        name: Its name in errors.
-        group: The number of its parameter group.
-        split: How its matrix is split.
-        blocks: The row counts of its blocks, or None.
-    """
-    local = as_matrices(p).shape
+    """Return what to send to the other ranks about a parameter of the group with this number."""
     whole, rectangle = (split.whole, split.rectangle) if isinstance(split, Piece) else (None, None)
-    return ShardInfo(
-        name,
-        group,
-        str(p.dtype).removeprefix("torch."),
-        tuple(local[:-2]),
-        blocks,
-        split.dim - p.ndim if isinstance(split, Split) else whole,
-        (local[-2], local[-1]),
-        rectangle,
-    )
+    split_by = split.dim - p.ndim if isinstance(split, Split) else whole
+    dtype, local = str(p.dtype).removeprefix("torch."), tuple(as_matrices(p).shape)
+    return ShardInfo(name, group, dtype, blocks, split_by, local, rectangle)
 
 
 def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that is held whole.
-
-    Args:
-        p: The parameter.
-        name: What to call it in an error.
-        blocks: The row counts of its blocks, or None.
-    """
+    """Return the matrices of a parameter that is held whole; ``blocks`` are the row counts of its blocks, or None."""
     if blocks is None:
         return (Matrix(Layout()),)
     local = as_matrices(p)
     rows = range(local.size(-2))
     return tuple(
         Matrix(Layout(), index, block.rows_in(rows, local.device))
-        for index, block in enumerate(row_blocks(blocks, len(rows), name))
+        for index, block in enumerate(_row_blocks(blocks, len(rows), name))
     )
 
 
 def sharded_matrices(
     p: torch.Tensor, name: str, group: ProcessGroup, infos: Sequence[ShardInfo], mode: Mode | None
 ) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that a group holds in shards.
-
-    Args:
-        p: The parameter, of which this process has a shard.
-        name: What to call it in an error.
-        group: The group.
-        infos: What each rank has sent about its shard.
-        mode: What orthogonalizes matrices in shards; None takes each shard for a matrix of its own.
+    """Return the matrices of a parameter that a group holds in shards, from what each rank has sent about its shard.
 
     Raises:
         ValueError: If shards or blocks do not fit together, or the mode cannot orthogonalize the matrix.
     """
     whole, rectangles = _rectangles(infos)
     blocks, own = infos[0].blocks, rectangles[group.rank()]
-    shapes = None if mode is None else ShardShapes(blocks, tuple(info.local for info in infos))
+    shapes = None if mode is None else ShardShapes(blocks, tuple((info.local[-2], info.local[-1]) for info in infos))
 
     def layout(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], name: str) -> Layout:
         if mode is None:
@@ -196,7 +170,7 @@ def sharded_matrices(
         unpadded = slice(None) if rows == as_matrices(p).size(-2) else slice(rows)
         return (Matrix(layout(whole, rectangles, name), rows=unpadded, shard_shapes=shapes),)
     shard, matrices = range(own.top, own.bottom), []
-    for index, block in enumerate(row_blocks(blocks, whole[0], name)):
+    for index, block in enumerate(_row_blocks(blocks, whole[0], name)):
         before = block.rows_before
         in_block = tuple(Rectangle(before(r.top), before(r.bottom), r.left, r.right) for r in rectangles)
         block_layout = layout((before(whole[0]), whole[1]), in_block, f"a block of {name}")
@@ -209,9 +183,50 @@ def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rect
     split = infos[0].split
     if isinstance(split, tuple):
         return split, tuple(Rectangle(*info.rectangle) for info in infos if info.rectangle is not None)
-    rows, columns = infos[0].local
-    strips = list(pairwise(accumulate((info.local[split or 0] for info in infos), initial=0)))
+    assert split is not None  # a parameter that is whole has no rectangles
+    rows, columns = infos[0].local[-2:]
+    strips = list(pairwise(accumulate((info.local[split] for info in infos), initial=0)))
     end = strips[-1][1]
     if split == -2:
         return (end, columns), tuple(Rectangle(start, stop, 0, columns) for start, stop in strips)
     return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in strips)
+
+
+@dataclass(frozen=True)
+class _RowBlock:
+    """The rows ``start`` to ``stop``, the end excluded, of a pattern of ``period`` rows that repeats down a matrix."""
+
+    start: int
+    stop: int
+    period: int
+
+    def rows_before(self, row: int) -> int:
+        """Return the number of the block's rows above a row of the parameter."""
+        patterns, rest = divmod(row, self.period)
+        return patterns * (self.stop - self.start) + min(max(rest - self.start, 0), self.stop - self.start)
+
+    def rows_in(self, shard: range, device: torch.device) -> slice | torch.Tensor:
+        """Return which rows of a shard belong to the block: a slice where they are adjacent, else their indices."""
+        rows = [row - shard.start for row in shard if self.start <= row % self.period < self.stop]
+        if not rows or rows[-1] - rows[0] + 1 == len(rows):
+            return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
+        return torch.tensor(rows, device=device)
+
+
+def _row_blocks(blocks: Any, rows: int, name: str) -> list[_RowBlock]:
+    """Return the blocks of a matrix, whose row counts are ``blocks``, or raise a ``ValueError`` if they do not fit.
+
+    Where they sum to less than ``rows``, the pattern repeats down the matrix. A block consists of its rows in every
+    repetition. Megatron's fused attention weight has its queries, keys and values in this way, one repetition per query
+    group.
+    """
+    require(
+        isinstance(blocks, tuple)
+        and len(blocks) > 0
+        and all(type(size) is int and size > 0 for size in blocks)
+        and rows % sum(blocks) == 0,
+        f"the blocks of {name} must be positive row counts whose sum divides its {rows} rows",
+        blocks,
+        "give the rows of each block, or of each in one group where the groups repeat down the matrix",
+    )
+    return [_RowBlock(start, stop, sum(blocks)) for start, stop in pairwise(accumulate(blocks, initial=0))]

@@ -9,7 +9,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.checks import require, require_picklable, within
+from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, shard_of
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
 
@@ -24,14 +24,7 @@ BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
 class Rules:
     """The rules by which a parameter's split and blocks are found.
 
-    Args:
-        tp_group: The group over which a parameter with ``partition_dim`` 0 or 1 is split.
-        layout_fn: Returns how a parameter is split, or None for its placements or ``partition_dim``.
-        blocks_fn: Returns the row blocks of a parameter, or None for its ``muon_blocks``.
-        blockwise: Whether every shard is taken for a matrix of its own.
-
-    Raises:
-        ValueError: If an argument has the wrong type.
+    The first three fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
     """
 
     tp_group: ProcessGroup | None
@@ -39,41 +32,11 @@ class Rules:
     blocks_fn: BlocksFn | None
     blockwise: bool
 
-    def __post_init__(self) -> None:
-        """Check the types."""
-        require(
-            self.tp_group is None or isinstance(self.tp_group, ProcessGroup),
-            "tp_group must be a torch.distributed.ProcessGroup that this process belongs to",
-            self.tp_group,
-            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
-        )
-        require(
-            self.layout_fn is None or callable(self.layout_fn),
-            "layout_fn must be a function of a parameter",
-            self.layout_fn,
-            "return a Layout, Split or Piece from it, or None for the usual rules",
-        )
-        require(
-            self.blocks_fn is None or callable(self.blocks_fn),
-            "blocks_fn must be a function of a parameter",
-            self.blocks_fn,
-            "or set muon_blocks on the fused parameters",
-        )
-
-    def require_picklable(self) -> None:
-        """Raise a ``PicklingError`` that names an argument which pickle cannot carry."""
-        for name in ("tp_group", "layout_fn", "blocks_fn"):
-            require_picklable(name, getattr(self, name))
-
     def split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """Return how the matrix (out, in) of a parameter is split; ``Layout()`` where it is whole.
 
-        Args:
-            p: The parameter, a matrix or a stack of matrices.
-            name: What to call it in an error.
-
         Raises:
-            ValueError: If the split contradicts the parameter's shape, or a shard has no group.
+            ValueError: If the split contradicts the parameter's shape, or a shard has no group; it has the name.
         """
         split = _transposed_if_tagged(p, self._stored_split(p, name), name)
         if isinstance(split, Layout) or (split.group.size() == 1 and not getattr(split, "padding", 0)):

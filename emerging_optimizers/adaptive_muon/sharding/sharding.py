@@ -38,14 +38,11 @@ class Sharding:
     """The registry of the logical matrices of an optimizer's parameters.
 
     Args:
-        tp_group: The group over which a parameter with ``partition_dim`` 0 or 1 is split.
+        tp_group: The optimizer's option.
         mode: What orthogonalizes matrices in shards; None takes each shard for a matrix of its own.
-        layout_fn: Returns how a parameter is split, or None for its placements or ``partition_dim``.
-        blocks_fn: Returns the row blocks of a parameter, or None for its ``muon_blocks``.
+        layout_fn: The optimizer's option.
+        blocks_fn: The optimizer's option.
         synced_options: Options of the optimizer that must be the same on all ranks.
-
-    Raises:
-        ValueError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -60,29 +57,27 @@ class Sharding:
         self._mode, self._synced_options = mode, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
-        # For each process group, the parameters that had a gradient when its ranks compared them.
-        self._compared: dict[ProcessGroup, list[Key]] = {}
-        # Groups whose ranks have exchanged shard infos, and not yet compared gradients.
-        self._to_compare: set[ProcessGroup] = set()
+        # For each process group, the parameters that had a gradient when its ranks compared them; None if the ranks
+        # have exchanged shard infos since.
+        self._compared: dict[ProcessGroup, list[Key] | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
         rules = self._rules
         copy = Sharding(rules.tp_group, self._mode, rules.layout_fn, rules.blocks_fn, self._synced_options)
-        copy._to_compare = self._to_compare | self._compared.keys()
+        copy._compared = dict.fromkeys(self._compared)
         return copy
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle carries, the options, or raise an error that names an option it cannot carry."""
-        self._rules.require_picklable()
+        """Return what pickle stores, which is the options; :meth:`resolve` finds the matrices again."""
         require(
             not any(isinstance(matrix.layout, ShardedLayout) for _, known in self._known.values() for matrix in known),
             "an optimizer must hold whole matrices to be pickled",
             "parameters that a process group holds together",
             "save its state_dict(), and make the optimizer anew",
         )
-        return {**vars(self), "_known": {}, "_compared": {}, "_to_compare": set()}
+        return {**vars(self), "_known": {}, "_compared": {}}
 
     def adopt(self, copy: torch.Tensor, p: torch.Tensor, known_by: "Sharding") -> None:
         """Take over what another registry has for a parameter, for a copy that torch made, which lacks attributes."""
@@ -108,21 +103,18 @@ class Sharding:
     @property
     def has_to_compare(self) -> bool:
         """Whether ranks have exchanged shard infos since :meth:`compare_gradients`, which all of them then call."""
-        return bool(self._to_compare)
+        return None in self._compared.values()
 
     def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
         """Raise a ``ValueError`` unless all ranks that hold a parameter's shards have a gradient of it, or none has.
 
         The ranks of a process group compare only when this rank's gradients of its parameters have come or gone since
         they last did. Gradients of other groups, and of whole parameters, may come and go on some ranks only.
-
-        Args:
-            param_groups: The optimizer's groups.
         """
         names = dict(_named(param_groups, self._knows))
         for group, params in self._by_group(names).items():
             having = [identity(p) for p in params if p.grad is not None]
-            if group in self._to_compare or having != self._compared.get(group, []):
+            if having != self._compared.get(group):
                 lines = [f"{names[p]} has {'no' if p.grad is None else 'a'} gradient" for p in params]
                 require_agreement(
                     gather_from_all(group, lines, "which parameters have a gradient"),
@@ -130,20 +122,16 @@ class Sharding:
                     "let every rank take part in the backward pass",
                 )
                 self._compared[group] = having
-        self._to_compare.clear()
+        self._compared = {group: compared or [] for group, compared in self._compared.items()}
 
     def all_zero(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> set[torch.Tensor]:
         """Return the parameters whose gradient is zero on all ranks that hold shards of them.
 
-        This is one small exchange for each process group that holds some of the parameters in shards. It reads values
-        from the device.
+        This is one small exchange for each process group that holds some of the parameters in shards. All of its ranks
+        must pass these parameters in the same order. Values are read from the device.
 
         Args:
-            gradients: The local gradient of each parameter. All ranks of a process group must pass its parameters, in
-                the same order.
-
-        Raises:
-            RuntimeError: If a rank does not answer.
+            gradients: The local gradient of each parameter.
         """
         zero = {
             p
@@ -158,11 +146,7 @@ class Sharding:
     def resolve(self, param_groups: list[dict[str, Any]]) -> None:
         """Find the matrices of all parameters that are new or have changed their shape.
 
-        This is one small exchange for each process group that holds some of these parameters in shards. Ranks that
-        disagree find out here.
-
-        Args:
-            param_groups: The optimizer's groups; the ranks of a process group must have the same.
+        This is one small exchange for each process group that holds some of these parameters in shards.
 
         Raises:
             ValueError: If ranks disagree, or shards or blocks do not fit together.
@@ -197,7 +181,7 @@ class Sharding:
         options = [f"{name}={value!r}" for name, value in self._synced_options.items()]
         infos = [shard_info(p, name, numbers[p], split, self._rules.blocks(p)) for p, name, split in params]
         gathered = gather_from_all(group, (options, infos), "its shards of the parameters")
-        self._to_compare.add(group)
+        self._compared[group] = None
         require_agreement(
             [options for options, _ in gathered], "options of the optimizer", "configure all ranks in the same way"
         )

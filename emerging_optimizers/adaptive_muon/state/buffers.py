@@ -70,15 +70,15 @@ class StateFormat:
 
     def kept_dims(self, p: torch.Tensor, matrix: Matrix) -> tuple[int, ...]:
         """Return the dimensions that V keeps of a matrix of a parameter."""
-        return self.moment2.kept_dims(*matrix.layout.shape(matrix.of(as_matrices(p))))
+        return self.moment2.kept_dims(*matrix.shape(p))
 
     def buffers(self, p: torch.Tensor) -> dict[str, Buffer]:
         """Return a parameter's buffers by their names."""
         like_p = Buffer((*p.shape,), (*local_of(p).shape,), placements_like(p, _ELEMENTS))
         buffers = {"momentum_buffer": like_p}
         for matrix in self.sharding.matrices(p):
-            kept, shape = self.kept_dims(p, matrix), matrix.layout.shape(matrix.of(as_matrices(p)))
-            buffers[v_key(matrix, kept)] = like_p if set(kept) == {*_ELEMENTS} else _vector(p, shape, kept)
+            kept = self.kept_dims(p, matrix)
+            buffers[v_key(matrix, kept)] = like_p if len(kept) == 2 else _vector(p, matrix.shape(p), kept)
         return buffers
 
     def new_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -173,7 +173,7 @@ class SecondMoment:
         """Average a statistic into V in place, and return V; both have the shape ``(batch, ...)``."""
         key, statistics = v_key(self.matrix, self.kept_dims), statistic.unbind(0)
         buffers = [as_matrices(p, state[key]) for p, state in zip(self.params, self.states, strict=True)]
-        parts = list(map(self.matrix.of, buffers)) if set(self.kept_dims) == {*_ELEMENTS} else buffers
+        parts = list(map(self.matrix.of, buffers)) if len(self.kept_dims) == 2 else buffers
         Vs = [V.view_as(like) for V, like in zip(parts, statistics, strict=True)]
         torch._foreach_lerp_(Vs, statistics, 1 - self.beta2)
         if parts is not buffers and isinstance(self.matrix.rows, torch.Tensor):
@@ -196,11 +196,8 @@ def v_key(matrix: Matrix, kept_dims: Sequence[int]) -> str:
         matrix: The matrix.
         kept_dims: The dimensions that V keeps.
     """
-    return (
-        "moment2_buffer"
-        if matrix.block is None or set(kept_dims) == {*_ELEMENTS}
-        else f"moment2_buffer_{matrix.block}"
-    )
+    of_parameter = matrix.block is None or len(kept_dims) == 2
+    return "moment2_buffer" if of_parameter else f"moment2_buffer_{matrix.block}"
 
 
 def _vector(p: torch.Tensor, shape: tuple[int, int], kept_dims: tuple[int, ...]) -> Buffer:
