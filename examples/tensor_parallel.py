@@ -51,7 +51,7 @@ class MLP(nn.Module):
         self.up = nn.Parameter(cut(normal(HIDDEN, INPUTS, seed=1) / INPUTS**0.5, 0).clone())
         self.down = nn.Parameter(cut(normal(OUTPUTS, HIDDEN, seed=2) / HIDDEN**0.5, 1).clone())
         if self.split:
-            self.up.partition_dim, self.down.partition_dim = 0, 1  # all that the optimizer has to be told
+            self.up.partition_dim, self.down.partition_dim = 0, 1  # all that the optimizer needs
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,13 +135,14 @@ def main() -> None:
             model = MLP(strip)
             options = {"moment2_method": method, "bias_correction": True, "tp_mode": mode}
             traffic = train(model, arguments.steps, tp_group=dist.group.WORLD, **options)
-            told: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(told, (difference(model, expected), traffic.sent))
-            apart, sent = max(each[0] for each in told), sum(each[1] for each in told) / len(told)
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (difference(model, expected), traffic.sent))
+            differences, sent_by_rank = zip(*gathered, strict=True)
+            apart, sent = max(differences), sum(sent_by_rank) / len(gathered)
             collectives = ", ".join(f"{count} {name}" for name, count in traffic.collectives.items()) or "none"
             say(f"{method:8}  {mode:13}  {apart:10.1e}  {sent:10,.0f}  {collectives}")
     say("\nDifference: of a weight from the whole MLP's, the largest, relative to the MLP's largest weight.")
-    say("Bytes sent: by a rank in a step, on average. blockwise takes each piece for a matrix of its own.")
+    say("Bytes sent: by a rank in a step, on average. blockwise takes each shard for a matrix of its own.")
     dist.destroy_process_group()
 
 

@@ -12,11 +12,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from side_by_side import each_method, normal
+from side_by_side import each_method, legal, normal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.options import WeightDecayMethodT
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NSAlgorithmT
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import matmul_precision
 
@@ -297,7 +299,10 @@ def test_an_error_inside_leaves_the_precision_as_it_was() -> None:
 # ------------------------------------------------------------------------------------------------ a compiled step
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+BACKENDS = ["eager", "inductor"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
 def test_a_compiled_step_is_the_step(make: Any, backend: str) -> None:
     """Compiled by itself, or in a compiled function that makes the gradients too."""
@@ -325,6 +330,46 @@ def test_a_compiled_step_is_the_step(make: Any, backend: str) -> None:
             torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+def test_a_compiled_lightning_module_steps_in_manual_optimization(make: Any, backend: str) -> None:
+    """Where the module's own training step, which is compiled, calls backward and the optimizer."""
+    pl = pytest.importorskip("lightning.pytorch")
+    steps = []
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.layers = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 8, bias=False))
+
+        def training_step(self, batch: torch.Tensor, index: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.layers(batch).square().mean())
+            optimizer.step()
+            steps.append(index)
+
+        def configure_optimizers(self) -> Any:
+            return make(self.parameters(), lr=1e-2, moment2_method="namo_d")
+
+    def train(compiled: bool) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        module = Module()
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True)
+        loader = torch.utils.data.DataLoader(normal((16, 8), 1), batch_size=4)
+        steps.clear()
+        trainer.fit(torch.compile(module, backend=backend) if compiled else module, loader)
+        assert len(steps) == 4
+        assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) is compiled
+        return [p.detach() for p in module.parameters()]
+
+    for compiled, expected in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------- making the state
 
 DECAYS = ["decoupled", "independent", "palm", "adaptive"]
@@ -348,6 +393,34 @@ def test_making_the_state_moves_and_counts_nothing(decay: str, capturable: bool,
     matrices = [p for p in model.parameters() if p.ndim == 2]
     assert all("momentum_buffer" in optimizer.state[p] for p in matrices)
     assert all(not value.any() for p in matrices for value in optimizer.state[p].values())
+
+
+PAIRS = [
+    (method, decay)
+    for method in METHODS
+    for decay in get_args(WeightDecayMethodT)
+    if legal(method, {"weight_decay_method": decay})
+]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(("method", "decay"), PAIRS)
+def test_a_rate_and_gradients_of_zero_make_the_state_only(method: str, decay: str, capturable: bool) -> None:
+    """Once: with the state there, the same is a step."""
+    options = {"weight_decay_method": decay, "moment2_method": method, "bias_correction": True}
+    p, fused = nn.Parameter(normal((6, 4))), nn.Parameter(normal((6, 4), 1))
+    fused.muon_blocks = (1, 2)
+    optimizer = AdaptiveMuon([p, fused], lr=0.0, weight_decay=0.5, capturable=capturable, **options)
+    before = [p.detach().clone(), fused.detach().clone()]
+    for each in (p, fused):
+        each.grad = torch.zeros_like(each)
+    optimizer.step()
+    assert torch.equal(p, before[0]) and torch.equal(fused, before[1])
+    assert all(optimizer.state[each]["momentum_buffer"].shape == (6, 4) for each in (p, fused))
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+    optimizer.step()
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+    assert torch.equal(p, before[0] * (0.5 if decay == "independent" else 1))
 
 
 def test_a_zero_gradient_at_a_rate_above_zero_is_a_step() -> None:

@@ -93,8 +93,16 @@ class Laid(NamedTuple):
 
 def plan_of(matrices: Matrices, mode: Mode | None, most: int) -> "Laid":
     """The rounds, their stacks laid out, and the homes."""
-    plan, params = make_plan(ready(matrices), mode, most), [*matrices]
-    return Laid([[params[i] for batch in each.batches for i in batch.members] for each in plan.rounds], plan.owners)
+    rounds, params = make_plan(ready(matrices), mode, most), [*matrices]
+    owners = {
+        matrices[params[member]][number]: owner
+        for one in rounds
+        for batch in one.batches
+        for number, of_members in enumerate(batch.owners)
+        for member, owner in zip(batch.members, of_members, strict=True)
+        if one.process_group is not None
+    }
+    return Laid([[params[i] for batch in each.batches for i in batch.members] for each in rounds], owners)
 
 
 def ready(matrices: Matrices) -> list[Ready]:
@@ -175,7 +183,7 @@ def test_the_same_stacks_on_all_ranks(
         for rank in range(ranks):
             matrices = made(Group(ranks), of * layers, rank)
             plan = make_plan(ready(matrices), mode, in_flight)
-            plans.append([[batch.members for batch in each.batches] for each in plan.rounds])
+            plans.append([[batch.members for batch in each.batches] for each in plan])
     assert all(plan == plans[0] for plan in plans)
 
 

@@ -210,6 +210,12 @@ def test_edits_of_what_only_a_checkout_has(patched, name):
     assert all(text.count(passage) == 1 for passage in passages(name, "+"))
 
 
+def test_the_page_names_what_there_is(patched):
+    [passage] = passages(PAGE, "+")
+    names = [line.split()[-1] for line in passage.splitlines() if line.startswith(".. autoclass::")]
+    assert names and all(f'"{name}"' in (patched / tool.PACKAGE / "moment2/__init__.py").read_text() for name in names)
+
+
 @pytest.mark.skipif(not CHECKOUT, reason="needs a checkout of upstream's main")
 def test_upstreams_own_test_passes(patched):
     done = run(sys.executable, OLD_TEST, "--device=cpu", "--seed=42", cwd=patched, PYTHONPATH=patched)

@@ -4,8 +4,8 @@
 The program copies the second-moment methods of this repository and the new files of tools/upstream, and applies
 tools/upstream/changes.diff, made against upstream's main of 2026-08-20 (fd77292). The work tree is not touched.
 
-To renew the diff on a newer main, run ``git apply --3way --unidiff-zero`` with it in a checkout. Resolve conflicts, then
-store ``git diff --cached --full-index -U0 -- emerging_optimizers``, and the same with ``-U2 -- docs tests``.
+To renew the diff on a newer main, run ``git apply --3way --unidiff-zero`` with it in a checkout and resolve conflicts.
+Store ``git diff --cached --full-index -U0 -- emerging_optimizers``, and the same with ``-U2 -- docs tests``.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable
 from emerging_optimizers.adaptive_muon.exchange import make_mode
-from emerging_optimizers.adaptive_muon.exchange.plan import Plan, Ready, make_plan
+from emerging_optimizers.adaptive_muon.exchange.plan import Ready, Round, make_plan
 from emerging_optimizers.adaptive_muon.modes import plain_modes
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
@@ -49,8 +49,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0, except where the
     norm of the momentum is below 1e-7. There the steps of 0.3.0 vanish. This class, like 0.4.0, divides by the norm down
-    to 1e-15. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive",
-    coefficient_type="simple", extra_scale_factor=0.2``.
+    to 1e-15. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True,
+    weight_decay_method="adaptive", coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
     (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
@@ -90,7 +90,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self._sharding = Sharding(self.options.tp_group, self._mode, *placement, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
-        self._plan: tuple[list[Ready], Plan] | None = None
+        self._plan: tuple[list[Ready], list[Round]] | None = None
         self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
         of_upstream: dict[str, Any] = {name: getattr(self.options, name) for name in _OF_UPSTREAM}
         super().__init__(params, lr, momentum, weight_decay, **of_upstream)
@@ -136,12 +136,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.resolve(self.param_groups)
-        params, plan = self._plan_of()
+        params, rounds = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
         if unchanged:
-            params, plan = self._plan_of(unchanged)
+            params, rounds = self._plan_of(unchanged)
         for group in self.param_groups:
             self._init_group(group)
         rule = StepRule(
@@ -156,10 +156,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
             after_update=self.post_weight_update_fn_inplace,
         )
-        for one in plan.rounds:
+        for one in rounds:
             update_round(one, rule, self._mode, self.param_groups, params, gradients, self.state)
 
-    def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], Plan]:
+    def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], list[Round]]:
         """Return the parameters to update and their plan, which is kept: they rarely change."""
         params, ready = [], []
         for index, group in enumerate(self.param_groups):

@@ -12,9 +12,10 @@ import torch
 from side_by_side import smooth
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.update import BatchUpdate
 
@@ -56,6 +57,54 @@ def strips(shapes: Sequence[tuple[int, ...]] = SHAPES, dtypes: Sequence[torch.dt
     return pairs
 
 
+def fused_layers(count: int) -> list[Pair]:
+    """Fused matrices in strips of rows: of each block some ranks hold adjacent rows, and some rows far apart."""
+    sizes = {4: [4, 8, 8, 4], 2: [4, 20], 1: [24]}[dist.get_world_size()]
+    pairs = []
+    for _ in range(count):
+        whole = torch.randn(24, 5)
+        pair = Pair(
+            nn.Parameter(whole),
+            nn.Parameter(whole.split(sizes)[dist.get_rank()].clone()),
+            lambda t: t if t.size(0) != 24 else t.split(sizes)[dist.get_rank()],
+        )
+        pair.piece.partition_dim = 0  # type: ignore[attr-defined]
+        for p in (pair.whole, pair.piece):
+            p.muon_blocks = (2, 1, 1)  # type: ignore[attr-defined]
+        pairs.append(pair)
+    return pairs
+
+
+def grid(shape: tuple[int, int], group: ProcessGroup) -> tuple[Pair, Piece]:
+    """A matrix in 2 x 2 pieces on four ranks, in two columns on two."""
+    rows, columns = {4: (2, 2), 2: (1, 2), 1: (1, 1)}[dist.get_world_size()]
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    i, j = divmod(dist.get_rank(), columns)
+    top, left = shape[0] * i // rows, shape[1] * j // columns
+    bottom, right = shape[0] * (i + 1) // rows, shape[1] * (j + 1) // columns
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        t = t if t.ndim == 1 or t.size(-2) == 1 else t[top:bottom]
+        return t if t.ndim == 1 or t.size(-1) == 1 else t[:, left:right]
+
+    pair = Pair(nn.Parameter(whole), nn.Parameter(cut(whole).clone()), cut)
+    return pair, Piece(group, shape, (top, bottom, left, right))
+
+
+def stack(dim: int) -> Pair:
+    """Five experts and this rank's part of them: experts, rows or columns."""
+    whole = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(3))
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        return t if t.ndim == 1 or (dim > 0 and t.ndim < 3) or t.size(dim) == 1 else strip(t, dim)
+
+    pair = Pair(nn.Parameter(whole), nn.Parameter(cut(whole).clone()), cut)
+    pair.piece.partition_dim = dim  # type: ignore[attr-defined]
+    for p in (pair.whole, pair.piece):
+        p.muon_stacked = True  # type: ignore[attr-defined]
+    return pair
+
+
 def set_gradients(pairs: list[Pair], step: int) -> None:
     """Random gradients for the whole matrices, and the pieces of them: nearly of low rank, some columns larger."""
     generator = torch.Generator().manual_seed(100 + step)
@@ -68,14 +117,16 @@ def set_gradients(pairs: list[Pair], step: int) -> None:
 
 
 class Recording(AdaptiveMuon):
-    """Keeps the last orthogonalized momentum of every matrix."""
+    """Keeps the last orthogonalized momentum of every matrix, and all sums of squares of the last step."""
 
     def step(self, closure: Any = None) -> Any:
         self.orthogonalized: dict[tuple[torch.Tensor, int | None], torch.Tensor] = {}
+        self.sums: list[torch.Tensor] = []
         finish = BatchUpdate.finish
 
         def recorded(update: BatchUpdate, results: Any) -> None:
-            for matrix, (O, _) in zip(update.matrices, results, strict=True):
+            for matrix, (O, squares) in zip(update.matrices, results, strict=True):
+                self.sums += squares
                 for p, of_p in zip(update.params, O, strict=True):
                     self.orthogonalized[p, matrix.block] = of_p.clone()
             finish(update, results)

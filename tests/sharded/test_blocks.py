@@ -4,7 +4,7 @@
 import pytest
 import torch
 from models import mesh as mesh_of
-from pieces import OPTIONS, Pair, collectives, difference, far_apart, options_of, set_gradients, strip, strips, walk
+from pieces import OPTIONS, Pair, difference, far_apart, options_of, set_gradients, stack, strip, strips, walk
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -65,15 +65,6 @@ def test_blocks_in_pieces(method: str, dim: int, mode: str, group: ProcessGroup)
             assert not far_apart({"W": difference(part.detach(), other)}, method)
 
 
-def test_blocks_share_the_collectives(group: ProcessGroup) -> None:
-    pairs = [fused(*each, 0) for each in FUSED]
-    optimizer = AdaptiveMuon([p.piece for p in pairs], tp_group=group, moment2_method="namo_d", **OPTIONS)
-    set_gradients(pairs, 0)
-    optimizer.step()
-    expected = {"c10d::alltoall_base_": 2} if dist.get_world_size() > 1 else {}
-    assert collectives(optimizer.step) == expected
-
-
 def test_blocks_fn_comes_before_the_attribute(group: ProcessGroup) -> None:
     pairs, others = [fused((64, 24), (8, 4, 4), 0)], [fused((64, 24), (16,), 0)]
     one = AdaptiveMuon([pairs[0].piece], tp_group=group, **OPTIONS)
@@ -84,39 +75,17 @@ def test_blocks_fn_comes_before_the_attribute(group: ProcessGroup) -> None:
     assert torch.equal(pairs[0].piece, others[0].piece)
 
 
-def stack(dim: int, group: ProcessGroup) -> Pair:
-    """Five experts and this rank's part of them: experts, rows or columns."""
-    whole = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(3))
-
-    def cut(t: torch.Tensor) -> torch.Tensor:
-        return t if t.ndim == 1 or (dim > 0 and t.ndim < 3) or t.size(dim) == 1 else strip(t, dim)
-
-    pair = Pair(nn.Parameter(whole), nn.Parameter(cut(whole).clone()), cut)
-    pair.piece.partition_dim = dim  # type: ignore[attr-defined]
-    for p in (pair.whole, pair.piece):
-        p.muon_stacked = True  # type: ignore[attr-defined]
-    return pair
-
-
 @pytest.mark.parametrize("mode", ["layer_sharded", "duplicated", "distributed"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_stacks_in_pieces(method: str, dim: int, mode: str, group: ProcessGroup) -> None:
-    pair = stack(dim, group)
+    pair = stack(dim)
     same = {"moment2_method": method, "weight_decay": 0.1, "bias_correction": True}
     seen = walk([pair], 3, same, tp_group=group, tp_mode=mode)
     if mode == "distributed" and dim > 0:
         assert max(seen.values()) <= 1e-4, seen
     else:
         assert not far_apart(seen, method)
-
-
-def test_experts_on_their_ranks_need_no_communication(group: ProcessGroup) -> None:
-    pair = stack(0, group)
-    optimizer = AdaptiveMuon([pair.piece], tp_group=group, moment2_method="normuon", **OPTIONS)
-    set_gradients([pair], 0)
-    optimizer.step()
-    assert not collectives(optimizer.step)
 
 
 def test_a_rank_without_experts_helps_to_sum_their_gradients() -> None:

@@ -50,12 +50,12 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> di
 
 
 @pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("way", [fsdp, tensor_parallel_and_fsdp])
 @pytest.mark.parametrize("method", METHODS)
-def test_training_goes_on(method: str, way: Callable[[nn.Module], None]) -> None:
+def test_training_goes_on(method: str, way: Callable[[nn.Module], None], flat: bool) -> None:
     """On fewer ranks, and on one also without any sharding."""
-    place = Path(DIRECTORY or "") / f"{method}-{way.__name__}"
-    flat = method == "namo"  # both of torch's formats
+    place = Path(DIRECTORY or "") / f"{method}-{way.__name__}-{flat}"
     if dist.get_world_size() == 4:
         model, optimizer = make(way, method)
         train(model, optimizer, range(SAVED_AFTER))

@@ -9,11 +9,12 @@ import torch
 from models import mesh as mesh_of
 from pieces import (
     OPTIONS,
-    Pair,
     Recording,
     collectives,
     difference,
     far_apart,
+    fused_layers,
+    grid,
     options_of,
     set_gradients,
     strips,
@@ -75,24 +76,6 @@ def test_mixed_dtypes(method: str, mode: str, group: ProcessGroup) -> None:
     seen = walk(strips(dtypes=dtypes), same=SAME[method], tp_group=group, tp_mode=mode)
     assert seen.pop("W") <= 2**-7
     assert not far_apart(seen, method)
-
-
-def fused_layers(count: int) -> list[Pair]:
-    """Fused matrices in strips of rows: of each block some ranks hold adjacent rows, and some rows far apart."""
-    sizes = {4: [4, 8, 8, 4], 2: [4, 20], 1: [24]}[dist.get_world_size()]
-    pairs = []
-    for _ in range(count):
-        whole = torch.randn(24, 5)
-        pair = Pair(
-            nn.Parameter(whole),
-            nn.Parameter(whole.split(sizes)[dist.get_rank()].clone()),
-            lambda t: t if t.size(0) != 24 else t.split(sizes)[dist.get_rank()],
-        )
-        pair.piece.partition_dim = 0  # type: ignore[attr-defined]
-        for p in (pair.whole, pair.piece):
-            p.muon_blocks = (2, 1, 1)  # type: ignore[attr-defined]
-        pairs.append(pair)
-    return pairs
 
 
 @pytest.mark.parametrize("mode", [*EXACT, "distributed"])
@@ -172,22 +155,6 @@ def test_blockwise_pieces_of_one_shape_lie_apart(group: ProcessGroup) -> None:
         assert not far_apart({"W": difference(p.detach(), q.detach())}, "adamuon")
 
 
-def grid(shape: tuple[int, int], group: ProcessGroup) -> tuple[Pair, Piece]:
-    """A matrix in 2 x 2 pieces on four ranks, in two columns on two."""
-    rows, columns = {4: (2, 2), 2: (1, 2), 1: (1, 1)}[dist.get_world_size()]
-    whole = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    i, j = divmod(dist.get_rank(), columns)
-    top, left = shape[0] * i // rows, shape[1] * j // columns
-    bottom, right = shape[0] * (i + 1) // rows, shape[1] * (j + 1) // columns
-
-    def cut(t: torch.Tensor) -> torch.Tensor:
-        t = t if t.ndim == 1 or t.size(-2) == 1 else t[top:bottom]
-        return t if t.ndim == 1 or t.size(-1) == 1 else t[:, left:right]
-
-    pair = Pair(nn.Parameter(whole), nn.Parameter(cut(whole).clone()), cut)
-    return pair, Piece(group, shape, (top, bottom, left, right))
-
-
 @pytest.mark.parametrize("mode", EXACT)
 @pytest.mark.parametrize("method", METHODS)
 def test_layout_fn_says_any_rectangles(method: str, mode: str, group: ProcessGroup) -> None:
@@ -217,32 +184,6 @@ def test_distributed_mode_refuses_a_grid(group: ProcessGroup) -> None:
         assert not optimizer.state
     else:
         optimizer.step()
-
-
-def expected_collectives(mode: str, method: str, iterations: int) -> dict[str, int]:
-    """Of a round, whatever the number of matrices. The last all-reduce of "distributed" has the squares of O."""
-    if dist.get_world_size() == 1:
-        return {}
-    return {
-        "layer_sharded": {"c10d::alltoall_base_": 2},
-        "duplicated": {"c10d::_allgather_base_": 1},
-        "distributed": {"c10d::allreduce_": iterations + 1 + (method == "normuon")},
-    }[mode]
-
-
-@pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize("mode", [*EXACT, "distributed"])
-@pytest.mark.parametrize("method", METHODS)
-def test_collectives_of_a_step(method: str, mode: str, count: int, group: ProcessGroup) -> None:
-    """However many matrices, split either way, of mixed dtypes, and stacks and blocks among them."""
-    from pieces import SHAPES
-
-    pairs = strips(SHAPES[:count], dtypes=(torch.float32, torch.bfloat16, torch.float64)) + fused_layers(2)
-    optimizer = AdaptiveMuon([p.piece for p in pairs], tp_group=group, tp_mode=mode, **SAME[method], **OPTIONS)
-    set_gradients(pairs, 0)
-    optimizer.step()
-    set_gradients(pairs, 1)
-    assert collectives(optimizer.step) == expected_collectives(mode, method, 5)
 
 
 @pytest.mark.parametrize("mode", EXACT)

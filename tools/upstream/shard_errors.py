@@ -4,7 +4,7 @@
 torchrun --nproc_per_node 4 tools/upstream/shard_errors.py
 
 Upstream's newton_schulz_tp orthogonalizes the shards as the whole matrix. Statistics and shape factors are those of
-the released class. Gradients are noise whose size differs by row and column, plus a constant part in a quarter of both.
+the released class. Gradients are noise of a size that differs by row and column, plus a constant in a quarter of both.
 """
 
 from typing import Any

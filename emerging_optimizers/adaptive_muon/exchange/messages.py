@@ -77,9 +77,10 @@ def all_gather(
     longest = max(_size(parts) for parts in incoming)
     packed = torch.empty(longest, dtype=torch.uint8, device=device)
     _pack(packed, tensors)
-    arrived = packed.new_empty(len(incoming), longest)
-    _all_gather(arrived.view(-1), packed, group=group)
-    return [_views(buffer, parts) for buffer, parts in zip(arrived, incoming, strict=True)]
+    arrived = packed.new_empty(len(incoming) * longest)
+    _all_gather(arrived, packed, group=group)
+    buffers = torch.split(arrived, [longest] * len(incoming))
+    return [_views(buffer, parts) for buffer, parts in zip(buffers, incoming, strict=True)]
 
 
 def _size(parts: Sequence[Part]) -> int:

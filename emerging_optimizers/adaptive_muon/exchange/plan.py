@@ -2,7 +2,7 @@
 """Who orthogonalizes what, and how much at a time."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple, cast
@@ -17,7 +17,7 @@ from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
-__all__ = ["Batch", "Plan", "Ready", "Round", "make_plan"]
+__all__ = ["Batch", "Ready", "Round", "make_plan"]
 
 _BYTES = 4  # shards travel in float32
 
@@ -31,6 +31,11 @@ class Ready(NamedTuple):
     device: torch.device
     shape: torch.Size  # of what this rank holds
     transposed: bool = False
+
+    @property
+    def depth(self) -> int:
+        """The number of matrices in a stack of experts; 1 where the parameter is a matrix."""
+        return math.prod(self.shape[:-2])
 
     @classmethod
     def of(cls, p: torch.Tensor, matrices: tuple[Matrix, ...], group: int) -> "Ready":
@@ -67,45 +72,31 @@ class Round(NamedTuple):
     batches: list[Batch]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How to go through the parameters of a step.
-
-    Args:
-        rounds: The rounds, in their order.
-        owners: For each matrix in shards, the rank of its group that orthogonalizes it where one does it for all.
-    """
-
-    rounds: list[Round]
-    owners: dict[Matrix, int]
-
-
-def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: int) -> Plan:
-    """Return the plan of a step, the same on all ranks that hold the same parameters.
+def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: int) -> list[Round]:
+    """Return the rounds of a step, the same on all ranks that hold the same parameters.
 
     Args:
         ready: The parameters of the step.
         mode: How matrices in shards are orthogonalized.
-        max_bytes_in_flight: What a rank may have to send and to receive at once. A round ends where it would be more;
-            a parameter that is beyond it by itself has a round of its own.
+        max_bytes_in_flight: What a rank may have to send and to receive at once, sums of squares not counted. A round ends
+            where it would be more; a parameter that is beyond it by itself has a round of its own.
     """
     by_group: dict[ProcessGroup | None, dict[int, Ready]] = {}
     for index, one in enumerate(ready):
         layouts = [matrix.layout for matrix in one.matrices]
         [group] = {layout.group if isinstance(layout, ShardedLayout) else None for layout in layouts}
         by_group.setdefault(group, {})[index] = one
-    plan = Plan([Round(None, [batch]) for batch in _batches(by_group.pop(None, {}), {})], {})
+    rounds = [Round(None, [batch]) for batch in _batches(by_group.pop(None, {}), {})]
     for group, members in by_group.items():
         assert group is not None and mode is not None
-        shared = [_Shared(index, one.shape, matrix) for index, one in members.items() for matrix in one.matrices]
-        plan.owners.update(_owners(shared, group.size()))
-        loads = {index: [0] * group.size() for index in members}
-        for of in shared:
-            elements = mode.in_flight(of.layout, plan.owners[of.matrix])
-            loads[of.index] = list(map(add, loads[of.index], (_BYTES * of.depth * number for number in elements)))
+        owners = _owners(members.values(), group.size())
+        loads = {}
+        for index, one in members.items():
+            elements = [mode.in_flight(cast(ShardedLayout, matrix.layout), owners[matrix]) for matrix in one.matrices]
+            loads[index] = [_BYTES * one.depth * sum(of_rank) for of_rank in zip(*elements, strict=True)]
         for indices in _rounds(loads, max_bytes_in_flight):
-            plan.rounds.append(Round(group, _batches({index: members[index] for index in indices}, plan.owners)))
-    return plan
+            rounds.append(Round(group, _batches({index: members[index] for index in indices}, owners)))
+    return rounds
 
 
 def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[Batch]:
@@ -130,40 +121,21 @@ def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[B
     return batches
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """A matrix in shards, and of its parameter the place and the shape at hand."""
-
-    index: int
-    shape: torch.Size
-    matrix: Matrix
-
-    @property
-    def layout(self) -> ShardedLayout:
-        """The layout, known to be sharded."""
-        return cast(ShardedLayout, self.matrix.layout)
-
-    @property
-    def depth(self) -> int:
-        """The number of matrices of this shape in a stack of experts."""
-        return math.prod(self.shape[:-2])
-
-    @property
-    def cost(self) -> int:
-        """The products of the orthogonalization, up to a common factor."""
-        return self.depth * math.prod(self.layout.whole) * min(self.layout.whole)
-
-
-def _owners(shared: list[_Shared], ranks: int) -> dict[Matrix, int]:
+def _owners(members: Iterable[Ready], ranks: int) -> dict[Matrix, int]:
     """An owner for each matrix: the costliest first, to the rank with the least work.
 
     The largest share is then within 4/3 of the best possible (R. L. Graham, Bounds on multiprocessing timing anomalies,
-    1969).
+    1969). A cost is the number of multiplications in a product of the iteration.
     """
+    costs = {}
+    for one in members:
+        for matrix in one.matrices:
+            whole = cast(ShardedLayout, matrix.layout).whole
+            costs[matrix] = one.depth * math.prod(whole) * min(whole)
     owners, work = {}, [0] * ranks
-    for one in sorted(shared, key=lambda one: -one.cost):
-        owners[one.matrix] = owner = min(range(ranks), key=work.__getitem__)
-        work[owner] += one.cost
+    for matrix in sorted(costs, key=costs.__getitem__, reverse=True):
+        owners[matrix] = owner = min(range(ranks), key=work.__getitem__)
+        work[owner] += costs[matrix]
     return owners
 
 

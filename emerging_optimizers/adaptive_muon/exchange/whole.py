@@ -44,7 +44,7 @@ class Orthogonalize:
             dtype: The dtype of O and of its sums.
         """
         if self.scale is not None:
-            momentum = momentum * self.scale(squares, members)
+            momentum = (momentum * self.scale(squares, members)).to(momentum.dtype)  # D may be in float64
         if isinstance(self.function, NewtonSchulz):
             O = self.function(momentum).to(dtype)
         else:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks as threads of one process, which meet at a barrier where the package calls a collective."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from emerging_optimizers.adaptive_muon.exchange import messages
+
+
+class Ranks:
+    """Stands for a process group, and counts the collectives that every rank has called."""
+
+    def __init__(self, size: int) -> None:
+        self.called = [Counter[str]() for _ in range(size)]
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._posted: list[Any] = [None] * size
+        self._own = threading.local()
+
+    def size(self) -> int:
+        return len(self.called)
+
+    def rank(self) -> int:
+        rank: int = self._own.rank
+        return rank
+
+    def everyones(self, collective: str, value: Any) -> list[Any]:
+        """Returns what all ranks pass to a collective, in the order of the ranks."""
+        self.called[self.rank()][collective] += 1
+        self._posted[self.rank()] = collective, value
+        self._barrier.wait()
+        names, values = zip(*self._posted, strict=True)
+        self._barrier.wait()
+        assert set(names) == {collective}, f"ranks are in different collectives: {names}"
+        return list(values)
+
+    def run[T](self, of_rank: Callable[[int], T]) -> list[T]:
+        """Returns what a function returns on every rank."""
+        results: list[Any] = [None] * self.size()
+        errors: list[BaseException] = []
+
+        def run(rank: int) -> None:
+            self._own.rank = rank
+            try:
+                results[rank] = of_rank(rank)
+            except BaseException as error:  # the others must not wait
+                errors.append(error)
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=run, args=[rank]) for rank in range(self.size())]
+        with simulated_collectives():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return results
+
+
+@contextmanager
+def simulated_collectives() -> Iterator[None]:
+    """Has :class:`Ranks` take the place of process groups in the collectives that a step calls."""
+
+    def all_to_all(
+        arrived: torch.Tensor, sent: torch.Tensor, received: Sequence[int], splits: Sequence[int], *, group: Ranks
+    ) -> None:
+        assert not any(size % 16 for size in (*received, *splits)), "bytes of a message that are not aligned"
+        of_ranks = group.everyones("all_to_all", torch.split(sent, list(splits)))
+        to_this_rank = [parts[group.rank()] for parts in of_ranks]
+        assert [len(part) for part in to_this_rank] == list(received), "another size arrives than is expected"
+        arrived.copy_(torch.cat(to_this_rank))
+
+    def all_gather(arrived: torch.Tensor, sent: torch.Tensor, *, group: Ranks) -> None:
+        assert len(sent) % 16 == 0, "bytes of a message that are not aligned"
+        arrived.copy_(torch.cat(group.everyones("all_gather", sent)))
+
+    def all_reduce(tensor: torch.Tensor, *, group: Ranks) -> None:
+        first, *others = group.everyones("all_reduce", tensor.clone())
+        tensor.copy_(sum(others, first))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.all_to_all_single", all_to_all)
+        patch.setattr("torch.distributed.all_reduce", all_reduce)
+        patch.setattr(messages, "_all_gather", all_gather)
+        yield
