@@ -141,8 +141,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
         if any("momentum_buffer" not in self.state.get(p, ()) for p in gradients):
             unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
-            if unchanged:
-                params, rounds = self._plan_of(unchanged)
+            params, rounds = self._plan_of(unchanged)
             for group in self.param_groups:
                 self._init_group(group)
         rule = StepRule(
