@@ -32,6 +32,10 @@ class Ranks:
     def everyones(self, collective: str, value: Any) -> list[Any]:
         """Returns what all ranks pass to a collective, in the order of the ranks."""
         self.called[self.rank()][collective] += 1
+        return self._met(collective, value)
+
+    def _met(self, collective: str, value: Any) -> list[Any]:
+        """Returns what all ranks come with, which must be in the same collective."""
         self._posted[self.rank()] = collective, value
         self._barrier.wait()
         names, values = zip(*self._posted, strict=True)
@@ -48,6 +52,7 @@ class Ranks:
             self._own.rank = rank
             try:
                 results[rank] = of_rank(rank)
+                self._met("none: they have returned", None)
             except BaseException as error:  # the others must not wait
                 errors.append(error)
                 self._barrier.abort()

@@ -335,7 +335,7 @@ def trained(model: GPT, method: str) -> tuple[list[float], GPT]:
     optimizer = HybridAdaptiveMuon.from_model(
         model, lr=0.05, weight_decay=0.1, moment2_method=method, extra_scale_factor=0.2, fp32_matmul_prec="highest"
     )
-    assert sum(route.algorithm == "adaptive_muon" for *_, route in optimizer._routes) == (
+    assert sum(route.algorithm == "adaptive_muon" for *_, route in optimizer.routes) == (
         2 * (len(model.blocks[0].attention.qkv) + 3)
     )
     losses = []

@@ -254,7 +254,6 @@ def test_neither_the_model_nor_a_parameter_is_kept_alive_by_the_routes():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = HybridAdaptiveMuon.from_model(model, params=model[2].parameters())
     optimizer.param_groups.clear()
-    optimizer._muon._sharding = optimizer._muon._plan = None  # of the matrices' optimizer, which has its own test
     optimizer._share()
     alive = [weakref.ref(model), *map(weakref.ref, model.parameters())]
     del model
@@ -347,7 +346,7 @@ def test_names_and_tags_follow_the_parameters(edit, together, described):
             assert getattr(p, "muon_transposed", False) == (name in ("c.weight", "d.weight"))
     every = [name for names_of_group in values(optimizer, "param_names") for name in names_of_group]
     assert len(every) == len(set(every)), "what is new has no other parameter's name"
-    shown = {p: (name, route) for name, p, route in optimizer._routes}
+    shown = {p: (name, route) for name, p, route in optimizer.routes}
     for p, (name, route) in shown.items():
         assert name == names.get(p, name)
         assert route.transposed is (name in ("c.weight", "d.weight"))
@@ -387,7 +386,7 @@ def test_a_copied_parameter_has_a_name_of_its_own():
     p = torch.ones(3, 3, requires_grad=True)
     optimizer = HybridAdaptiveMuon([("first.weight", p)])
     optimizer.add_param_group({"params": [("second.weight", copy.deepcopy(p))]})
-    assert [name for name, *_ in optimizer._routes] == ["first.weight", "second.weight"]
+    assert [name for name, *_ in optimizer.routes] == ["first.weight", "second.weight"]
 
 
 def test_parameters_can_be_loaded_with_weights_only(tmp_path):
@@ -471,7 +470,7 @@ def test_what_a_model_has_got_since_is_routed_as_from_model_would(named):
     optimizer.add_param_group({"params": new})
     model.fc.bias = None
     expected = {p: (name, route) for name, p, route in route_model(model, {"[fm]*.weight": "adamw"})}
-    shown = {p: (name, route) for name, p, route in optimizer._routes if name != "fc.bias"}
+    shown = {p: (name, route) for name, p, route in optimizer.routes if name != "fc.bias"}
     assert shown == expected and model.c.weight.muon_transposed
     step(optimizer)
 

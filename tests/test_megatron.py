@@ -162,8 +162,8 @@ def qkv_blocks(**config: Any) -> list[int]:
     p = torch.nn.Parameter(torch.ones(48, 8))
     p.is_qkv, p.grad = True, torch.ones(48, 8)
     optimizer = TensorParallelAdaptiveMuon([p], **kwargs)
-    optimizer._sharding.resolve(optimizer.param_groups)
-    return [matrix.of(p).size(0) for matrix in optimizer._sharding.matrices(p)]
+    optimizer.state_format.sharding.resolve(optimizer.param_groups)
+    return [matrix.of(p).size(0) for matrix in optimizer.state_format.sharding.matrices(p)]
 
 
 def test_split_qkv(monkeypatch: pytest.MonkeyPatch) -> None:

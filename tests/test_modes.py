@@ -302,6 +302,12 @@ def test_an_error_inside_leaves_the_precision_as_it_was() -> None:
 BACKENDS = ["eager", "inductor"]
 
 
+def weights_if_moved(model: nn.Module, before: nn.Module) -> list[torch.Tensor]:
+    """The weights of a model, all of which must have changed."""
+    assert not any(map(torch.equal, model.parameters(), before.parameters()))
+    return [p.detach() for p in model.parameters()]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
 def test_a_compiled_step_is_the_step(make: Any, backend: str) -> None:
@@ -320,9 +326,10 @@ def test_a_compiled_step_is_the_step(make: Any, backend: str) -> None:
             step()
 
         one = torch.compile(one, backend=backend) if how == "train step" else one
+        before = copy.deepcopy(model)
         for index in range(4):
             one(normal((4, 8), index))
-        return [p.detach() for p in model.parameters()]
+        return weights_if_moved(model, before)
 
     plain = train("plain")
     for how in ("step", "train step"):
@@ -361,10 +368,11 @@ def test_a_compiled_lightning_module_steps_in_manual_optimization(make: Any, bac
         trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True)
         loader = torch.utils.data.DataLoader(normal((16, 8), 1), batch_size=4)
         steps.clear()
+        before = copy.deepcopy(module)
         trainer.fit(torch.compile(module, backend=backend) if compiled else module, loader)
         assert len(steps) == 4
         assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) is compiled
-        return [p.detach() for p in module.parameters()]
+        return weights_if_moved(module, before)
 
     for compiled, expected in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-6)

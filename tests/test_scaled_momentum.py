@@ -97,7 +97,8 @@ def test_other_tests_know_nothing_of_them() -> None:
         ({"momentum_degree": 1}, "its degrees must be 0"),
         ({"moment2_degree": -0.5}, "its degrees must be 0"),
         ({"adaptive_decay": True}, "adaptive_decay False"),
-        ({"observed": ("orthogonalized",)}, "must not observe what is orthogonalized later"),
+        ({"observed": ("orthogonalized",)}, "or not if it scales the momentum"),
+        ({"observed": ("orthogonalized", "momentum"), "scales_momentum": False}, "orthogonalized last"),
     ],
 )
 def test_what_contradicts_itself_is_not_registered(attributes: dict[str, Any], problem: str) -> None:

@@ -244,10 +244,11 @@ class HybridAdaptiveMuon(Optimizer):
         three-dimensional ones that may be stacks of experts: look whether they are where you want them. Parameters that
         are frozen now have a line of their own.
         """
-        return _description(self._routes, self._muon.moment2_method, each=each)
+        return _description(self.routes, self._muon.moment2_method, each=each)
 
     @property
-    def _routes(self) -> list[tuple[str, torch.Tensor, Route]]:
+    def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
+        """The name, the parameter and the route of every parameter."""
         return rows_of(self.param_groups, self._share())
 
     @override

@@ -139,11 +139,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         params, rounds = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
-        if unchanged:
+        if any("momentum_buffer" not in self.state.get(p, ()) for p in gradients):
+            unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
             params, rounds = self._plan_of(unchanged)
-        for group in self.param_groups:
-            self._init_group(group)
+            for group in self.param_groups:
+                self._init_group(group)
         rule = StepRule(
             moment2=self.state_format.moment2,
             nesterov=self.nesterov,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo: ``optim.name: adaptive_muon``, its dataclass of parameters, and its parameters routed by NeMo's modules."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cache, wraps
@@ -22,17 +22,8 @@ from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonO
 
 __all__ = ["AdaptiveMuonParams", "adaptive_muon", "register"]
 
-# Keys that a module may have in ``optim_param_groups``, and the names HybridAdaptiveMuon has for them in a group.
-_GROUP_KEYS = {
-    "lr": "lr",
-    "weight_decay": "weight_decay",
-    "momentum": "momentum",
-    "beta2": "beta2",
-    "betas": "betas",
-    "eps": "scalar_eps",
-    "scalar_lr": "scalar_lr",
-    "scalar_weight_decay": "scalar_weight_decay",
-}
+# Keys that a module may have in ``optim_param_groups``. HybridAdaptiveMuon has another name for the last.
+_GROUP_KEYS = ("lr", "weight_decay", "momentum", "beta2", "betas", "scalar_lr", "scalar_weight_decay", "eps")
 
 # The model whose optimizer is being made. NeMo hands over its parameters only, without their names or modules.
 _model: ContextVar[nn.Module | None] = ContextVar("model", default=None)
@@ -42,27 +33,27 @@ _model: ContextVar[nn.Module | None] = ContextVar("model", default=None)
 class AdaptiveMuonParams(AdaptiveMuonOptions, OptimizerParams):
     """The keys of NeMo's ``optim`` block, and of its ``args.params``.
 
-    ``lr``, NeMo's own, is the learning rate of the matrices; for the others see
+    ``lr``, NeMo's own, is the learning rate of the matrices. The other keys are those of
     :class:`~emerging_optimizers.adaptive_muon.integrations.options.AdaptiveMuonOptions`.
     """
 
 
 def register() -> None:
-    """Makes NeMo know the optimizer ``adaptive_muon``. Every ``Trainer`` does it where the package is installed.
+    """Register the optimizer ``adaptive_muon`` in NeMo. Every ``Trainer`` does it where the package is installed.
 
-    From then on ``ModelPT.setup_optimization`` tells :func:`adaptive_muon` the model.
+    From then on ``ModelPT.setup_optimization`` gives :func:`adaptive_muon` the model.
 
     Raises:
         ValueError: If NeMo has another optimizer of that name.
     """
     if optimizers.AVAILABLE_OPTIMIZERS.get("adaptive_muon") is not adaptive_muon:
         optimizers.register_optimizer("adaptive_muon", adaptive_muon, AdaptiveMuonParams)
-    _let_models_be_known()
+    _wrap_setup()
 
 
 @cache
-def _let_models_be_known() -> None:
-    """Has NeMo's models say, while one makes its optimizer, which of them it is. Once."""
+def _wrap_setup() -> None:
+    """Make NeMo's models set ``_model`` while they make their optimizers. Done once."""
     of_nemo = ModelPT.setup_optimization
 
     @wraps(of_nemo)
@@ -77,9 +68,9 @@ def _let_models_be_known() -> None:
 
 
 def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdaptiveMuon:
-    """Makes the optimizer: what NeMo calls for ``optim.name: adaptive_muon``.
+    """Make the optimizer: what NeMo calls for ``optim.name: adaptive_muon``.
 
-    A line in NeMo's log says how many parameters and elements went where, and how many are frozen. Those are in the
+    NeMo's log gets the numbers of parameters and elements of both algorithms, and of the frozen ones. Those are in the
     optimizer too, as in NeMo's others, and are trained if they are unfrozen later.
 
     Args:
@@ -89,8 +80,8 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
     Raises:
         ValueError: If a key is unknown, a value is out of its range, or no model is making its optimizer.
     """
-    valid = [field.name for field in fields(AdaptiveMuonParams)]
-    options = AdaptiveMuonParams(**{key: optim[_known(key, valid, "optim")] for key in optim})
+    _check_keys(optim, [field.name for field in fields(AdaptiveMuonParams)], "optim")
+    options = AdaptiveMuonParams(**optim)
     model = _model.get()
     if model is None:
         raise refusal(
@@ -99,29 +90,29 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
             "make the optimizer with HybridAdaptiveMuon.from_model(model)",
         )
     _tag_heads(model)
-    optimizer = options.make_optimizer(model, map(_in_our_words, params), options.lr)
+    optimizer = options.make_optimizer(model, map(_renamed, params), options.lr)
     logging.info(f"adaptive_muon: {optimizer.describe(each=False)}")
     return optimizer
 
 
-def _in_our_words(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of NeMo's, of ``optim_param_groups`` perhaps, in HybridAdaptiveMuon's words."""
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group of NeMo's, of ``optim_param_groups`` perhaps, with HybridAdaptiveMuon's names of its keys."""
     # A list of the YAML's is a ListConfig here, which does not belong in an optimizer's state.
     options = OmegaConf.to_container(OmegaConf.create({key: group[key] for key in group if key != "params"}))
-    renamed = {_GROUP_KEYS[_known(key, _GROUP_KEYS, "optim_param_groups")]: value for key, value in options.items()}
-    return {**renamed, "params": group["params"]}
+    _check_keys(options, _GROUP_KEYS, "optim_param_groups")
+    return {**{"scalar_eps" if key == "eps" else key: options[key] for key in options}, "params": group["params"]}
 
 
-def _known(key: str, valid: Iterable[str], place: str) -> str:
-    """The key itself, if it is a valid one."""
-    require(key in valid, f"{place} of adaptive_muon must have known keys", key, f"choose from {', '.join(valid)}")
-    return key
+def _check_keys(given: Iterable[str], valid: Collection[str], place: str) -> None:
+    """Raise a ``ValueError`` that names the first unknown key, if there is one."""
+    for key in given:
+        require(key in valid, f"{place} of adaptive_muon must have known keys", key, f"choose from {', '.join(valid)}")
 
 
 def _tag_heads(model: nn.Module) -> None:
-    """Tags the output heads that NeMo's modules show: the last linear layer of one that returns logits, or of a joint.
+    """Tag the output heads that NeMo's modules show: the last linear layer of one that returns logits, or of a joint.
 
-    A transducer's joint returns the loss where it is fused with it, and has other linear layers behind its joint_net.
+    A transducer's joint returns the loss where it is fused with it, and has other linear layers after its joint_net.
     """
     for module in model.modules():
         outputs = (module.output_types or {}).values() if isinstance(module, NeuralModule) else ()

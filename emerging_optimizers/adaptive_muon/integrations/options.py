@@ -2,14 +2,14 @@
 """The keys of a configuration file for adaptive_muon, and the optimizer of a model made from them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Optional
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.options import Option, Options, document, option_field, options_of
+from emerging_optimizers.adaptive_muon.options import Options, document, option_field, options_of
 
 
 __all__ = ["AdaptiveMuonOptions", "config_keys"]
@@ -19,32 +19,22 @@ def config_keys[T: type](record: type) -> Callable[[T], T]:
     """Return a decorator that makes a dataclass of the keys for a record's options and of a class's own fields.
 
     The types are those that OmegaConf's structured configs take.
-
-    Args:
-        record: :class:`~emerging_optimizers.adaptive_muon.options.Options`, or a record like it.
     """
 
     def decorate(cls: T) -> T:
-        keys = {}
+        keys: dict[str, Any] = {}
         for option in options_of(record):
             if option.in_files:
                 key = option.key or option.name
-                keys[key] = _plain_type(option)
-                about = {"text": option.text, "rule": option.rule, "names": option.choices}
-                setattr(cls, key, field(default=option.default, metadata={"option": about}))
+                default_is_none = option.is_switch and option.default is None
+                keys[key] = str if option.choices else Optional[bool] if default_is_none else option.type  # noqa: UP045
+                setattr(cls, key, option_field(option.default, option.text, rule=option.rule, names=option.choices))
         cls.__annotations__ = keys | cls.__annotations__
         dataclass(cls)
         document(cls, options_of(cls))
         return cls
 
     return decorate
-
-
-def _plain_type(option: Option) -> Any:
-    """The type of an option's values in a configuration file."""
-    if option.choices:
-        return str
-    return Optional[bool] if option.is_switch and option.default is None else option.type  # noqa: UP045
 
 
 # Where a key's name is not that of HybridAdaptiveMuon's argument.
@@ -73,8 +63,8 @@ class AdaptiveMuonOptions:
         """Make the optimizer of a model whose parameters a framework has put into groups.
 
         Args:
-            model: The model that owns the parameters: its modules decide where each goes.
-            params: Parameters, or groups of them in HybridAdaptiveMuon's words.
+            model: The model that has the parameters. Its modules decide where each goes.
+            params: Parameters, or groups of them with HybridAdaptiveMuon's names of options.
             lr: Learning rate of the matrices.
 
         Raises:

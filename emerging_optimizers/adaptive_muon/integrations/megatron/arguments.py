@@ -19,11 +19,7 @@ CONFIG_FIELDS = {"use_decoupled_weight_decay": "decoupled_weight_decay", "split_
 
 
 def from_config(config: Any) -> dict[str, Any]:
-    """Return the arguments that a config of Megatron sets, without those whose field the installed version lacks.
-
-    Args:
-        config: Megatron's ``OptimizerConfig``.
-    """
+    """Return the arguments that an ``OptimizerConfig`` sets, without those whose field the installed version lacks."""
     names = CONFIG_FIELDS | {
         option.name: option.megatron_field for option in options_of(Options) if option.megatron_field
     }
@@ -43,13 +39,8 @@ def add_adaptive_muon_args(parser: argparse.ArgumentParser) -> argparse.Argument
     """Add the flags that Megatron lacks for adaptive_muon, for ``extra_args_provider``; see the documentation's table.
 
     Where ``--optimizer adaptive_muon`` is on the command line, the default of ``--muon-tp-mode`` becomes
-    "layer_sharded". Flags that the parser has already stay as they are, but take the names that AdaptiveMuon takes.
-
-    Args:
-        parser: Megatron's parser.
-
-    Returns:
-        The same parser.
+    "layer_sharded". Flags that Megatron's parser has already stay as they are, but take the names that AdaptiveMuon
+    takes. Return the same parser.
     """
     known = parser._option_string_actions  # argparse has no public way to look up or to widen a flag
     group = parser.add_argument_group(title="adaptive muon")
@@ -79,7 +70,7 @@ def _flag(dest: str) -> str:
 
 
 def _values(option: Option) -> dict[str, Any]:
-    """How argparse reads the values of an option."""
+    """Return argparse's arguments that read the values of an option."""
     if option.is_switch:
         return {"action": argparse.BooleanOptionalAction}
     return {"choices": option.choices} if option.choices else {"type": option.type}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which matrices Megatron's parameters hold, and who holds which piece: read from the attributes that Megatron sets.
+"""Which matrices Megatron's parameters have, and how they are split, by the attributes that Megatron sets.
 
 The float32 main parameters of bfloat16 training keep few of their model parameter's attributes; only those are relied
 upon, and the model parameter's reference to its main parameter.
@@ -27,8 +27,8 @@ class MegatronLayouts:
         pg_collection: Megatron's ``ProcessGroupCollection``: its ``tp``, ``expt_tp``, ``gtp_remat`` and
             ``expt_gtp_remat``; those that it lacks are taken for groups of one rank.
         tensor_parallel: Whether tensor-parallel strips make up one matrix; if not, each is a matrix of its own.
-        is_qkv: Whether a parameter is a fused attention weight that is to be split into its blocks.
-        qkv_split_shapes: Rows of each block within one query group, for parameters that do not say so themselves.
+        is_qkv: Returns whether a parameter is a fused attention weight; by default its attribute ``is_qkv``.
+        qkv_split_shapes: Rows of each block within one query group, for parameters without an attribute of this name.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MegatronLayouts:
         pg_collection: Any,
         *,
         tensor_parallel: bool,
-        is_qkv: Callable[[torch.Tensor], bool],
+        is_qkv: Callable[[torch.Tensor], bool] | None,
         qkv_split_shapes: Sequence[int] | None,
     ) -> None:
         self._groups, self._tensor_parallel = pg_collection, tensor_parallel
@@ -45,7 +45,7 @@ class MegatronLayouts:
         self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
 
     def layout(self, p: torch.Tensor) -> Layout | Split | Piece | None:
-        """Returns how a parameter is split; None where it is a piece and there is no group for it.
+        """Return how a parameter is split; None where it is a shard and there is no group for it.
 
         Tensor parallelism splits it along ``partition_dim``; -1 or no such attribute is a whole matrix. Generalized
         tensor parallelism (``is_gtp_weight_remat``) splits what a tensor-parallel rank holds, padded at its end, into
@@ -56,7 +56,7 @@ class MegatronLayouts:
         if dim == -1 or (tp is not None and tp.size() == 1):
             dim = None
         if dim is not None and tp is None:
-            return None  # a piece, and nobody to ask for the others
+            return None
         if gtp is None or gtp.size() == 1 or not getattr(p, "is_gtp_weight_remat", False):
             return Layout() if dim is None else Split(tp, dim)
 
@@ -74,11 +74,11 @@ class MegatronLayouts:
         return Piece(group, (strip, columns * tp.size()), (top, bottom, left, left + columns), padding)
 
     def blocks(self, p: torch.Tensor) -> Sequence[int] | None:
-        """Returns the rows of the blocks within one query group of a fused attention weight; None for other weights.
+        """Return the rows of the blocks within one query group of a fused attention weight; None for other weights.
 
         A weight whose rows are no whole number of query groups is one matrix, as it is for Megatron.
         """
-        if not self._is_qkv(p):
+        if not (getattr(p, "is_qkv", False) if self._is_qkv is None else self._is_qkv(p)):
             return None
         shapes = getattr(p, "qkv_split_shapes", None) or self._qkv_split_shapes
         if not shapes:
@@ -101,11 +101,11 @@ class MegatronLayouts:
         return tuple(shapes)
 
     def _group(self, p: torch.Tensor, name: str) -> Any:
-        """The process group of this name that holds a parameter, or None."""
+        """Return the process group of this name whose ranks have shards of a parameter, or None."""
         return getattr(self._groups, ("expt_" if getattr(p, "expert_tp", False) else "") + name, None)
 
     def _padding(self, p: torch.Tensor) -> int:
-        """The rows of padding at the end of all that a tensor-parallel rank's GTP ranks hold of a parameter."""
+        """Return the rows of padding at the end of what a tensor-parallel rank's GTP ranks have of a parameter."""
         if hasattr(p, "pad_length"):
             self._padding_of[p] = int(p.pad_length)
         for q, padding in self._padding_of.items():
@@ -114,7 +114,7 @@ class MegatronLayouts:
         return 0
 
     def _union(self, tp: ProcessGroup, gtp: ProcessGroup) -> ProcessGroup:
-        """The ranks of all tensor-parallel groups of a GTP group; made at the first need, by all of them."""
+        """Return the group of all ranks in the tensor-parallel groups of a GTP group. All of them must call."""
         if (tp, gtp) not in self._unions:
             ranks: list[Any] = [None] * gtp.size()
             dist.all_gather_object(ranks, dist.get_process_group_ranks(tp), group=gtp)
@@ -125,24 +125,17 @@ class MegatronLayouts:
 
 
 def qkv_split_shapes(model_config: Any) -> list[int]:
-    """Returns the rows of the queries, of their output gates if there are any, keys and values of one query group.
-
-    Args:
-        model_config: Megatron's ``TransformerConfig``.
-    """
+    """Return the rows of the queries, of their output gates if there are any, keys and values of one query group."""
     queries = model_config.num_attention_heads // model_config.num_query_groups * model_config.kv_channels
     gates = [queries] if getattr(model_config, "attention_output_gate", False) else []
     return [queries, *gates, model_config.kv_channels, model_config.kv_channels]
 
 
 def tag_qkv(model_chunks: Sequence[Any]) -> None:
-    """Tags all fused attention weights with their blocks.
+    """Tag all fused attention weights with their blocks.
 
-    Megatron tags those of which a rank holds whole query groups; more tensor-parallel ranks than query groups, or GTP,
-    cut within a group, and the whole weight has the same blocks all the same.
-
-    Args:
-        model_chunks: The model, for each of its chunks on this pipeline rank.
+    Megatron tags only those of which a rank has whole query groups. More tensor-parallel ranks than query groups, or
+    GTP, cut within a group. The whole weight has the same blocks then.
     """
     for chunk in model_chunks:
         for name, p in chunk.named_parameters():

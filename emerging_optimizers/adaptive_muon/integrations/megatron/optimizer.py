@@ -15,11 +15,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, TensorParallelModeT, WeightDecayMethodT
 from emerging_optimizers.adaptive_muon.checks import require_known
 from emerging_optimizers.adaptive_muon.integrations.megatron.arguments import from_command_line, from_config
-from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
-    MegatronLayouts,
-    qkv_split_shapes,
-    tag_qkv,
-)
+from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import MegatronLayouts, qkv_split_shapes, tag_qkv
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
@@ -36,21 +32,19 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
     shape of the parameter, as Megatron's checkpoints require; loading takes that and AdaptiveMuon's own.
 
     Args:
-        params: Parameters or parameter groups, as Megatron makes them: matrices of shape (out, in), each rank its piece.
-        lr: Learning rate, >= 0. Default 3e-4, as Megatron's class.
-        momentum: Decay rate of the momentum, in [0, 1).
+        params: Parameters or groups, as Megatron makes them: matrices of shape (out, in), or each rank's shard of them.
+        lr: Learning rate. Default 3e-4, as Megatron's class.
+        momentum: Decay rate of the momentum.
         nesterov: Whether to look ahead. Default True, as Megatron's class; its command line's default is False.
-        weight_decay: Weight decay coefficient, >= 0.
+        weight_decay: Coefficient of the weight decay.
         use_decoupled_weight_decay: Whether weight decay is "decoupled" or, if not, "l2".
         split_qkv: Whether queries, keys and values of a fused attention weight are matrices of their own.
-        is_qkv_fn: Says whether a parameter is a fused attention weight. Default: its attribute ``is_qkv``.
+        is_qkv_fn: Returns whether a parameter is a fused attention weight. Default: its attribute ``is_qkv``.
         qkv_split_shapes: Rows of each block within one query group, for fused parameters without that attribute.
         pg_collection: Megatron's ``ProcessGroupCollection``. Without one every parameter must be whole.
-        tp_mode: "layer_sharded" (default), "duplicated" or "distributed": how a whole matrix is orthogonalized, see
-            :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`. "blockwise", Megatron's default, takes every
-            tensor-parallel strip for a matrix of its own, and its result depends on the number of ranks.
-        weight_decay_method: Instead of ``use_decoupled_weight_decay``, which it overrides: "decoupled",
-            "independent", "l2", "palm" or "adaptive".
+        tp_mode: As AdaptiveMuon's. "blockwise", Megatron's default, takes every tensor-parallel strip for a matrix of
+            its own, and its result depends on the number of ranks.
+        weight_decay_method: As AdaptiveMuon's. It overrides ``use_decoupled_weight_decay``.
         **options: Further options of AdaptiveMuon, by name.
 
     Raises:
@@ -80,7 +74,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         layouts = MegatronLayouts(
             pg_collection,
             tensor_parallel=not blockwise,
-            is_qkv=is_qkv_fn or _is_qkv,
+            is_qkv=is_qkv_fn,
             qkv_split_shapes=qkv_split_shapes,
         )
         super().__init__(
@@ -99,7 +93,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state, with ``moment2_buffer`` in the shape of its parameter: a view of V where V is smaller."""
+        """Return the state, with ``moment2_buffer`` in the shape of its parameter: a view of V where V is smaller."""
         self._sharding.resolve(self.param_groups)
         state_dict = super().state_dict()
         states = {key: expand_v(state_dict["state"][key], p, self.state_format) for key, p in self._by_key(state_dict)}
@@ -107,23 +101,23 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class, of AdaptiveMuon or of upstream's ``AdaptiveMuon``.
+        """Load a checkpoint of this class, of AdaptiveMuon or of upstream's ``AdaptiveMuon``.
 
         Args:
-            state_dict: What :meth:`state_dict` returned, on any number of ranks, cut as the parameters are.
+            state_dict: What :meth:`state_dict` returned, on any number of ranks, in shards as the parameters are.
 
         Raises:
             ValueError: If the checkpoint does not fit, see
                 :meth:`~emerging_optimizers.adaptive_muon.AdaptiveMuon.load_state_dict`. Nothing is changed.
         """
         self._sharding.resolve(self.param_groups)
-        keys, params = zip(*self._by_key(state_dict), strict=True) if self._by_key(state_dict) else ((), ())
-        states = reduce_v([state_dict["state"][key] for key in keys], params, self.state_format)
-        read = dict(zip(keys, states, strict=True))
-        super().load_state_dict({**state_dict, "state": {**state_dict["state"], **read}})
+        pairs, states = self._by_key(state_dict), dict(state_dict["state"])
+        reduced = reduce_v([states[key] for key, _ in pairs], [p for _, p in pairs], self.state_format)
+        states.update(zip((key for key, _ in pairs), reduced, strict=True))
+        super().load_state_dict({**state_dict, "state": states})
 
     def _by_key(self, state_dict: dict[str, Any]) -> list[tuple[Any, torch.Tensor]]:
-        """The keys of a state dict under which there is state, and their parameters."""
+        """Return the keys of a state dict under which there is state, and their parameters."""
         pairs = (
             pair
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False)
@@ -190,23 +184,14 @@ def _require_supported_version() -> None:
     version = package_info.MAJOR, package_info.MINOR, package_info.PATCH
     low, high = _SUPPORTED
     if not low <= version < high:
+        lowest, beyond = (".".join(map(str, each)) for each in (low, high))
         raise RuntimeError(
-            f"megatron-core must be >= {_dotted(low)} and < {_dotted(high)}, got {package_info.__shortversion__}: "
-            f'install "megatron-core>={_dotted(low)},<{_dotted(high)}"'
+            f"megatron-core must be >= {lowest} and < {beyond}, got {package_info.__shortversion__}: "
+            f'install "megatron-core>={lowest},<{beyond}"'
         )
 
 
-def _is_qkv(p: torch.Tensor) -> bool:
-    """Whether Megatron has tagged a parameter as a fused attention weight."""
-    return bool(getattr(p, "is_qkv", False))
-
-
 def _tensor_parallel_size(pg_collection: Any) -> int:
-    """The number of ranks that hold a matrix together, of an expert or any other."""
+    """Return the number of ranks that have shards of a matrix, of an expert or any other."""
     groups = (getattr(pg_collection, name, None) for name in ("tp", "expt_tp"))
     return max((group.size() for group in groups if group is not None), default=1)
-
-
-def _dotted(version: Sequence[int]) -> str:
-    """A version as text."""
-    return ".".join(map(str, version))
