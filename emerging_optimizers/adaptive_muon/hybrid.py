@@ -24,13 +24,12 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
     check_options,
     check_scalar,
     distinct,
-    entries_of,
     in_model,
-    listed,
     rename,
     rows_of,
     split,
     tag_transposed,
+    with_entries,
     with_names,
 )
 from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
@@ -146,7 +145,7 @@ class HybridAdaptiveMuon(Optimizer):
         """
         of_model = ModelRoutes(model, route_model(model, routes), routes)
         known, groups = of_model.by_parameter(), as_groups(model.parameters() if params is None else params)
-        foreign = [tuple(p.shape) for group in groups for _, p in entries_of(group) if p not in known]
+        foreign = [tuple(p.shape) for group in groups for _, p in group["params"] if p not in known]
         require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
         optimizer = cls([in_model(known, group) for group in groups], lr, momentum, weight_decay, **options)
         optimizer._model = of_model
@@ -161,11 +160,9 @@ class HybridAdaptiveMuon(Optimizer):
         whenever groups are added in the same order.
         """
         self._share()
-        grown: tuple[list[Any], ...] = (self.param_groups, self._muon.param_groups, self._adamw.param_groups)
-        lengths = [len(entries) for entries in grown]
-        param_group = listed(param_group)
-        known = self._model.by_parameter(p for _, p in entries_of(param_group))
-        group = with_names(in_model(known, param_group), self.param_groups)
+        number, group = len(self.param_groups), with_entries(param_group)
+        known = self._model.by_parameter(p for _, p in group["params"])
+        group = with_names(in_model(known, group), self.param_groups)
         tagged, added = [], []
         try:
             for part in split(group, _names(self.param_groups)):
@@ -174,8 +171,7 @@ class HybridAdaptiveMuon(Optimizer):
                 self._add_part(distinct(part, _names(self.param_groups)))
                 added.append((entries, routes))
         except Exception:
-            for grown_list, length in zip(grown, lengths, strict=True):
-                del grown_list[length:]
+            del self.param_groups[number:]
             for p in tagged:
                 del p.muon_transposed
             self._let_go()
@@ -294,7 +290,7 @@ class HybridAdaptiveMuon(Optimizer):
 
 def _check_names(groups: list[dict[str, Any]]) -> None:
     """Raise a ``ValueError`` if some parameters have names and others have none, as torch does."""
-    named = {bool(name) for group in groups for name, _ in entries_of(group)}
+    named = {bool(name) for group in groups for name, _ in group["params"]}
     require(
         len(named) < 2,
         "all parameters must have names, or none",

@@ -30,13 +30,12 @@ __all__ = [
     "check_options",
     "check_scalar",
     "distinct",
-    "entries_of",
     "in_model",
-    "listed",
     "rename",
     "rows_of",
     "split",
     "tag_transposed",
+    "with_entries",
     "with_names",
 ]
 
@@ -158,7 +157,7 @@ def _in_group(group: dict[str, Any], route: Route) -> Route:
 
 
 def as_groups(params: ParamsT) -> list[dict[str, Any]]:
-    """Return the constructor's ``params`` as parameter groups."""
+    """Return the constructor's ``params`` as parameter groups, see :func:`with_entries`."""
     if isinstance(params, torch.Tensor | nn.Module | Mapping):
         raise TypeError(
             "params must be an iterable of tensors, of (name, tensor) pairs or of dicts, "
@@ -167,18 +166,11 @@ def as_groups(params: ParamsT) -> list[dict[str, Any]]:
         )
     entries: list[Any] = list(params)
     groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    return [listed(group) for group in groups]
+    return [with_entries(group) for group in groups]
 
 
-def listed(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a group whose ``params`` can be read more than once, unlike a generator; a set stays one, to be refused."""
-    if "params" not in group or isinstance(group["params"], torch.Tensor | set):
-        return group
-    return {**group, "params": list(group["params"])}
-
-
-def entries_of(group: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """Return a group's parameters as pairs of name, "" where it has none, and parameter."""
+def with_entries(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group whose ``params`` are a list of pairs: the name, "" where it has none, and the parameter."""
     if "params" not in group:
         raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
     params = group["params"]
@@ -186,30 +178,30 @@ def entries_of(group: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
         raise TypeError("the order of a set changes between runs; pass the parameters as a list")
     entries = [_named(entry) for entry in ([params] if isinstance(params, torch.Tensor) else params)]
     names = group.get("param_names")  # where the group is another optimizer's
-    if names is None or any(name for name, _ in entries):
-        return entries
-    require(
-        len(names) == len(entries),
-        f"param_names of a group must be as many as its {len(entries)} params",
-        len(names),
-        "leave param_names out, or pass (name, parameter) pairs as params",
-    )
-    return [(name, p) for name, (_, p) in zip(names, entries, strict=True)]
+    if names is not None and not any(name for name, _ in entries):
+        require(
+            len(names) == len(entries),
+            f"param_names of a group must be as many as its {len(entries)} params",
+            len(names),
+            "leave param_names out, or pass (name, parameter) pairs as params",
+        )
+        entries = [(name, p) for name, (_, p) in zip(names, entries, strict=True)]
+    return {**_without(group, "param_names"), "params": entries}
 
 
 def in_model(known: Mapping[torch.Tensor, tuple[str, Route]], group: dict[str, Any]) -> dict[str, Any]:
-    """Return a group with the names and routes of a model; what is not of the model is routed by itself.
+    """Return a group of entries with the names and routes of a model; what is not of the model is routed by itself.
 
     The group's ``use_muon`` decides before the model does.
     """
-    entries = [(known[p][0] if p in known else name, p) for name, p in entries_of(group)]
+    entries = [(known[p][0] if p in known else name, p) for name, p in group["params"]]
     routes, use_muon = group.get("routes"), group.get("use_muon")
     if routes is None:
         routes = [known[p][1] if p in known else route_parameter(p, name) for name, p in entries]
         if use_muon is not None:
             algorithm, reason = "adaptive_muon" if use_muon else "adamw", f"use_muon={use_muon} in its group"
             routes = [replace(route, algorithm=algorithm, reason=reason) for route in routes]
-    return {**_without(group, "param_names"), "params": entries, "routes": routes}
+    return {**group, "params": entries, "routes": routes}
 
 
 def with_names(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:

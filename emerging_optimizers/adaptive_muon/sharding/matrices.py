@@ -15,16 +15,7 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, ShardedLayout, Split
 
 
-__all__ = [
-    "Matrix",
-    "Mode",
-    "ShardInfo",
-    "ShardShapes",
-    "merge_blocks",
-    "shard_info",
-    "sharded_matrices",
-    "whole_matrices",
-]
+__all__ = ["Matrix", "Mode", "ShardShapes", "merge_blocks", "shard_info", "sharded_matrices", "whole_matrices"]
 
 
 class Mode(Protocol):
@@ -98,7 +89,7 @@ def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shap
     return merged
 
 
-class ShardInfo(NamedTuple):
+class _ShardInfo(NamedTuple):
     """What a rank sends to the others about its shard of a parameter. The first five must be the same on all ranks."""
 
     name: str
@@ -126,12 +117,12 @@ class ShardInfo(NamedTuple):
         )
 
 
-def shard_info(p: torch.Tensor, name: str, group: int, split: Layout | Split | Piece, blocks: Any) -> ShardInfo:
+def shard_info(p: torch.Tensor, name: str, group: int, split: Layout | Split | Piece, blocks: Any) -> _ShardInfo:
     """Return what to send to the other ranks about a parameter of the group with this number."""
     whole, rectangle = (split.whole, split.rectangle) if isinstance(split, Piece) else (None, None)
     split_by = split.dim - p.ndim if isinstance(split, Split) else whole
     dtype, local = str(p.dtype).removeprefix("torch."), tuple(as_matrices(p).shape)
-    return ShardInfo(name, group, dtype, blocks, split_by, local, rectangle)
+    return _ShardInfo(name, group, dtype, blocks, split_by, local, rectangle)
 
 
 def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
@@ -147,7 +138,7 @@ def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...
 
 
 def sharded_matrices(
-    p: torch.Tensor, name: str, group: ProcessGroup, infos: Sequence[ShardInfo], mode: Mode | None
+    p: torch.Tensor, name: str, group: ProcessGroup, infos: Sequence[_ShardInfo], mode: Mode | None
 ) -> tuple[Matrix, ...]:
     """Return the matrices of a parameter that a group holds in shards, from what each rank has sent about its shard.
 
@@ -178,7 +169,7 @@ def sharded_matrices(
     return tuple(matrices)
 
 
-def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
+def _rectangles(infos: Sequence[_ShardInfo]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
     """The whole shape of a matrix, and the rectangle of each rank's shard."""
     split = infos[0].split
     if isinstance(split, tuple):

@@ -37,12 +37,8 @@ Found = tuple[torch.Tensor, str, Layout | Split | Piece]
 class Sharding:
     """The registry of the logical matrices of an optimizer's parameters.
 
-    Args:
-        tp_group: The optimizer's option.
-        mode: What orthogonalizes matrices in shards; None takes each shard for a matrix of its own.
-        layout_fn: The optimizer's option.
-        blocks_fn: The optimizer's option.
-        synced_options: Options of the optimizer that must be the same on all ranks.
+    ``mode`` orthogonalizes matrices in shards; None takes each shard for a matrix of its own. ``synced_options`` must be
+    the same on all ranks. The other arguments are options of the optimizer.
     """
 
     def __init__(
@@ -177,7 +173,7 @@ class Sharding:
     def _exchanged(
         self, group: ProcessGroup, params: list[Found], numbers: Mapping[torch.Tensor, int]
     ) -> dict[torch.Tensor, tuple[Matrix, ...]]:
-        """Exchanges shard infos of a process group, and returns the matrices of the parameters that are split."""
+        """Exchange shard infos in a process group, and return the matrices of the parameters that are split."""
         options = [f"{name}={value!r}" for name, value in self._synced_options.items()]
         infos = [shard_info(p, name, numbers[p], split, self._rules.blocks(p)) for p, name, split in params]
         gathered = gather_from_all(group, (options, infos), "its shards of the parameters")
