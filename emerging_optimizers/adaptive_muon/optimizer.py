@@ -118,7 +118,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             ValueError: If a gradient is sparse or complex, a parameter is no longer a matrix or no longer of its
                 state's dtype, or the ranks that hold a matrix together are found to disagree about it. No weight and no
                 state has changed then.
-            RuntimeError: If a rank that holds a piece does not answer, or comes with other gradients than in its steps
+            RuntimeError: If a rank that holds a shard does not answer, or comes with other gradients than in its steps
                 before; then some may have changed.
         """
         loss = None

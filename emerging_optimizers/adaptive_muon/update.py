@@ -103,7 +103,7 @@ class BatchUpdate:
         gradients: Their gradients; of DTensors what this rank holds.
         states: Their states.
         matrices: The logical matrices of the first parameter; the others' have the same shapes and shards.
-        owners: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
+        owners: For each of these, and each parameter, its owner: the rank that orthogonalizes it in "layer_sharded".
     """
 
     def __init__(

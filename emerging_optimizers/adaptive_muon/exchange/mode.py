@@ -28,7 +28,7 @@ class Shards:
         momentum: M', shape ``(batch, ..., rows, columns)``.
         squares: Partial sums of squares, of these shards.
         layout: The shards of all ranks.
-        owners: For each member of the batch, the rank that orthogonalizes it where one does it for all.
+        owners: For each member of the batch, the rank that orthogonalizes it in "layer_sharded".
         orthogonalize: Orthogonalizes whole matrices of the batch.
     """
 
@@ -68,7 +68,7 @@ class Shards:
         return [(part[_index(members)], dtype) for part, dtype in parts]
 
     def incoming(self, members: Sequence[int], rank: int) -> list[Part]:
-        """Return what arrives of these members from a rank: its :meth:`outgoing`."""
+        """Return the parts that a rank sends of these members, by its :meth:`outgoing`."""
         rectangle = self.sharded.rectangles[rank]
         sums = Part(self._sums_shape(members, rectangle.shape), self.momentum.dtype)
         return [Part(self._shape(members, rectangle.shape), _MOMENTUM), *([sums] * len(self.squares))]
@@ -96,7 +96,7 @@ class Shards:
         return [(shards, self.result_dtype), *((total, total.dtype) for total in squares)]
 
     def returned(self, members: Sequence[int]) -> list[Part]:
-        """Return what arrives of these members from their owner: its :meth:`returning`."""
+        """Return the parts that the owner of these members sends back, by its :meth:`returning`."""
         sums = Part(self._sums_shape(members, self.sharded.whole), self.momentum.dtype)
         number = len(self.squares) + self.orthogonalize.observes_result
         return [Part(self._shape(members, self.sharded.own.shape), self.result_dtype), *([sums] * number)]

@@ -51,7 +51,7 @@ class Batch:
         members: The parameters, by their places among those of the step.
         group: The number of their parameter group.
         matrices: The logical matrices of the first; the others' have the same shapes and shards.
-        owners: For each of these, and each parameter, the rank that orthogonalizes it where one does it for all.
+        owners: For each of these, and each parameter, its owner: the rank that orthogonalizes it in "layer_sharded".
     """
 
     members: list[int]
@@ -103,7 +103,7 @@ def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[B
     """The parameters in batches, each of no more than keep the device busy.
 
     A rank must not put in one batch what another rank puts in two: messages of the right size would hold the wrong
-    matrices. So of parameters in shards only what all holders know decides.
+    matrices. Only what all holders know decides about shards.
     """
     by_key: dict[Hashable, list[int]] = {}
     for index, one in ready.items():

@@ -45,8 +45,8 @@ def make_moment2(name: str, **options: Any) -> Moment2:
 
     Args:
         name: A name of ``Moment2MethodT``.
-        **options: The options of all methods. Each method takes the ones it has a field for; also those of the
-            methods that are not chosen are checked.
+        **options: The options of all methods. Each method takes the ones it has a field for. Options of the methods
+            that are not chosen are checked too.
 
     Raises:
         ValueError: If the name is unknown or an option is out of its range.

@@ -94,7 +94,7 @@ class ShardedLayout(Layout):
         """Check that the shards tile the matrix."""
         require(
             _tile(self.whole, self.rectangles),
-            f"the pieces (top, bottom, left, right) must make up the whole {self.whole} matrix, each element once",
+            f"the shards (top, bottom, left, right) must make up the whole {self.whole} matrix, each element once",
             [tuple(each) for each in self.rectangles],
             "a matrix that every rank holds whole has partition_dim -1",
         )
