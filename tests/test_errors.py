@@ -33,6 +33,7 @@ BAD = [
     ({"lr": -1e-3}, "lr must be >= 0", "-0.001", "rates"),
     ({"lr": "1e-3"}, "lr must be >= 0", "'1e-3'", "rates"),
     ({"eps": None}, "eps must be > 0", "None", "1e-8"),
+    ({"lr": torch.tensor([0.1, 0.2])}, "lr must be >= 0", "tensor([0.1000, 0.2000])", "rates"),
     ({"lr": math.nan}, "lr must be >= 0", "nan", "rates"),
     ({"lr": math.inf}, "lr must be >= 0", "inf", "rates"),
     ({"momentum": 1.0}, "momentum must be in [0, 1)", "1.0", "0.95"),

@@ -244,8 +244,12 @@ def test_register_refuses_what_is_no_option_or_not_valid() -> None:
             register(**unknown)
     with pytest.raises(ValueError, match="ns_algorithm must be .*, got 'fast': choose from standard, gram, auto"):
         register(ns_algorithm="fast")
+    with pytest.raises(ValueError, match="num_ns_steps must be a whole number >= 1, got 0"):
+        register(num_ns_steps=0)
+    with pytest.raises(ValueError, match=r"namo_d_clamp must be in \(0, 1\], got 5"):
+        register(namo_d_clamp=5)
     assert TABLE["adaptive_muon"] is STOCK
-    register(ns_algorithm="gram")
+    register(ns_algorithm="gram", weight_decay_method="adaptive")  # the config has the method that this goes with
     assert built(NAMO_D).options.ns_algorithm == "gram"
 
 

@@ -525,6 +525,20 @@ def test_parameters_of_one_shape_are_a_stack(method):
         )
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_function_that_works_in_place_leaves_the_momentum(method, count):
+    """Also where a batch of one is a view of its buffer, as without Nesterov's look ahead."""
+    params = [torch.nn.Parameter(normal((6, 4), index)) for index in range(count)]
+    optimizer = AdaptiveMuon(params, moment2_method=method, momentum=0.5)
+    optimizer.scaled_orthogonalize_fn = torch.Tensor.sign_
+    for p in params:
+        p.grad = normal(p.shape, 7)
+    optimizer.step()
+    for p in params:
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], 0.5 * p.grad, atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 def test_the_step_count_is_loaded_to_where_it_is_counted(capturable):
     """On the parameter's device for a graph to count, on the host otherwise; "meta" stands for a GPU."""

@@ -44,7 +44,7 @@ def within(value: Any, low: float, high: float = math.inf) -> bool:
     """Return whether ``low <= value < high``; NaN and what is no number, such as the string "1e-3", are not."""
     try:
         return bool(low <= value < high)
-    except TypeError:
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
         return False
 
 

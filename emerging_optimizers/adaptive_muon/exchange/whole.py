@@ -48,7 +48,9 @@ class Orthogonalize:
         if isinstance(self.function, NewtonSchulz):
             O = self.function(momentum).to(dtype)
         else:
-            O = as_batch([self.function[i](matrix) for i, matrix in zip(members, momentum, strict=True)]).to(dtype)
+            # A function may work in place, and M' may be the momentum buffer itself.
+            Os = [self.function[i](matrix.clone()) for i, matrix in zip(members, momentum, strict=True)]
+            O = as_batch(Os).to(dtype)
         return O, [*squares, sum_of_squares(O, self.kept_dims)] if self.observes_result else squares
 
     def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:

@@ -162,6 +162,8 @@ def register(**options: Unpack[OptionsDict]) -> None:
     chosen = {name: value for name, value in options.items() if value is not None}
     for name, value in chosen.items():
         shared[name].check(value)
+    # This checks the rest, but for what only the config decides, or the device, which is not set yet.
+    Options(**{**chosen, "weight_decay_method": Options.weight_decay_method, "use_syrk": Options.use_syrk})
 
     def config_to_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
         tag_qkv(model_chunks)
