@@ -163,7 +163,7 @@ def register(**options: Unpack[OptionsDict]) -> None:
     for name, value in chosen.items():
         shared[name].check(value)
     # This checks the rest, but for what only the config decides, or the device, which is not set yet.
-    Options(**{**chosen, "weight_decay_method": Options.weight_decay_method, "use_syrk": Options.use_syrk})
+    Options.of(**{**chosen, "weight_decay_method": Options.weight_decay_method, "use_syrk": Options.use_syrk})
 
     def config_to_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
         tag_qkv(model_chunks)
