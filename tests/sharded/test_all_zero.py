@@ -72,6 +72,15 @@ def test_one_rank_decides_for_all(group: ProcessGroup) -> None:
     assert zero_gradients(sharding, params[::-1]) == expected[::-1]
 
 
+def test_gradients_of_whole_parameters_are_compared_no_further(group: ProcessGroup) -> None:
+    """Else every step would make its plan anew."""
+    params = [matrix(4, 8, dim=-1)]
+    sharding = resolved(params, group)
+    assert sharding.has_to_compare
+    sharding.compare_gradients([{"params": params}])
+    assert not sharding.has_to_compare
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_no_number_is_not_zero(group: ProcessGroup, value: float) -> None:
     p = matrix(4, 8)

@@ -140,6 +140,28 @@ def test_the_only_gradient_on_one_rank(group: ProcessGroup) -> None:
     assert not optimizer.state
 
 
+def test_different_gradients_gone_on_different_ranks_after_a_step(group: ProcessGroup) -> None:
+    pairs = strips([(24, 64)])
+    optimizer = AdaptiveMuon([(str(i), p.piece) for i, p in enumerate(pairs)], tp_group=group, **OPTIONS)
+    set_gradients(pairs, 0)
+    optimizer.step()
+    gone = min(dist.get_rank(), 1)
+    pairs[gone].piece.grad = None
+    with pytest.raises(ValueError, match=r"'0' has no gradient on rank 0.*'0' has a gradient on rank 1"):
+        optimizer.step()
+
+
+def test_an_added_parameter_with_a_gradient_on_one_rank_only(group: ProcessGroup) -> None:
+    first, added = matrix(4, 8), matrix(4, 8)
+    first.grad = torch.ones(4, 8)
+    optimizer = AdaptiveMuon([("w", first)], tp_group=group)
+    optimizer.step()
+    optimizer.add_param_group({"params": [("b", added)]})
+    added.grad = torch.ones(4, 8) if dist.get_rank() == 0 else None
+    with pytest.raises(ValueError, match=r"'b' has a gradient on rank 0.*'b' has no gradient on rank 1"):
+        optimizer.step()
+
+
 def test_a_piece_without_a_group() -> None:
     with pytest.raises(ValueError, match=r"needs tp_group.*partition_dim, got 1"):
         AdaptiveMuon([matrix(4, 8, 1)])

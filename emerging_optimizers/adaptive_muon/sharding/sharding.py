@@ -60,9 +60,7 @@ class Sharding:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
         rules = self._rules
-        copy = Sharding(rules.tp_group, self._mode, rules.layout_fn, rules.blocks_fn, self._synced_options)
-        copy._compared = dict.fromkeys(self._compared)
-        return copy
+        return Sharding(rules.tp_group, self._mode, rules.layout_fn, rules.blocks_fn, self._synced_options)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
