@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.modes import plain_modes
+from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
@@ -217,10 +217,7 @@ class HybridAdaptiveMuon(Optimizer):
         Raises:
             ValueError: As :meth:`AdaptiveMuon.step`, and if AdamW's part cannot step. Nothing has changed then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         self._share()
         for inner in (self._muon, self._adamw):
             check_options(inner)

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modes of torch in which a step runs, whatever modes are around it."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 
-__all__ = ["plain_modes"]
+__all__ = ["loss_of", "plain_modes"]
+
+
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """Return the loss of a step's closure, evaluated with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable
 from emerging_optimizers.adaptive_muon.exchange import make_mode
 from emerging_optimizers.adaptive_muon.exchange.plan import Ready, Round, make_plan
-from emerging_optimizers.adaptive_muon.modes import plain_modes
+from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
@@ -121,10 +121,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             RuntimeError: If a rank that holds a shard does not answer, or comes with other gradients than in its steps
                 before; then some may have changed.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
             self._step()
         return loss

@@ -100,6 +100,17 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def set_gradients_of_both(
+    pairs: Iterable[tuple[nn.Parameter, nn.Parameter]],
+    places: dict[nn.Parameter, torch.Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Random gradients for whole parameters, and for each one's sharded twin this rank's shard of them."""
+    for p, q in pairs:
+        p.grad, q.grad = torch.randn(p.shape, generator=generator), q.detach().clone()
+        local(q.grad).copy_(p.grad.flatten()[places[q]])
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
     """Trains on a batch of its own for each step, and returns the losses."""
     losses = []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import WAYS, fsdp, full, hsdp, local, models, train
+from models import WAYS, fsdp, full, hsdp, models, set_gradients_of_both, train
 from models import mesh as mesh_of
 from pieces import OPTIONS, difference, far_apart, options_of
 from torch import distributed as dist
@@ -35,11 +35,7 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        for p, q in pairs:
-            p.grad = torch.randn(p.shape, generator=generator)
-            piece = p.grad.flatten()[places[q]]
-            q.grad = q.detach().clone()
-            local(q.grad).copy_(piece)
+        set_gradients_of_both(pairs, places, generator)
         for optimizer in optimizers:
             optimizer.step()
     for p, q in pairs:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import WAYS, full, local, models
+from models import WAYS, full, models, set_gradients_of_both
 from pieces import Pair, difference, far_apart, fused_layers, grid, options_of, stack, strips, walk
 from scaled_momentum import SCALED, registered
 from torch import nn
@@ -65,9 +65,7 @@ def test_dtensors(method: str, way: Callable[[nn.Module], None], mode: str) -> N
     optimizers = [AdaptiveMuon([*params], tp_mode=mode, **same) for params in zip(*pairs, strict=True)]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        for p, q in pairs:
-            p.grad, q.grad = torch.randn(p.shape, generator=generator), q.detach().clone()
-            local(q.grad).copy_(p.grad.flatten()[places[q]])
+        set_gradients_of_both(pairs, places, generator)
         for optimizer in optimizers:
             optimizer.step()
     for p, q in pairs:

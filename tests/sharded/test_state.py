@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from models import WAYS, fsdp, hsdp, local, mesh, models, tensor_parallel
+from models import WAYS, fsdp, hsdp, local, mesh, models, set_gradients_of_both, tensor_parallel
 from pieces import Recording, fused_layers, options_of, set_gradients, stack, strips
 from scaled_momentum import SCALED, registered
 from side_by_side import legal
@@ -119,9 +119,7 @@ def test_a_vector_is_a_plain_tensor_and_whole_on_all_ranks(method: str, way: Cal
     optimizers = [AdaptiveMuon([*params], **options_of(method)) for params in zip(*pairs, strict=True)]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
-        for p, q in pairs:
-            p.grad, q.grad = torch.randn(p.shape, generator=generator), q.detach().clone()
-            local(q.grad).copy_(p.grad.flatten()[places[q]])
+        set_gradients_of_both(pairs, places, generator)
         for optimizer in optimizers:
             optimizer.step()
     for p, q in pairs:

@@ -15,7 +15,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
-from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout, kept_shape
 
 
 __all__ = ["Distributed"]
@@ -109,7 +109,6 @@ def _partial(shards: torch.Tensor, batch: Shards, dims: Collection[int]) -> torc
 
 def _placed(squares: torch.Tensor, batch: Shards, dims: Collection[int]) -> torch.Tensor:
     """Partial sums of squares in the shape of the whole matrix's, zero where other ranks hold the shards."""
-    rows, columns = batch.sharded.whole
-    whole = squares.new_zeros((*squares.shape[:-2], rows if -2 in dims else 1, columns if -1 in dims else 1))
+    whole = squares.new_zeros((*squares.shape[:-2], *kept_shape(batch.sharded.whole, dims)))
     batch.layout.cut(whole, dims).copy_(squares)
     return whole

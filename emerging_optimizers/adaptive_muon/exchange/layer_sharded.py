@@ -47,9 +47,7 @@ class LayerSharded(Mode):
         returned = [iter(parts) for parts in all_to_all(outgoing, incoming, group, device)]
 
         return [
-            batch.in_order(
-                {owner: [*islice(returned[owner], len(batch.returned(m)))] for owner, m in batch.members.items()}
-            )
+            batch.in_order({owner: [*islice(returned[owner], batch.number_returned)] for owner in batch.members})
             for batch in batches
         ]
 

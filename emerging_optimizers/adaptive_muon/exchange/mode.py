@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import Part
 from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
 __all__ = ["Mode", "Shards"]
@@ -62,6 +62,11 @@ class Shards:
         """The dtype in which O is exact, and in which it is sent."""
         return self.orthogonalize.dtype(self.momentum.device, self.sharded.whole)
 
+    @property
+    def number_returned(self) -> int:
+        """How many parts an owner sends back, see :meth:`returned`."""
+        return 1 + len(self.squares) + self.orthogonalize.observes_result
+
     def outgoing(self, members: Sequence[int]) -> list[tuple[torch.Tensor, torch.dtype]]:
         """Return what this rank sends to an owner: its shards of these members, and their partial sums of squares."""
         parts = [(self.momentum, _MOMENTUM), *((squares, squares.dtype) for squares in self.squares)]
@@ -98,8 +103,8 @@ class Shards:
     def returned(self, members: Sequence[int]) -> list[Part]:
         """Return the parts that the owner of these members sends back, by its :meth:`returning`."""
         sums = Part(self._sums_shape(members, self.sharded.whole), self.momentum.dtype)
-        number = len(self.squares) + self.orthogonalize.observes_result
-        return [Part(self._shape(members, self.sharded.own.shape), self.result_dtype), *([sums] * number)]
+        shards = Part(self._shape(members, self.sharded.own.shape), self.result_dtype)
+        return [shards, *([sums] * (self.number_returned - 1))]
 
     def in_order(self, results: Mapping[int, Sequence[torch.Tensor]]) -> tuple[torch.Tensor, Squares]:
         """Return O and the sums of squares of the batch.
@@ -120,8 +125,7 @@ class Shards:
 
     def _sums_shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of their sums of squares."""
-        kept = self.orthogonalize.kept_dims
-        return self._shape(members, (shape[0] if -2 in kept else 1, shape[1] if -1 in kept else 1))
+        return self._shape(members, kept_shape(shape, self.orthogonalize.kept_dims))
 
 
 class Mode(ABC):

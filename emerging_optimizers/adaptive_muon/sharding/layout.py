@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["Layout", "Piece", "Rectangle", "ShardedLayout", "Split"]
+__all__ = ["Layout", "Piece", "Rectangle", "ShardedLayout", "Split", "kept_shape"]
 
 
 class Rectangle(NamedTuple):
@@ -148,6 +148,12 @@ class Piece:
     whole: tuple[int, int]
     rectangle: tuple[int, int, int, int]
     padding: int = 0
+
+
+def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]:
+    """Return a matrix's ``(rows, columns)`` with 1 for each of the dimensions -2 and -1 that is not kept."""
+    rows, columns = shape
+    return rows if -2 in dims else 1, columns if -1 in dims else 1
 
 
 @cache

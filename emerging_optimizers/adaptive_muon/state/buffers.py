@@ -23,13 +23,12 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     placements_like,
     wrapped_like,
 )
+from emerging_optimizers.adaptive_muon.sharding.layout import kept_shape
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
 __all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "state_only", "v_key"]
-
-_ELEMENTS = (-2, -1)
 
 
 class Buffer(NamedTuple):
@@ -74,7 +73,7 @@ class StateFormat:
 
     def buffers(self, p: torch.Tensor) -> dict[str, Buffer]:
         """Return a parameter's buffers by their names."""
-        like_p = Buffer((*p.shape,), (*local_of(p).shape,), placements_like(p, _ELEMENTS))
+        like_p = Buffer((*p.shape,), (*local_of(p).shape,), placements_like(p, (-2, -1)))
         buffers = {"momentum_buffer": like_p}
         for matrix in self.sharding.matrices(p):
             kept = self.kept_dims(p, matrix)
@@ -202,7 +201,7 @@ def v_key(matrix: Matrix, kept_dims: Sequence[int]) -> str:
 
 def _vector(p: torch.Tensor, shape: tuple[int, int], kept_dims: tuple[int, ...]) -> Buffer:
     """The buffer of a V with an entry per row, per column, or for the whole matrix of this shape."""
-    sizes = [size if dim in kept_dims else 1 for dim, size in zip(_ELEMENTS, shape, strict=True)]
+    sizes = [*kept_shape(shape, kept_dims)]
     if is_transposed(p):
         sizes.reverse()
     if not kept_dims:

@@ -12,7 +12,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 from emerging_optimizers.adaptive_muon.sharding.matrices import merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, v_key
 
@@ -75,10 +75,8 @@ def reduce_v(
 
 def _entries(part: torch.Tensor, layout: Layout, kept: tuple[int, ...]) -> torch.Tensor:
     """The entries of V that this rank counts, and zeros for the others: those of the matrix's first row, or column."""
-    shape = layout.shape(part)
     first = part[..., slice(None) if -2 in kept else slice(1), slice(None) if -1 in kept else slice(1)]
-    sizes = [size if dim in kept else 1 for dim, size in zip((-2, -1), shape, strict=True)]
-    V = part.new_zeros((*part.shape[:-2], *sizes))
+    V = part.new_zeros((*part.shape[:-2], *kept_shape(layout.shape(part), kept)))
     if not isinstance(layout, ShardedLayout):
         V.copy_(first)
     elif layout.own.area and (-2 in kept or layout.own.top == 0) and (-1 in kept or layout.own.left == 0):
