@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from triton.runtime.autotuner import Autotuner
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
+from emerging_optimizers.triton_kernels import syrk
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,6 +30,14 @@ def give_gradients(params, step):
     for p in params:
         gradient = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
         p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
+
+
+@pytest.fixture(autouse=True)
+def _one_configuration(monkeypatch):
+    """Upstream's kernel tries up to 180 configurations for each size, which takes minutes."""
+    for kernel in vars(syrk).values():
+        if isinstance(kernel, Autotuner):
+            monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
 
 
 @contextmanager
