@@ -22,10 +22,10 @@ LEVELS = (
     {"optimizer", "routing"},
     {"options"},
     {"update"},
-    {"exchange", "state"},
+    {"passes", "exchange", "state"},
     {"sharding", "orthogonalize", "moment2"},
-    {"parameters", "modes", "identity"},
-    {"checks"},
+    {"parameters", "modes", "identity", "weight_decay"},
+    {"checks", "kernels"},
 )
 # These parts may import less than the levels allow.
 ONLY = {"routing": {"parameters", "identity", "checks"}, "moment2": set[str]()}

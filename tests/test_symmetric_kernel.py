@@ -1,28 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our Triton kernel: on a GPU where there is one, and everywhere in Triton's interpreter, in a process of its own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
-from emerging_optimizers.adaptive_muon.orthogonalize import symmetric, symmetric_kernel
+from emerging_optimizers.adaptive_muon.orthogonalize import symmetric
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-runs_the_kernel = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or Triton's interpreter"
-)
-
-
-@pytest.fixture(params=[1, 2**20], ids=["large tiles", "small tiles"])
-def _tiles(request, monkeypatch):
-    monkeypatch.setattr(symmetric_kernel, "_LARGE_FROM", request.param)
+BLOCK = 128  # the kernel's tiles; what is in a tile on the diagonal is symmetric only to the rounding
 
 
 def factors(stack, n, k):
@@ -34,33 +22,29 @@ def factors(stack, n, k):
     return [each.to(DEVICE, torch.float16) for each in (S, C @ S.mT, P + P.mT)]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is what started this process")
+@starts_the_interpreter
 def test_in_the_interpreter():
-    pytest_ = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        pytest_, capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_the_interpreter(__file__)
 
 
-@runs_the_kernel
-@pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize(("stack", "n", "k"), [(1, 64, 64), (2, 150, 70), (3, 129, 33), (1, 256, 300)], ids=str)
+@runs_kernels
+@pytest.mark.parametrize(
+    ("stack", "n", "k"), [(1, 64, 64), (2, 150, 70), (3, 129, 33), (1, 256, 320), (2, 400, 64)], ids=str
+)
 def test_is_the_product(stack, n, k):
     """To the rounding of the result, written everywhere, and symmetric to the last bit."""
     S, T, P = factors(stack, n, k)
     exact, scale = S.double() @ T.double(), torch.finfo(torch.float16).eps
-    for plus, beta, alpha in (("in place", 0.5, -2.0), (None, 1.0, 1.0), (P, 0.5, -2.0)):
+    eye = torch.eye(n, dtype=torch.float64, device=DEVICE)
+    for plus, beta, alpha, diagonal in (("in place", 0.5, -2.0, 0.0), (None, 1.0, 1.0, 0.0), (P, 0.5, -2.0, 3.5)):
         out = P.clone() if plus == "in place" else torch.full_like(P, torch.nan)
-        symmetric_product_on_cuda(S, T, out if plus == "in place" else plus, out, beta, alpha)
-        expected = alpha * exact + (0 if plus is None else beta * P.double())
+        symmetric_product_on_cuda(S, T, out if plus == "in place" else plus, out, beta, alpha, diagonal)
+        expected = alpha * exact + (0 if plus is None else beta * P.double()) + diagonal * eye
         torch.testing.assert_close(out.double(), expected, atol=2 * scale, rtol=scale)
-        block = symmetric_kernel._LARGE["BLOCK"]
-        assert torch.equal(out[:, block:, :block], out[:, :block, block:].mT)
+        assert torch.equal(out[:, BLOCK:, :BLOCK], out[:, :BLOCK, BLOCK:].mT)
 
 
-@runs_the_kernel
-@pytest.mark.usefixtures("_tiles")
+@runs_kernels
 def test_takes_views():
     """Of any strides, for the factors of tall matrices are transposed."""
     X = torch.randn(2, 100, 90, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
@@ -73,7 +57,7 @@ def test_takes_views():
 
 
 @pytest.mark.parametrize(
-    ("n", "dtype", "use_syrk", "taken"),
+    ("n", "dtype", "usable", "taken"),
     [
         (256, torch.float16, True, True),
         (256, torch.bfloat16, True, False),
@@ -83,14 +67,17 @@ def test_takes_views():
     ],
     ids=str,
 )
-def test_is_used_where_it_saves(monkeypatch, n, dtype, use_syrk, taken):
-    """Here the factors only say that they are on a GPU, and the kernel only listens."""
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
+def test_is_used_where_it_saves(monkeypatch, n, dtype, usable, taken):
+    """Here the kernel only listens."""
     asked = []
+    monkeypatch.setattr(symmetric, "kernels_usable", lambda device: usable)
     monkeypatch.setattr(symmetric, "symmetric_product_on_cuda", lambda *arguments: asked.append(arguments))
-    X, out = torch.ones(1, n, 8, dtype=dtype).as_subclass(OnGpu), torch.zeros(1, n, n, dtype=dtype)
-    symmetric_product(X, X.mT, out=out, use_syrk=use_syrk)
+    X, out = torch.ones(1, n, 8, dtype=dtype), torch.zeros(1, n, n, dtype=dtype)
+    symmetric_product(X, X.mT, out=out)
     assert bool(asked) is taken and bool(out.any()) is not taken
+
+
+def test_adds_to_the_diagonal_without_the_kernel():
+    X, out = torch.randn(2, 5, 8), torch.zeros(2, 5, 5)
+    symmetric_product(X, X.mT, alpha=2.0, diagonal=3.0, out=out)
+    torch.testing.assert_close(out, 2 * X @ X.mT + 3 * torch.eye(5), atol=1e-5, rtol=1e-5)

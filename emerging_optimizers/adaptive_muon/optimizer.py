@@ -21,6 +21,7 @@ from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state, state_only
 from emerging_optimizers.adaptive_muon.update import StepRule, update_round
+from emerging_optimizers.adaptive_muon.weight_decay import WEIGHT_DECAYS
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
 
@@ -144,11 +145,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         rule = StepRule(
             moment2=self.state_format.moment2,
             nesterov=self.nesterov,
-            decay_method=self.weight_decay_method,
+            weight_decay=WEIGHT_DECAYS[self.weight_decay_method],
             bias_correction=self.bias_correction,
             steps_on_device=self.capturable,
             shape_factor=lambda m, n: get_muon_scale_factor(m, n, mode=self.scale_mode) * self.extra_scale_factor,
-            decay=self._apply_weight_decay_inplace,
             functions=self._functions,
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
             after_update=self.post_weight_update_fn_inplace,

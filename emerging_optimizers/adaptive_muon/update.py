@@ -4,7 +4,6 @@
 A letter with an s is a list, of a tensor per parameter; a letter without is one tensor, of the whole batch.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 from emerging_optimizers.adaptive_muon.exchange import Mode, Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
-from emerging_optimizers.adaptive_muon.moment2 import Moment2, sum_of_squares
-from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
+from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, round_into, work_dtype
+from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
+from emerging_optimizers.adaptive_muon.weight_decay import Number, WeightDecay
 
 
 __all__ = ["BatchUpdate", "StepRule", "update_round"]
@@ -35,11 +35,10 @@ class StepRule:
     Args:
         moment2: The second-moment method.
         nesterov: Whether the momentum looks ahead.
-        decay_method: The weight decay method.
+        weight_decay: The way of weight decay.
         bias_correction: Whether D is corrected for the averages having started at zero.
         steps_on_device: Whether the step count is on the device, where no step may read it.
         shape_factor: Returns s for the rows and columns of a whole matrix.
-        decay: Upstream's weight decay of a weight in place, given gradient, learning rate and coefficient.
         functions: Returns the iteration for parameters of a group, or for each parameter a user's function in its place.
         before_update: Called with a parameter and its update, both of which it may change; or None.
         after_update: Called with a parameter that has been updated.
@@ -47,11 +46,10 @@ class StepRule:
 
     moment2: Moment2
     nesterov: bool
-    decay_method: str
+    weight_decay: WeightDecay
     bias_correction: bool
     steps_on_device: bool
     shape_factor: Callable[[int, int], float]
-    decay: Callable[[torch.Tensor, torch.Tensor, float, float], None]
     functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
     before_update: Callable[[torch.Tensor, torch.Tensor], None] | None
     after_update: Callable[[torch.Tensor], None]
@@ -118,8 +116,7 @@ class BatchUpdate:
     ) -> None:
         function = rule.functions(params, group)
         self.params, self.matrices, self._rule, self._group, self._states = params, matrices, rule, group, states
-        self._locals = [as_matrices(p) for p in params]
-        self._Ws = [in_work_dtype(local) for local in self._locals]
+        self._Ws = [as_matrices(p) for p in params]
         self._gradients = gradients
         self._scales = [
             _Scale(rule.moment2, group, params, states, matrix, of_matrix, function)
@@ -127,79 +124,84 @@ class BatchUpdate:
         ]
 
     def begin(self) -> list[Shards]:
-        """Decay W and average M; return M' of each matrix, with the sums of squares that are observed before O."""
-        momentum, method = self._group["momentum"], self._rule.decay_method
-        Gs = [as_matrices(p, G).to(work_dtype(p)) for p, G in zip(self.params, self._gradients, strict=True)]
-        if method == "l2":
-            Gs = [G.clone() for G in Gs]  # the decay is added in place, and the user's gradient stays as it is
-        if method != "adaptive":
-            self._decay(Gs)
+        """Average M; return M' of each matrix, with the sums of squares that are observed before O."""
+        Gs, weight_decay = list(map(as_matrices, self.params, self._gradients)), self._group["weight_decay"]
+        if self._rule.weight_decay.share is None and weight_decay:
+            Gs = [G.to(work_dtype(W)).add(W, alpha=weight_decay) for G, W in zip(Gs, self._Ws, strict=True)]
         Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self.params, self._states, strict=True)]
-        torch._foreach_lerp_(Ms, Gs, 1 - momentum)
-        G, M = as_batch(Gs), as_batch(Ms)
-        M_prime = G.lerp(M, momentum) if self._rule.nesterov else M
-        return [scale.begin(scale.matrix.of(G), scale.matrix.of(M_prime)) for scale in self._scales]
+        return [scale.begin(Ms, Gs, self._rule.nesterov) for scale in self._scales]
 
     def finish(self, results: Sequence[tuple[torch.Tensor, Squares]]) -> None:
-        """Average V, and update W.
+        """Average V, and decay and update W.
 
         Args:
             results: For each matrix O, or this rank's shard of it, and the whole matrix's sums of squares.
         """
-        lr, weight_decay, rule = self._group["lr"], self._group["weight_decay"], self._rule
-        parts = [scale.finish(O, squares) for scale, (O, squares) in zip(self._scales, results, strict=True)]
+        rule, lr = self._rule, self._group["lr"]
+        Ds = [scale.finish(O, squares) for scale, (O, squares) in zip(self._scales, results, strict=True)]
         if rule.bias_correction:
-            self._correct(parts)
-        if rule.decay_method == "adaptive" and weight_decay:
-            decay = self._merged(parts) * (lr * weight_decay)
-            torch._foreach_addcmul_(self._Ws, self._Ws, decay.unbind(0), value=-1)
-        for part, scale in zip(parts, self._scales, strict=True):
-            part.mul_(rule.shape_factor(*scale.shape))
-        D, O = self._merged(parts), self._merged([O for O, _ in results])
+            self._correct(Ds)
+        decays = list(map(self._decay, Ds))
+        for D, scale in zip(Ds, self._scales, strict=True):
+            D.mul_(rule.shape_factor(*scale.shape))
+        Os = [O for O, _ in results]
         if rule.before_update is not None:
-            D, O = torch.ones_like(D), D * O
-            self._Ws = [self._hooked(*each) for each in zip(self.params, self._locals, self._Ws, O, strict=True)]
-        if isinstance(lr, torch.Tensor):
-            D, lr = D * lr, 1.0
-        torch._foreach_addcmul_(self._Ws, O.unbind(0), D.unbind(0), value=-lr)
-        for p, local, W in zip(self.params, self._locals, self._Ws, strict=True):
-            round_into(local, W)
+            self._apply_with_hook(rule.before_update, Os, Ds, decays)
+        else:
+            if isinstance(lr, torch.Tensor):
+                Ds, lr = [D * lr for D in Ds], 1.0
+            for matrix, O, D, decay in zip(self.matrices, Os, Ds, decays, strict=True):
+                with matrix.in_place(self._Ws) as Ws:
+                    apply(Ws, O, D, lr=lr, decay=decay)
+        for p in self.params:
             rule.after_update(p)
 
-    def _decay(self, Gs: list[torch.Tensor]) -> None:
-        """Apply a weight decay of upstream's in place: to the weights, or the gradients' copies."""
-        lr, decay, method = self._group["lr"], self._group["weight_decay"], self._rule.decay_method
-        if isinstance(lr, torch.Tensor):  # upstream's would have to know its value
-            factors = {"decoupled": lr * decay, "palm": lr * lr * decay}
-            if method in factors and decay:
-                torch._foreach_addcmul_(self._Ws, self._Ws, [factors[method]] * len(self._Ws), value=-1)
-                return
-            lr = math.nan  # does not matter to the others
-        for W, G in zip(self._Ws, Gs, strict=True):
-            self._rule.decay(W, G, lr, decay)
+    def _decay(self, D: torch.Tensor) -> Number:
+        """Return the share of itself that the weight loses, where D is its adaptive scale."""
+        rule, coefficient = self._rule.weight_decay, self._group["weight_decay"]
+        if rule.share is None or not coefficient:
+            return 0.0
+        share = rule.share(self._group["lr"], coefficient)
+        if rule.scaled:
+            return D * share
+        return share * D.new_ones((1,) * D.ndim) if isinstance(share, torch.Tensor) else share
 
     def _correct(self, Ds: Sequence[torch.Tensor]) -> None:
         """Count the step, and correct D of each matrix in place for the averages having started at zero."""
         momentum, beta2 = self._group["momentum"], self._group["beta2"]
         steps = [state["step"] for state in self._states]
         torch._foreach_add_(steps, 1)
-        # on the host; with capturable, where the graph's replays count, on the device
-        known = torch.stack(steps).double() if self._rule.steps_on_device else map(float, steps)
-        corrections = [self._rule.moment2.correction(step, momentum=momentum, beta2=beta2) for step in known]
+        if self._rule.steps_on_device:  # where a graph's replays count
+            correction = self._rule.moment2.correction(torch.stack(steps).double(), momentum=momentum, beta2=beta2)
+            for D in Ds:
+                D.mul_(correction.view(-1, *[1] * (D.ndim - 1)))
+            return
+        corrections = [self._rule.moment2.correction(float(step), momentum=momentum, beta2=beta2) for step in steps]
         for D in Ds:
             torch._foreach_mul_(D.unbind(0), corrections)
 
-    def _merged(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Return what there is for each matrix as one tensor of the batch."""
-        return merge_blocks(self.matrices, parts, (len(self._Ws), *self._Ws[0].shape))
-
-    def _hooked(self, p: torch.Tensor, local: torch.Tensor, W: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-        """Call the function that may change the update and the weight, and return the weight to work on."""
-        assert self._rule.before_update is not None
-        round_into(local, W)  # it sees the decayed weight,
-        self._rule.before_update(p, wrapped_like(p, U.mT if is_transposed(p) else U))
-        # and may change it
-        return W if W is local or torch.equal(W.to(local.dtype), local) else in_work_dtype(local)
+    def _apply_with_hook(
+        self,
+        hook: Callable[[torch.Tensor, torch.Tensor], None],
+        Os: Sequence[torch.Tensor],
+        Ds: Sequence[torch.Tensor],
+        decays: Sequence[Number],
+    ) -> None:
+        """Decay W, call a function that may change the update and the weight, and update W."""
+        for matrix, decay in zip(self.matrices, decays, strict=True):
+            with matrix.in_place(self._Ws) as Ws:
+                worked = list(map(in_work_dtype, Ws))
+                decay_weights(worked, decay)
+                list(map(round_into, Ws, worked))
+        updates = [D * O for D, O in zip(Ds, Os, strict=True)]
+        for p, W, U in zip(
+            self.params,
+            self._Ws,
+            merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape)),
+            strict=True,
+        ):
+            hook(p, wrapped_like(p, U.mT if is_transposed(p) else U))
+            W.copy_(in_work_dtype(W) - self._group["lr"] * U)
 
 
 class _Scale:
@@ -222,16 +224,31 @@ class _Scale:
         self.matrix = matrix
         self.shape = matrix.shape(params[0])
         self._moment2, self._eps, self._owners, self._function = moment2, group["eps"], owners, function
+        self._momentum, self._dtype = group["momentum"], work_dtype(params[0])
         self._kept_dims = moment2.kept_dims(*self.shape)
         self._per_element = len(self._kept_dims) == 2
         self._V = SecondMoment(params, states, matrix, self._kept_dims, group["beta2"])
         self._squares: Squares = []  # of elements, which wait here for those of O
 
-    def begin(self, G: torch.Tensor, M_prime: torch.Tensor) -> Shards:
-        """Return M', scaled where D scales it and is known already, with its partial sums of squares."""
+    def begin(self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], nesterov: bool) -> Shards:
+        """Average M; return M', scaled where D scales it and is known already, with its partial sums of squares.
+
+        Args:
+            Ms: The momentum of each parameter.
+            Gs: The gradient of each parameter.
+            nesterov: Whether the momentum looks ahead.
+        """
         method, kept = self._moment2, self._kept_dims
-        seen = {"gradient": G, "momentum": M_prime}
-        squares = [sum_of_squares(seen[name], kept) for name in method.observed if name in seen]
+        observed = [name for name in method.observed if name != "orthogonalized"]
+        with self.matrix.in_place(Ms) as buffers:
+            M_prime, squares = average(
+                buffers,
+                list(map(self.matrix.of, Gs)),
+                momentum=self._momentum,
+                nesterov=nesterov,
+                kept_dims=kept,
+                observed=observed,
+            )
         scale, observes_result = None, "orthogonalized" in method.observed and not self._per_element
         if self._per_element:
             self._squares, squares = squares, []
@@ -247,9 +264,10 @@ class _Scale:
         if self._moment2.scales_momentum:
             if not self._per_element:
                 self._V.update(self._statistic(squares))
-            return O.new_ones((*O.shape[:-2], 1, 1))
+            return O.new_ones((*O.shape[:-2], 1, 1), dtype=self._dtype)
         if self._per_element:
-            squares = [*self._squares, *([O.square()] if "orthogonalized" in self._moment2.observed else [])]
+            of_O = [O.to(self._dtype).square()] if "orthogonalized" in self._moment2.observed else []
+            squares = [*self._squares, *of_O]
         D = self._D(self._V.update(self._statistic(squares)), squares)
         return D if self._per_element else self.matrix.layout.cut(D, self._kept_dims)
 

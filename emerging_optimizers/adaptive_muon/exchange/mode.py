@@ -112,11 +112,11 @@ class Shards:
         Args:
             results: For each owner, what it sent: :meth:`returning`.
         """
-        size, dtype = len(self.owners), self.momentum.dtype
-        merged = [part.new_empty((size, *part.shape[1:]), dtype=dtype) for part in next(iter(results.values()))]
+        size = len(self.owners)
+        merged = [part.new_empty((size, *part.shape[1:])) for part in next(iter(results.values()))]
         for owner, parts in results.items():
             for whole, part in zip(merged, parts, strict=True):
-                whole[_index(self.members[owner])] = part.to(dtype)
+                whole[_index(self.members[owner])] = part
         return merged[0], merged[1:]
 
     def _shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:

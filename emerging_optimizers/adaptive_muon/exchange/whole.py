@@ -41,17 +41,17 @@ class Orthogonalize:
             momentum: M' of whole matrices, shape ``(members, ..., rows, columns)``.
             squares: Sums of squares of the whole matrices.
             members: Which members of the batch they belong to.
-            dtype: The dtype of O and of its sums.
+            dtype: The dtype of the sums of squares. O is returned in the dtype in which it is exact.
         """
         if self.scale is not None:
             momentum = (momentum * self.scale(squares, members)).to(momentum.dtype)  # D may be in float64
         if isinstance(self.function, NewtonSchulz):
-            O = self.function(momentum).to(dtype)
+            O = self.function.iterated(momentum)
         else:
             # A function may work in place, and M' may be the momentum buffer itself.
             Os = [self.function[i](matrix.clone()) for i, matrix in zip(members, momentum, strict=True)]
             O = as_batch(Os).to(dtype)
-        return O, [*squares, sum_of_squares(O, self.kept_dims)] if self.observes_result else squares
+        return O, [*squares, sum_of_squares(O, self.kept_dims, dtype)] if self.observes_result else squares
 
     def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
         """Return the dtype in which O is exact, of matrices of a shape on a device."""

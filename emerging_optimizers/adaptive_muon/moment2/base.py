@@ -93,7 +93,7 @@ class Moment2(ABC):
         return correction
 
 
-def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int]) -> torch.Tensor:
+def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int], dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return the sums of squares along the dimensions that are not kept, which get size 1.
 
     The sums of a whole matrix are the sums of its shards' sums.
@@ -101,9 +101,10 @@ def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int]) -> torch.Te
     Args:
         matrix: Shape ``(..., rows, columns)``, a batch of matrices or of shards.
         kept_dims: Which of the dimensions -2 and -1 to keep; with both, the elements' squares.
+        dtype: The dtype of the sums, the matrix's by default.
     """
     summed = tuple(dim for dim in (-2, -1) if dim not in kept_dims)
     if not summed:
-        return matrix.square()
-    norms: torch.Tensor = torch.linalg.vector_norm(matrix, dim=summed, keepdim=True)
+        return matrix.to(dtype or matrix.dtype).square()
+    norms: torch.Tensor = torch.linalg.vector_norm(matrix, dim=summed, keepdim=True, dtype=dtype)
     return norms.square_()

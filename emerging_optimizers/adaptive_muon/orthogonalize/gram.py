@@ -18,7 +18,6 @@ iteration.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import batched
 
 import torch
@@ -58,40 +57,35 @@ def group_steps(steps: Sequence[Coefficients], short_side: int, dtype: torch.dty
     return [steps[:first], *batched(steps[first:], 2)]
 
 
-def iterate(
-    matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]], dtype: torch.dtype, use_syrk: bool = False
-) -> torch.Tensor:
-    """Return a batch of matrices after the iteration, in float32. Each matrix is first divided by its Frobenius norm.
+def iterate(matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]], dtype: torch.dtype) -> torch.Tensor:
+    """Return a batch of matrices after the iteration, in its dtype. Each matrix is first divided by its Frobenius norm.
 
     Args:
         matrices: Shape ``(batch, rows, columns)``, float32.
         step_groups: The steps, in groups of steps to take at once.
         dtype: The dtype to iterate in.
-        use_syrk: Whether symmetric products use our Triton kernel where it takes them.
     """
-    product = partial(symmetric_product, use_syrk=use_syrk)
-    X = torch.nn.functional.normalize(matrices, p=2.0, dim=(-2, -1), eps=MIN_NORM).to(dtype)  # type: ignore[arg-type]
+    X = torch.empty_like(matrices, dtype=dtype)
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp_min_(MIN_NORM)
+    torch.div(matrices, norms, out=X)
     tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
     A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
     for steps in step_groups:
-        product(*(X.mT, X) if tall else (X, X.mT), out=A)
+        symmetric_product(*(X.mT, X) if tall else (X, X.mT), out=A)
         for index, (a, b, c) in enumerate(steps):
-            product(A, A, plus=A, beta=b, alpha=c, out=B)
-            if index + 1 < len(steps):
-                product(B, A, plus=A, beta=a, out=T)
-                product(T, B, plus=T, beta=a, out=A)
-            elif index == 0:
-                torch.baddbmm(X, *(X, B) if tall else (B, X), beta=a, out=spare)
-                break
-            if index == 0:
+            is_last = index + 1 == len(steps)
+            symmetric_product(A, A, plus=A, beta=b, alpha=c, diagonal=a if is_last else 0.0, out=B)
+            if not is_last:
+                symmetric_product(B, A, plus=A, beta=a, out=T)
+                symmetric_product(T, B, plus=T, beta=a, out=A)
                 B.diagonal(dim1=-2, dim2=-1).add_(a)
+            if index == 0:
                 B, Z = Z, B
             else:
                 # The product is symmetric, but its rounding is not. The later step's factor comes first in what X meets:
                 # where X is zero, the earlier steps then do not enlarge what the later step rounds.
-                torch.baddbmm(Z, *(Z, B) if tall else (B, Z), beta=a, out=T)
+                torch.bmm(*(Z, B) if tall else (B, Z), out=T)
                 Z, T = T, Z
-        else:
-            torch.bmm(*(X, Z) if tall else (Z, X), out=spare)
+        torch.bmm(*(X, Z) if tall else (Z, X), out=spare)
         X, spare = spare, X
-    return X.float()
+    return X

@@ -53,8 +53,8 @@ class NewtonSchulz:
     Args:
         coefficient_type: A coefficient set of upstream's table.
         num_steps: Number of iterations, at least 1.
-        use_syrk: Whether iterations in 16 bit on CUDA use a Triton kernel for symmetric products. "standard" uses
-            upstream's, for single matrices in bfloat16; the others use ours, for batches in float16.
+        use_syrk: Whether "standard" uses upstream's Triton kernel for symmetric products, in bfloat16 on CUDA. The other
+            algorithms use our own kernel by themselves.
         algorithm: "standard" is upstream's function, one matrix after the other, and gives its numbers to the last bit
             ("medium" precision iterates in bfloat16). "gram" takes several steps at once, of a batch of matrices. At
             "medium" precision it iterates in float16 on CUDA, which is as fast as bfloat16 and more exact, and in
@@ -90,6 +90,10 @@ class NewtonSchulz:
         Args:
             matrices: Shape ``(..., rows, columns)``, a matrix or a batch of matrices; any floating dtype.
         """
+        return self.iterated(matrices).to(matrices.dtype)
+
+    def iterated(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Return what a call returns, in the dtype of the iteration, see :meth:`dtype`, or in float32."""
         if not matrices.numel():
             return torch.zeros_like(matrices)
         batch = matrices.reshape(-1, *matrices.shape[-2:]).float()
@@ -97,7 +101,7 @@ class NewtonSchulz:
             result = as_batch([self._by_upstream(matrix) for matrix in batch])
         else:
             result = self._iterated(batch)
-        return result.view(matrices.shape).to(matrices.dtype)
+        return result.view(matrices.shape)
 
     @property
     def coefficients(self) -> tuple[Coefficients, ...]:
@@ -135,7 +139,7 @@ class NewtonSchulz:
         step_groups = group_steps(steps, min(batch.shape[1:]), dtype) if several_steps else [*batched(steps, 1)]
         parts = torch.split(batch, batch_size(batch.shape[1:], batch.device))
         with self.products(dtype, several_steps=several_steps):
-            results = [iterate(part, step_groups, dtype, self.use_syrk) for part in parts]
+            results = [iterate(part, step_groups, dtype) for part in parts]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _by_upstream(self, matrix: torch.Tensor) -> torch.Tensor:

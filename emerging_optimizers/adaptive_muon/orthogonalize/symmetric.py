@@ -3,6 +3,7 @@
 
 import torch
 
+from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.orthogonalize import cpu
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
@@ -24,9 +25,9 @@ def symmetric_product(
     plus: torch.Tensor | None = None,
     beta: float = 1.0,
     alpha: float = 1.0,
-    use_syrk: bool = False,
+    diagonal: float = 0.0,
 ) -> None:
-    """Compute :math:`\\beta P + \\alpha S T`, where that is symmetric.
+    """Compute :math:`\\beta P + \\alpha S T + d I`, where that is symmetric.
 
     Args:
         S: Left factors, shape ``(batch, n, k)``.
@@ -35,10 +36,10 @@ def symmetric_product(
         plus: P, symmetric, shape ``(batch, n, n)``; None for zero.
         beta: Factor on P.
         alpha: Factor on the product.
-        use_syrk: Whether to use our Triton kernel for float16 on CUDA.
+        diagonal: d, which is added to the diagonal.
     """
-    if use_syrk and S.is_cuda and S.dtype == torch.float16 and S.size(-2) >= _KERNEL_FROM:
-        symmetric_product_on_cuda(S, T, plus, out, beta, alpha)
+    if S.dtype == torch.float16 and S.size(-2) >= _KERNEL_FROM and kernels_usable(S.device):
+        symmetric_product_on_cuda(S, T, plus, out, beta, alpha, diagonal)
         return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
     if S.device.type == "cpu" and S.size(-2) >= _CPU_FROM and not (S.dtype == torch.bfloat16 and cpu.has_tiles()):
@@ -46,6 +47,8 @@ def symmetric_product(
             _in_halves(*one_product, beta, alpha)
     else:
         torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
+    if diagonal:
+        out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
 
 
 def _in_halves(

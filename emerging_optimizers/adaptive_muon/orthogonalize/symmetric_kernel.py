@@ -10,27 +10,30 @@ import triton.language as tl
 
 __all__ = ["symmetric_product_on_cuda"]
 
-# Tiles for small matrices, and for those from this many rows on. Nothing else chooses: tiles decide how results are
-# rounded, and replicas that found other ones the fastest would drift apart. Not measured yet.
-_SMALL = {"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
-_LARGE = {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-_LARGE_FROM = 1024
+# The tiles: rows and columns of a tile, depth of a step. Nothing but the shape may choose others: tiles decide how results
+# are rounded, and replicas that found other ones the fastest would drift apart.
+_TILES = {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
 def _lower_tiles(
-    S, T, plus, out, n, k, alpha, beta,
+    S, T, plus, out, n, k, tiles, alpha, beta, diagonal,
     S_batch, S_row, S_column, T_batch, T_row, T_column,
     plus_batch, plus_row, plus_column, out_batch, out_row, out_column,
-    HAS_PLUS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_PLUS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Computes one tile on or below the diagonal of one product of the batch, and writes it and its mirror image."""
-    tiles = tl.cdiv(n, BLOCK)
-    tile_row, tile_column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if tile_column > tile_row:
-        return
-    # Offsets are 64-bit: a matrix may have more than 2^31 elements.
-    index = tl.program_id(1).to(tl.int64)
+    """Computes one tile on or below the diagonal of one product of the batch, and writes it and its mirror image.
+
+    EVEN is for sizes that are multiples of the tiles', which need no masks.
+    """
+    index, place = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    # Tiles are counted row by row, of 1, 2, 3, ... tiles; the root is off by one at most.
+    tile_row = ((tl.sqrt(8.0 * place.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    tile_row = tl.where(tile_row * (tile_row + 1) // 2 > place, tile_row - 1, tile_row)
+    tile_row = tl.where((tile_row + 1) * (tile_row + 2) // 2 <= place, tile_row + 1, tile_row)
+    tile_column = place - tile_row * (tile_row + 1) // 2
+    # Offsets are 64-bit where a matrix may have more than 2^31 elements.
+    index = index.to(tl.int64)
     rows = (tile_row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     columns = (tile_column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     depth = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -40,8 +43,11 @@ def _lower_tiles(
     rights = T + index * T_batch + depth[:, None] * T_row + columns[None, :] * T_column
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
-        left = tl.load(lefts, mask=in_rows[:, None] & (depth[None, :] < k - start), other=0.0)
-        right = tl.load(rights, mask=(depth[:, None] < k - start) & in_columns[None, :], other=0.0)
+        if EVEN:
+            left, right = tl.load(lefts), tl.load(rights)
+        else:
+            left = tl.load(lefts, mask=in_rows[:, None] & (depth[None, :] < k - start), other=0.0)
+            right = tl.load(rights, mask=(depth[:, None] < k - start) & in_columns[None, :], other=0.0)
         total = tl.dot(left, right, total)
         lefts += BLOCK_K * S_column
         rights += BLOCK_K * T_row
@@ -51,6 +57,7 @@ def _lower_tiles(
     if HAS_PLUS:
         added = plus + index * plus_batch + rows[:, None] * plus_row + columns[None, :] * plus_column
         total += beta * tl.load(added, mask=inside, other=0.0).to(tl.float32)
+    total += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
     result = total.to(out.dtype.element_ty)
     out += index * out_batch
     tl.store(out + rows[:, None] * out_row + columns[None, :] * out_column, result, mask=inside)
@@ -60,9 +67,15 @@ def _lower_tiles(
 
 
 def symmetric_product_on_cuda(
-    S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor | None, out: torch.Tensor, beta: float, alpha: float
+    S: torch.Tensor,
+    T: torch.Tensor,
+    plus: torch.Tensor | None,
+    out: torch.Tensor,
+    beta: float,
+    alpha: float,
+    diagonal: float = 0.0,
 ) -> None:
-    """Compute :math:`\\beta P + \\alpha S T` of float16 matrices of any strides; sums are in float32.
+    """Compute :math:`\\beta P + \\alpha S T + d I` of float16 matrices of any strides; sums are in float32.
 
     The arguments are those of :func:`~emerging_optimizers.adaptive_muon.orthogonalize.symmetric.symmetric_product`.
     """
@@ -70,8 +83,11 @@ def symmetric_product_on_cuda(
     added = out if plus is None else plus
     strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
     kernel: Any = _lower_tiles  # its compile-time arguments are plain values here
-    tiles = _LARGE if n >= _LARGE_FROM else _SMALL
+    across = triton.cdiv(n, _TILES["BLOCK"])
+    tiles = across * (across + 1) // 2
+    even = n % _TILES["BLOCK"] == 0 and k % _TILES["BLOCK_K"] == 0
     with torch.cuda.device_of(S):  # Triton starts kernels on the current device
-        kernel[triton.cdiv(n, tiles["BLOCK"]) ** 2, batch](
-            S, T, added, out, n, k, alpha, beta, *strides, HAS_PLUS=plus is not None, **tiles
-        )
+        kernel[(tiles * batch,)](
+            S, T, added, out, n, k, tiles, alpha, beta, diagonal, *strides,
+            HAS_PLUS=plus is not None, EVEN=even, **_TILES,
+        )  # fmt: skip

@@ -2,7 +2,8 @@
 """The logical matrices of a parameter, made of the shards that the ranks of a group have of it."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +72,15 @@ class Matrix:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the matrix's part of a tensor of the parameter's shape: a view where its rows are adjacent."""
         return tensor if self.is_all else tensor[..., self.rows, :]
+
+    @contextmanager
+    def in_place(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Return a context with the matrix's parts of tensors, as :meth:`of` returns them, to be changed in place."""
+        parts = [self.of(tensor) for tensor in tensors]
+        yield parts
+        if isinstance(self.rows, torch.Tensor):  # rows that are not adjacent were copied
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor[..., self.rows, :] = part
 
 
 def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:

@@ -7,6 +7,7 @@ has row blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` a
 """
 
 from collections.abc import Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -172,12 +173,9 @@ class SecondMoment:
         """Average a statistic into V in place, and return V; both have the shape ``(batch, ...)``."""
         key, statistics = v_key(self.matrix, self.kept_dims), statistic.unbind(0)
         buffers = [as_matrices(p, state[key]) for p, state in zip(self.params, self.states, strict=True)]
-        parts = list(map(self.matrix.of, buffers)) if len(self.kept_dims) == 2 else buffers
-        Vs = [V.view_as(like) for V, like in zip(parts, statistics, strict=True)]
-        torch._foreach_lerp_(Vs, statistics, 1 - self.beta2)
-        if parts is not buffers and isinstance(self.matrix.rows, torch.Tensor):
-            for buffer, V in zip(buffers, Vs, strict=True):
-                buffer[..., self.matrix.rows, :] = V  # rows that are not adjacent were a copy
+        with self.matrix.in_place(buffers) if len(self.kept_dims) == 2 else nullcontext(buffers) as parts:
+            Vs = [V.view_as(like) for V, like in zip(parts, statistics, strict=True)]
+            torch._foreach_lerp_(Vs, statistics, 1 - self.beta2)
         return as_batch(Vs)
 
     def after(self, statistic: torch.Tensor, members: Sequence[int]) -> torch.Tensor:

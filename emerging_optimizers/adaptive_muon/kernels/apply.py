@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernel: weight decay and update of many weights in one pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from emerging_optimizers.adaptive_muon.kernels.addresses import addresses, are_aligned, at
+from emerging_optimizers.adaptive_muon.kernels.average import triton_type
+
+
+__all__ = ["apply_on_cuda"]
+
+_ROWS, _COLUMNS = 16, 256
+
+
+@triton.jit
+def _broadcast(start, row, column, row_stride, inside, COLUMN_STRIDE: tl.constexpr):
+    """Loads a tile of what is broadcast to a matrix: of one column where its columns are. The rows must exist."""
+    if COLUMN_STRIDE == 0:
+        loaded = tl.load(start + row * row_stride)
+    else:
+        loaded = tl.load(start + row * row_stride + column * COLUMN_STRIDE, mask=inside, other=0.0)
+    return loaded
+
+
+@triton.jit
+def _apply(
+    weights, O, D, decays,
+    rows, columns, tiles_down, tiles_across, W_row, O_member, O_row, D_member, D_row, decay_member, decay_row, lr, decay,
+    W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, O_COLUMN: tl.constexpr, D_COLUMN: tl.constexpr,
+    DECAY_COLUMN: tl.constexpr, HAS_DECAYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Works on one tile of one matrix."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % (tiles_down * tiles_across)
+    member = program // (tiles_down * tiles_across)
+    row = (tile // tiles_across) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tile % tiles_across) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    places = at(weights, member, W_TYPE, ALIGNED) + row * W_row + column
+    W = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    existing = tl.minimum(row, rows - 1)
+    if HAS_DECAYS:
+        W -= _broadcast(decays + member * decay_member, existing, column, decay_row, inside, DECAY_COLUMN) * W
+    else:
+        W -= decay * W
+    o = tl.load(O + member * O_member + row * O_row + column * O_COLUMN, mask=inside, other=0.0).to(tl.float32)
+    d = _broadcast(D + member * D_member, existing, column, D_row, inside, D_COLUMN)
+    W -= lr * (o * d)
+    tl.store(places, W.to(W_TYPE), mask=inside)
+
+
+def apply_on_cuda(
+    Ws: Sequence[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float, decay: float | torch.Tensor
+) -> None:
+    """Decay and update weights in place. The arguments are those of ``passes.apply``.
+
+    Args:
+        Ws: Weights of one shape, in any floating dtype; the columns and the dimensions of a stack are contiguous.
+        O: Orthogonalized momentum, shape ``(weights, ..., rows, columns)``, any floating dtype.
+        D: Adaptive scale, float32, broadcastable to O.
+        lr: Learning rate.
+        decay: The share of itself that a weight loses; a tensor like D, or a number.
+    """
+    first, (rows, columns) = Ws[0], Ws[0].shape[-2:]
+    members, down, across = (
+        len(Ws) * first.shape[:-2].numel(),
+        triton.cdiv(rows, _ROWS),
+        triton.cdiv(columns, _COLUMNS),
+    )
+
+    lead = O.shape[:-2]
+
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
+        """One matrix after the other, with strides of zero where the tensor is broadcast."""
+        stacked = tensor.expand(*lead, *tensor.shape[-2:]).flatten(0, -3)
+        return stacked.expand(members, rows, columns)
+
+    O, D = flat(O), flat(D)
+    share = flat(decay) if isinstance(decay, torch.Tensor) else D
+    kernel: Any = _apply
+    with torch.cuda.device_of(first):
+        kernel[(members * down * across,)](
+            addresses(Ws), O, D, share, rows, columns, down, across,
+            first.stride(-2), *O.stride()[:2], *D.stride()[:2], *share.stride()[:2],
+            lr, 0.0 if isinstance(decay, torch.Tensor) else decay,
+            W_TYPE=triton_type(first.dtype), ALIGNED=are_aligned(Ws), O_COLUMN=O.stride(2), D_COLUMN=D.stride(2),
+            DECAY_COLUMN=share.stride(2), HAS_DECAYS=isinstance(decay, torch.Tensor), ROWS=_ROWS, COLUMNS=_COLUMNS,
+        )  # fmt: skip

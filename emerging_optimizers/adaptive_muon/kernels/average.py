@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernel: the momentum of many matrices, and the sums of squares of gradient and momentum, in one pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from emerging_optimizers.adaptive_muon.kernels.addresses import addresses, are_aligned, at
+
+
+__all__ = ["average_on_cuda"]
+
+_ROWS, _COLUMNS = 32, 128
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    """As torch.lerp, which goes from the nearer end."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
+
+
+@triton.jit
+def _average(
+    gradients, buffers, momentum_out, G_sums, M_sums,
+    rows, columns, tiles_down, tiles_across, G_row, M_row, weight, momentum,
+    G_TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, SUMMED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Works on one tile of one matrix. SUMMED is the tile's dimension that sums of squares add up: 0, 1, 2 for both."""
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % (tiles_down * tiles_across)
+    member = program // (tiles_down * tiles_across)
+    down, across = tile // tiles_across, tile % tiles_across
+    row, column = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+
+    gradient = at(gradients, member, G_TYPE, ALIGNED)
+    buffer = at(buffers, member, tl.float32, ALIGNED)
+    G = tl.load(gradient + row[:, None] * G_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    places = buffer + row[:, None] * M_row + column[None, :]
+    M = _lerp(tl.load(places, mask=inside, other=0.0), G, weight)
+    tl.store(places, M, mask=inside)
+    if NESTEROV:
+        M = _lerp(G, M, momentum)
+    tl.store(momentum_out + (member * rows + row[:, None]) * columns + column[None, :], M, mask=inside)
+
+    if SUMMED == 0:
+        place = (member * tiles_down + down) * columns + column
+        tl.store(G_sums + place, tl.sum(G * G, 0), mask=column < columns)
+        tl.store(M_sums + place, tl.sum(M * M, 0), mask=column < columns)
+    elif SUMMED == 1:
+        place = (member * tiles_across + across) * rows + row
+        tl.store(G_sums + place, tl.sum(G * G, 1), mask=row < rows)
+        tl.store(M_sums + place, tl.sum(M * M, 1), mask=row < rows)
+    elif SUMMED == 2:
+        tl.store(G_sums + program, tl.sum(G * G))
+        tl.store(M_sums + program, tl.sum(M * M))
+
+
+def average_on_cuda(
+    Ms: Sequence[torch.Tensor],
+    Gs: Sequence[torch.Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    kept_dims: Sequence[int] | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Average gradients into momentum buffers in place. The arguments are those of ``passes.average``, as is the result.
+
+    Args:
+        Ms: Momentum buffers of one shape, float32; the columns and the dimensions of a stack are contiguous.
+        Gs: Their gradients, likewise, in any floating dtype.
+        momentum: Decay rate of the momentum.
+        nesterov: Whether the momentum looks ahead.
+        kept_dims: The dimensions, at most one of -2 and -1, that sums of squares keep; None for no sums.
+    """
+    first, (*lead, rows, columns) = Ms[0], Ms[0].shape
+    members, down, across = (
+        len(Ms) * Ms[0].shape[:-2].numel(),
+        triton.cdiv(rows, _ROWS),
+        triton.cdiv(columns, _COLUMNS),
+    )
+    M_prime = first.new_empty((len(Ms), *lead, rows, columns))
+    # For each case: what SUMMED is, the shape of the tiles' sums, and that of the matrices' sums.
+    summed, partial, result = {
+        None: (-1, (0,), ()),
+        (): (2, (members, down * across, 1), (1, 1)),
+        (-1,): (0, (members, down, columns), (1, columns)),
+        (-2,): (1, (members, across, rows), (rows, 1)),
+    }[kept_dims if kept_dims is None else tuple(kept_dims)]
+    G_sums, M_sums = first.new_empty((2, *partial)).unbind(0)
+    kernel: Any = _average
+    with torch.cuda.device_of(first):
+        kernel[(members * down * across,)](
+            addresses(Gs), addresses(Ms), M_prime, G_sums, M_sums,
+            rows, columns, down, across, Gs[0].stride(-2), first.stride(-2), 1 - momentum, momentum,
+            G_TYPE=triton_type(Gs[0].dtype), ALIGNED=are_aligned(Gs) and are_aligned(Ms), NESTEROV=nesterov, SUMMED=summed,
+            ROWS=_ROWS, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+    if kept_dims is None:
+        return M_prime, []
+    return M_prime, [sums.sum(1).view(len(Ms), *lead, *result) for sums in (G_sums, M_sums)]
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Return Triton's name of a floating dtype."""
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

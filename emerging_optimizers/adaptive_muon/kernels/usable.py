@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where Triton kernels can be used."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from absl import logging
+
+
+__all__ = ["kernels_usable"]
+
+# The oldest GPU generation that the kernels are compiled for in the tests: A100's.
+_OLDEST = (8, 0)
+
+
+def kernels_usable(device: torch.device) -> bool:
+    """Return whether the Triton kernels of this package run on a device; the first call for a GPU tries one there."""
+    return device.type == "cuda" and _runs_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _runs_on(index: int) -> bool:
+    """Whether a kernel that does next to nothing compiles and runs. Triton needs a C compiler at hand, for one."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _OLDEST:
+        return False
+    kernel: Any = _set_one
+    try:
+        with torch.cuda.device(index):
+            kernel[1,](torch.zeros(1, device="cuda"))
+    except Exception as error:  # whatever a toolchain may raise
+        logging.warning("Triton kernels cannot be used on GPU %d; going on with torch's: %s", index, error)
+        return False
+    return True
+
+
+@triton.jit
+def _set_one(out):
+    tl.store(out, 1.0)
