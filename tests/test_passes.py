@@ -6,9 +6,10 @@ import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
 from emerging_optimizers.adaptive_muon import passes
-from emerging_optimizers.adaptive_muon.kernels.addresses import addresses
+from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of
 from emerging_optimizers.adaptive_muon.kernels.apply import apply_on_cuda
 from emerging_optimizers.adaptive_muon.kernels.average import average_on_cuda
+from emerging_optimizers.adaptive_muon.kernels.normalize import divide_on_cuda
 
 
 SHAPES = [(32, 128), (33, 129), (5, 300), (70, 3), (1, 1), (3, 40, 50)]
@@ -32,8 +33,12 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("number", [1, 15, 16, 17, 40])
 def test_addresses(number):
     made = tensors(number, (2, 3, 4))
-    found = addresses(made)[: 2 * number]
-    assert found.tolist() == [matrix.data_ptr() for each in made for matrix in each]
+    for _ in range(2):
+        found = addresses_of(made)
+        assert found.table.flatten()[: 2 * number].tolist() == [matrix.data_ptr() for each in made for matrix in each]
+        assert found.aligned
+    assert not addresses_of(tensors(number, (3, 3))).aligned
+    assert not addresses_of([each[:, 1:] for each in tensors(number, (4, 4))]).aligned
 
 
 @runs_kernels
@@ -105,3 +110,14 @@ def test_apply_takes_an_orthogonalized_momentum_of_any_strides():
     apply_on_cuda(Ws, O, D, lr=0.3, decay=0.1)
     for W, expected_W in zip(Ws, expected, strict=True):
         torch.testing.assert_close(W.cpu(), expected_W, atol=1e-6, rtol=1e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", [(3, 40, 50), (1, 64, 128), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_divide(shape, dtype):
+    """To the last bit."""
+    [matrices], [divisors] = tensors(1, shape), tensors(1, (shape[0], 1, 1), seed=3)
+    out = torch.full_like(matrices, torch.nan, dtype=dtype)
+    divide_on_cuda(matrices, divisors, out)
+    assert torch.equal(out, (matrices / divisors).to(dtype))

@@ -2,22 +2,36 @@
 """The addresses of many tensors on the GPU, for kernels that work on all of them in one launch."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import batched
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from emerging_optimizers.adaptive_muon.kernels.launch import launch
 
-__all__ = ["addresses", "are_aligned", "at"]
+
+__all__ = ["Addresses", "addresses_of", "at"]
 
 _AT_ONCE = 16
 _ALIGNED_TO = 16  # bytes that a thread loads at once
-_NAMES = [f"p{i}" for i in range(_AT_ONCE)]
 
 
-@triton.jit(do_not_specialize=_NAMES)
+class Addresses(NamedTuple):
+    """The addresses of matrices.
+
+    Args:
+        table: The addresses, int64 on the GPU; there may be more entries, which mean nothing.
+        aligned: Whether all rows begin where a thread can load several elements at once.
+    """
+
+    table: torch.Tensor
+    aligned: bool
+
+
+@triton.jit(do_not_specialize=[f"p{i}" for i in range(_AT_ONCE)])
 def _store(out, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
     tl.store(out + 0, p0)
     tl.store(out + 1, p1)
@@ -37,35 +51,52 @@ def _store(out, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14,
     tl.store(out + 15, p15)
 
 
-def addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the addresses of all matrices in tensors of one shape, dtype and device, shape ``(number,)``, int64.
-
-    The addresses travel as arguments of a kernel. A copy from the host would read freed memory in a replayed graph.
-
-    Args:
-        tensors: Shape ``(..., rows, columns)``; leading dimensions, those of a stack, must be contiguous.
-    """
-    first = tensors[0]
-    bytes_each = first.stride(-3) * first.element_size() if first.ndim > 2 else 0
-    in_stack = first.shape[:-2].numel()
-    found = [tensor.data_ptr() + i * bytes_each for tensor in tensors for i in range(in_stack)]
-    table = torch.empty(-(-len(found) // _AT_ONCE) * _AT_ONCE, dtype=torch.int64, device=first.device)
-    kernel: Any = _store
-    for index, part in enumerate(batched(found, _AT_ONCE)):
-        padded = (*part, *[part[0]] * (_AT_ONCE - len(part)))
-        kernel[1,](table[index * _AT_ONCE :], *padded, num_warps=1)
-    return table
-
-
-def are_aligned(tensors: Sequence[torch.Tensor]) -> bool:
-    """Return whether all rows of tensors of one shape begin where a thread can load several elements at once."""
-    first = tensors[0]
-    bytes_apart = [stride * first.element_size() for stride in first.stride()[:-1]]
-    return all(each % _ALIGNED_TO == 0 for each in (*bytes_apart, *(tensor.data_ptr() for tensor in tensors)))
-
-
 @triton.jit
 def at(table, index, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the address at an index of a table, of elements of a type."""
     address = tl.load(table + index).to(tl.pointer_type(TYPE))
     return tl.multiple_of(address, 16) if ALIGNED else address
+
+
+def addresses_of(tensors: Sequence[torch.Tensor]) -> Addresses:
+    """Return the addresses of all matrices in tensors of one shape, dtype, device and strides.
+
+    Args:
+        tensors: Shape ``(rows, columns)``, or ``(stack, rows, columns)``.
+    """
+    first = tensors[0]
+    starts = tuple([tensor.data_ptr() for tensor in tensors])
+    bytes_apart = tuple([stride * first.element_size() for stride in first.stride()[:-1]])
+    in_stack = first.size(0) if first.ndim > 2 else 1
+    if not first.is_cuda or torch.cuda.is_current_stream_capturing():
+        # What a graph reads must be its own: memory of the cache would be freed under it one day.
+        return _addresses(starts, bytes_apart, in_stack, first.device)
+    stream = torch.cuda.current_stream(first.device)
+    return _remembered(starts, bytes_apart, in_stack, first.device, stream)
+
+
+def _addresses(
+    starts: tuple[int, ...], bytes_apart: tuple[int, ...], in_stack: int, device: torch.device
+) -> Addresses:
+    """The addresses of matrices in stacks that start at these.
+
+    They travel as arguments of a kernel. A copy from the host would read freed memory in a replayed graph.
+    """
+    found = [start + i * bytes_apart[0] for start in starts for i in range(in_stack)]
+    table = torch.empty(-(-len(found) // _AT_ONCE), _AT_ONCE, dtype=torch.int64, device=device)
+    for row, part in zip(table, batched(found, _AT_ONCE), strict=True):
+        padded = (*part, *[part[0]] * (_AT_ONCE - len(part)))
+        launch(_store, 1, (row, *padded), {}, specialized=False, num_warps=1)
+    return Addresses(table, all(each % _ALIGNED_TO == 0 for each in (*starts, *bytes_apart)))
+
+
+@lru_cache(maxsize=4096)
+def _remembered(
+    starts: tuple[int, ...],
+    bytes_apart: tuple[int, ...],
+    in_stack: int,
+    device: torch.device,
+    stream: torch.cuda.Stream,  # another one might read the table before it is written
+) -> Addresses:
+    """The same, made once."""
+    return _addresses(starts, bytes_apart, in_stack, device)

@@ -2,14 +2,14 @@
 """Triton kernel: weight decay and update of many weights in one pass."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from emerging_optimizers.adaptive_muon.kernels.addresses import addresses, are_aligned, at
+from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of, at
 from emerging_optimizers.adaptive_muon.kernels.average import triton_type
+from emerging_optimizers.adaptive_muon.kernels.launch import launch
 
 
 __all__ = ["apply_on_cuda"]
@@ -67,13 +67,8 @@ def apply_on_cuda(
         decay: The share of itself that a weight loses; a tensor like D, or a number.
     """
     first, (rows, columns) = Ws[0], Ws[0].shape[-2:]
-    members, down, across = (
-        len(Ws) * first.shape[:-2].numel(),
-        triton.cdiv(rows, _ROWS),
-        triton.cdiv(columns, _COLUMNS),
-    )
-
-    lead = O.shape[:-2]
+    lead, members = O.shape[:-2], O.shape[:-2].numel()
+    down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
         """One matrix after the other, with strides of zero where the tensor is broadcast."""
@@ -82,12 +77,23 @@ def apply_on_cuda(
 
     O, D = flat(O), flat(D)
     share = flat(decay) if isinstance(decay, torch.Tensor) else D
-    kernel: Any = _apply
-    with torch.cuda.device_of(first):
-        kernel[(members * down * across,)](
-            addresses(Ws), O, D, share, rows, columns, down, across,
-            first.stride(-2), *O.stride()[:2], *D.stride()[:2], *share.stride()[:2],
-            lr, 0.0 if isinstance(decay, torch.Tensor) else decay,
-            W_TYPE=triton_type(first.dtype), ALIGNED=are_aligned(Ws), O_COLUMN=O.stride(2), D_COLUMN=D.stride(2),
-            DECAY_COLUMN=share.stride(2), HAS_DECAYS=isinstance(decay, torch.Tensor), ROWS=_ROWS, COLUMNS=_COLUMNS,
-        )  # fmt: skip
+    weights = addresses_of(Ws)
+    launch(
+        _apply,
+        members * down * across,
+        (
+            *(weights.table, O, D, share, rows, columns, down, across, first.stride(-2)),
+            *(*O.stride()[:2], *D.stride()[:2], *share.stride()[:2]),
+            *(lr, 0.0 if isinstance(decay, torch.Tensor) else decay),
+        ),
+        {
+            "W_TYPE": triton_type(first.dtype),
+            "ALIGNED": weights.aligned,
+            "O_COLUMN": O.stride(2),
+            "D_COLUMN": D.stride(2),
+            "DECAY_COLUMN": share.stride(2),
+            "HAS_DECAYS": isinstance(decay, torch.Tensor),
+            "ROWS": _ROWS,
+            "COLUMNS": _COLUMNS,
+        },
+    )

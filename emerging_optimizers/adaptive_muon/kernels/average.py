@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from emerging_optimizers.adaptive_muon.kernels.addresses import addresses, are_aligned, at
+from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of, at
+from emerging_optimizers.adaptive_muon.kernels.launch import launch
 
 
 __all__ = ["average_on_cuda"]
@@ -78,11 +79,8 @@ def average_on_cuda(
         kept_dims: The dimensions, at most one of -2 and -1, that sums of squares keep; None for no sums.
     """
     first, (*lead, rows, columns) = Ms[0], Ms[0].shape
-    members, down, across = (
-        len(Ms) * Ms[0].shape[:-2].numel(),
-        triton.cdiv(rows, _ROWS),
-        triton.cdiv(columns, _COLUMNS),
-    )
+    members = len(Ms) * first.shape[:-2].numel()
+    down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
     M_prime = first.new_empty((len(Ms), *lead, rows, columns))
     # For each case: what SUMMED is, the shape of the tiles' sums, and that of the matrices' sums.
     summed, partial, result = {
@@ -91,18 +89,28 @@ def average_on_cuda(
         (-1,): (0, (members, down, columns), (1, columns)),
         (-2,): (1, (members, across, rows), (rows, 1)),
     }[kept_dims if kept_dims is None else tuple(kept_dims)]
-    G_sums, M_sums = first.new_empty((2, *partial)).unbind(0)
-    kernel: Any = _average
-    with torch.cuda.device_of(first):
-        kernel[(members * down * across,)](
-            addresses(Gs), addresses(Ms), M_prime, G_sums, M_sums,
-            rows, columns, down, across, Gs[0].stride(-2), first.stride(-2), 1 - momentum, momentum,
-            G_TYPE=triton_type(Gs[0].dtype), ALIGNED=are_aligned(Gs) and are_aligned(Ms), NESTEROV=nesterov, SUMMED=summed,
-            ROWS=_ROWS, COLUMNS=_COLUMNS,
-        )  # fmt: skip
+    both = first.new_empty((2, *partial))
+    G_sums, M_sums = both.unbind(0)
+    gradients, buffers = addresses_of(Gs), addresses_of(Ms)
+    launch(
+        _average,
+        members * down * across,
+        (
+            *(gradients.table, buffers.table, M_prime, G_sums, M_sums, rows, columns, down, across),
+            *(Gs[0].stride(-2), first.stride(-2), 1 - momentum, momentum),
+        ),
+        {
+            "G_TYPE": triton_type(Gs[0].dtype),
+            "ALIGNED": gradients.aligned and buffers.aligned,
+            "NESTEROV": nesterov,
+            "SUMMED": summed,
+            "ROWS": _ROWS,
+            "COLUMNS": _COLUMNS,
+        },
+    )
     if kept_dims is None:
         return M_prime, []
-    return M_prime, [sums.sum(1).view(len(Ms), *lead, *result) for sums in (G_sums, M_sums)]
+    return M_prime, [*both.sum(2).view(2, len(Ms), *lead, *result)]
 
 
 def triton_type(dtype: torch.dtype) -> Any:

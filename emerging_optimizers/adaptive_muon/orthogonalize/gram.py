@@ -22,6 +22,8 @@ from itertools import batched
 
 import torch
 
+from emerging_optimizers.adaptive_muon.kernels.normalize import divide_on_cuda
+from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 
 
@@ -67,7 +69,10 @@ def iterate(matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]
     """
     X = torch.empty_like(matrices, dtype=dtype)
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp_min_(MIN_NORM)
-    torch.div(matrices, norms, out=X)
+    if kernels_usable(X.device) and matrices.is_contiguous():
+        divide_on_cuda(matrices, norms, X)
+    else:
+        torch.div(matrices, norms, out=X)
     tall, n, spare = X.size(-2) > X.size(-1), min(X.shape[-2:]), torch.empty_like(X)
     A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
     for steps in step_groups:

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel for symmetric products of batches of float16 matrices: half of the tiles, each written twice."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from emerging_optimizers.adaptive_muon.kernels.launch import launch
+
 
 __all__ = ["symmetric_product_on_cuda"]
 
-# The tiles: rows and columns of a tile, depth of a step. Nothing but the shape may choose others: tiles decide how results
-# are rounded, and replicas that found other ones the fastest would drift apart.
-_TILES = {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+# The tiles, measured on an H100: for left factors with adjacent columns, and for others, which are transposed. Nothing but
+# the layout may choose: tiles decide how results are rounded, and replicas that found other ones the fastest would drift
+# apart.
+_BLOCK = 128
+_BY_ROWS = {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+_BY_COLUMNS = {"BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
 
 
 @triton.jit
@@ -20,11 +23,11 @@ def _lower_tiles(
     S, T, plus, out, n, k, tiles, alpha, beta, diagonal,
     S_batch, S_row, S_column, T_batch, T_row, T_column,
     plus_batch, plus_row, plus_column, out_batch, out_row, out_column,
-    HAS_PLUS: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_PLUS: tl.constexpr, EVEN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Computes one tile on or below the diagonal of one product of the batch, and writes it and its mirror image.
 
-    EVEN is for sizes that are multiples of the tiles', which need no masks.
+    EVEN is for sizes that are multiples of the tiles', which need no masks. INDEX is the type of an offset in a matrix.
     """
     index, place = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     # Tiles are counted row by row, of 1, 2, 3, ... tiles; the root is off by one at most.
@@ -32,11 +35,10 @@ def _lower_tiles(
     tile_row = tl.where(tile_row * (tile_row + 1) // 2 > place, tile_row - 1, tile_row)
     tile_row = tl.where((tile_row + 1) * (tile_row + 2) // 2 <= place, tile_row + 1, tile_row)
     tile_column = place - tile_row * (tile_row + 1) // 2
-    # Offsets are 64-bit where a matrix may have more than 2^31 elements.
     index = index.to(tl.int64)
-    rows = (tile_row * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    columns = (tile_column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    depth = tl.arange(0, BLOCK_K).to(tl.int64)
+    rows = (tile_row * BLOCK + tl.arange(0, BLOCK)).to(INDEX)
+    columns = (tile_column * BLOCK + tl.arange(0, BLOCK)).to(INDEX)
+    depth = tl.arange(0, BLOCK_K).to(INDEX)
     in_rows, in_columns = rows < n, columns < n
 
     lefts = S + index * S_batch + rows[:, None] * S_row + depth[None, :] * S_column
@@ -81,13 +83,26 @@ def symmetric_product_on_cuda(
     """
     batch, n, k = S.shape
     added = out if plus is None else plus
-    strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
-    kernel: Any = _lower_tiles  # its compile-time arguments are plain values here
-    across = triton.cdiv(n, _TILES["BLOCK"])
-    tiles = across * (across + 1) // 2
-    even = n % _TILES["BLOCK"] == 0 and k % _TILES["BLOCK_K"] == 0
-    with torch.cuda.device_of(S):  # Triton starts kernels on the current device
-        kernel[(tiles * batch,)](
-            S, T, added, out, n, k, tiles, alpha, beta, diagonal, *strides,
-            HAS_PLUS=plus is not None, EVEN=even, **_TILES,
-        )  # fmt: skip
+    tiles = _BY_ROWS if S.stride(2) == 1 else _BY_COLUMNS
+    across = triton.cdiv(n, _BLOCK)
+    lower = across * (across + 1) // 2
+    farthest = max(
+        sum(size * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (S, T)
+    )
+    launch(
+        _lower_tiles,
+        lower * batch,
+        (
+            *(S, T, added, out, n, k, lower, float(alpha), float(beta), float(diagonal)),
+            *(*S.stride(), *T.stride(), *added.stride(), *out.stride()),
+        ),
+        {
+            "HAS_PLUS": plus is not None,
+            "EVEN": n % _BLOCK == 0 and k % tiles["BLOCK_K"] == 0,
+            "INDEX": tl.int32 if farthest < 2**30 else tl.int64,
+            "BLOCK": _BLOCK,
+            "BLOCK_K": tiles["BLOCK_K"],
+        },
+        num_warps=tiles["num_warps"],
+        num_stages=tiles["num_stages"],
+    )
