@@ -156,13 +156,24 @@ def test_the_table_of_some_parts(tmp_path):
 
 
 @pytest.mark.usefixtures("on_gpu")
+def test_a_distance_that_is_no_number_is_the_worst(tmp_path):
+    from on_gpu.record import Record
+    from on_gpu.summary import summary
+
+    record = Record(tmp_path / "gpu-exact.json", torch.device("cpu"), 60, {})
+    for mode, distance in (("a", 1e-6), ("b", float("nan")), ("c", 1e-5)):
+        record.note(f"2 ranks, {mode}, namo, highest", {"distance": distance})
+    assert "2 ranks, namo, highest: at most nan" in summary(tmp_path)
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_ranks_that_fail_or_hang_are_noted(tmp_path):
     import gpu_rehearsal_cases
     from on_gpu.processes import run_ranks
     from on_gpu.record import Record
 
     record = Record(tmp_path / "a.json", torch.device("cpu"), 60, {})
-    with pytest.raises(RuntimeError, match="ended with"):
+    with pytest.raises(RuntimeError, match="ended with .*3"):
         run_ranks(record, 2, "gloo", gpu_rehearsal_cases.cases, None, 40)
     found = record.content["measurements"]
     assert found["works"] == {"rank": 1} and found["raises"]["raised"] == "ValueError: on both ranks"

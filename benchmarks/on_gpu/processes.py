@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks on one machine that share one device, and what they measure."""
 
-import multiprocessing
+import multiprocessing.connection
 import os
-import queue
+import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from on_gpu.record import RAISED, Record, failure
+from on_gpu.record import RAISED, Record, failure, worst
 from torch import distributed as dist
 
 
@@ -41,26 +41,22 @@ def run_ranks(record: Record, world: int, backend: str, cases: Cases, sizes: Any
     """
     until = time.monotonic() + seconds
     context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
     heard: dict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        meeting = Path(folder) / "ranks"
-        arguments = (world, backend, str(meeting), record.device, cases, sizes, results)
-        ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(world)]
-        for each in ranks:
-            each.start()
-        while time.monotonic() < until:
-            alive = any(each.is_alive() for each in ranks)
-            try:
-                title, result = results.get(timeout=0.2)
-            except queue.Empty:
-                if alive:
-                    continue
-                break
+        ranks, pipes = [], []
+        for rank in range(world):
+            pipe, end = context.Pipe(duplex=False)
+            arguments = (rank, world, backend, f"{folder}/ranks", record.device, cases, sizes, end)
+            ranks.append(context.Process(target=_rank, args=arguments, daemon=True))
+            ranks[-1].start()
+            end.close()
+            pipes.append(pipe)
+        for title, result in _heard(pipes, until):
             heard[title].append(result)
             if len(heard[title]) == world:
                 record.note(title, _joined(heard[title]), quiet=True)
         for each in ranks:
+            each.join(max(until - time.monotonic(), 1))
             each.kill()
             each.join()
     unfinished = {title: each for title, each in heard.items() if len(each) < world}
@@ -73,14 +69,25 @@ def run_ranks(record: Record, world: int, backend: str, cases: Cases, sizes: Any
     return {"exit codes": codes, "cases": len(heard)}
 
 
+def _heard(pipes: Sequence[Connection], until: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the ranks send, until all have ended or the time is over."""
+    still = list(pipes)
+    while still and (seconds := until - time.monotonic()) > 0:
+        for pipe in multiprocessing.connection.wait(still, seconds):
+            try:
+                yield pipe.recv()
+            except EOFError:
+                still.remove(pipe)
+
+
 def _joined(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The error of the first rank that has one, or the largest of each number."""
     errors = [result for result in results if RAISED in result]
-    return errors[0] if errors else {key: max(result[key] for result in results) for key in results[0]}
+    return errors[0] if errors else {key: worst(result[key] for result in results) for key in results[0]}
 
 
 def _rank(
-    rank: int, world: int, backend: str, meeting: str, device: torch.device, cases: Cases, sizes: Any, results: Any
+    rank: int, world: int, backend: str, meeting: str, device: torch.device, cases: Cases, sizes: Any, end: Connection
 ) -> None:
     """What one process does."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -93,9 +100,8 @@ def _rank(
             result = function()
         except Exception as error:
             result = failure(error)
-        results.put((title, result))
+        end.send((title, result))
     dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
-    results.close()
-    results.join_thread()
+    sys.stderr.flush()
     os._exit(0)  # without Python's clean-up, in which a gloo group that something still refers to may abort

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from communication import MODES, Traffic
 from on_gpu.processes import Case, run_ranks
-from on_gpu.record import Record
+from on_gpu.record import Record, worst
 from on_gpu.sizes import Sizes
 from on_gpu.steps import captured
 from torch import distributed as dist
@@ -70,7 +70,7 @@ def strips(device: torch.device, sizes: Sizes, mode: str, method: str, precision
             optimizer.step()
     expected = [_strip(p.detach(), index) for index, p in enumerate(whole)]
     started = [_strip(each, index) for index, each in enumerate(begin)]
-    return {"distance": max(map(distance, own, expected, started))}
+    return {"distance": worst(map(distance, own, expected, started))}
 
 
 def _strip(whole: torch.Tensor, index: int) -> torch.Tensor:
@@ -132,7 +132,7 @@ def padded(device: torch.device, sizes: Sizes, method: str, in_graph: bool) -> d
     if not traffic.collectives:
         raise RuntimeError("a step must send messages; it sent none")
     plain.step()
-    apart = max(distance(q[:-PADDING], p, each) for p, q, each in zip(whole, own, begin, strict=True))
+    apart = worst(distance(q[:-PADDING], p, each) for p, q, each in zip(whole, own, begin, strict=True))
     return {"distance": apart, "messages": sum(traffic.collectives.values())}
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,12 @@ def failure(error: BaseException) -> dict[str, str]:
     """Return what to note of an exception: its text, and the end of its traceback."""
     lines = traceback.format_exception(error)
     return {RAISED: f"{type(error).__name__}: {error}"[:2000], "traceback": "".join(lines)[-2000:]}
+
+
+def worst(numbers: Iterable[float]) -> float:
+    """Return the largest number, or NaN if one is: Python's own max may pass over it."""
+    found = [float(each) for each in numbers]
+    return next((each for each in found if math.isnan(each)), max(found))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

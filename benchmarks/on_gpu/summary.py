@@ -2,12 +2,13 @@
 """One table of what was measured: the step of ours against the others' and the floor; what failed; the worst errors."""
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import table
-from on_gpu.record import NOT_MEASURED, RAISED
+from on_gpu.record import NOT_MEASURED, RAISED, worst
 
 
 PARTS = ("right", "fast", "exact")
@@ -95,12 +96,11 @@ def _products(found: dict[str, Any]) -> Iterator[str]:
 
 def _distances(found: dict[str, Any]) -> Iterator[str]:
     """The largest distance of sharded from whole matrices, for each number of ranks, method and precision."""
-    worst: dict[str, float] = {}
+    distances: dict[str, list[float]] = defaultdict(list)
     for name, each in found.items():
         if "distance" in each:
             ranks, _, *rest = name.split(", ")
             key = ", ".join([ranks, *rest])
-            value = each["distance"]
-            worst[key] = max(worst.get(key, 0.0), float(value))
-    for key, value in worst.items():
-        yield f"  {key}: at most {value:.1e} from the whole"
+            distances[key].append(each["distance"])
+    for key, values in distances.items():
+        yield f"  {key}: at most {worst(values):.1e} from the whole"
