@@ -46,6 +46,12 @@ def main() -> int:
         parser.error(
             "the machine must have a GPU that torch finds, and has none. Use --rehearse to try it on the CPU."
         )
+    try:
+        import_module("emerging_optimizers.adaptive_muon")
+    except ImportError as error:
+        parser.error(
+            f"this Python must have emerging-optimizers and this package: {error}. Use make gpu WHEELS=folder."
+        )
     directory = args.directory or (Path(tempfile.mkdtemp(prefix="gpu-")) if args.rehearse else RESULTS)
     failed = [part for part in args.parts if not start_part(part, directory, args.minutes, args.rehearse)]
     print(f"\n{summary(directory)}\n\nwrote {directory}", flush=True)

@@ -47,7 +47,7 @@ def measured(content, beginning):
 def test_every_file_has_its_circumstances(rehearsed):
     for content in rehearsed[1].values():
         assert content["complete"] and content["settings"]["rehearsal"]
-        assert content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert torch.__version__.startswith(content["machine"]["versions"]["torch"].split("+")[0])
         assert "triton" in content["machine"]["versions"]
         assert all("raised" not in each for each in content["measurements"].values())
 
@@ -82,7 +82,7 @@ def test_fast_has_ceilings_products_steps_and_shares(rehearsed):
 def test_exact_has_rounding_and_ranks(rehearsed):
     content = rehearsed[1]["exact"]
     rounding = measured(content, "rounding ")
-    assert len(rounding) == 2 * 3 and all(each["ours"] < 1e-3 < each["upstream"] for each in rounding.values())
+    assert len(rounding) == 3 * 3 and all(each["ours"] < 1e-3 < each["upstream"] for each in rounding.values())
     ranks = measured(content, "2 ranks, ")
     assert set(ranks) == {f"2 ranks, {mode}, {method}, highest" for mode in MODES for method in METHODS}
     padded = measured(content, "one rank, ")
@@ -167,7 +167,7 @@ def test_a_distance_that_is_no_number_is_the_worst(tmp_path):
 
 
 @pytest.mark.usefixtures("on_gpu")
-def test_ranks_that_fail_or_hang_are_noted(tmp_path):
+def test_ranks_that_fail_or_end_are_noted(tmp_path):
     import gpu_rehearsal_cases
     from on_gpu.processes import run_ranks
     from on_gpu.record import Record
