@@ -141,6 +141,24 @@ def test_counts_are_pytests(tmp_path):
 
 
 @pytest.mark.usefixtures("on_gpu")
+def test_failed_tests_are_named(tmp_path, monkeypatch):
+    from on_gpu import right
+    from on_gpu.record import Record
+    from on_gpu.summary import summary
+
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_a.py").write_text("def test_b():\n    assert 1 == 2\ndef test_c():\n    pass\n")
+    monkeypatch.setattr(right, "ROOT", tmp_path)
+    record = Record(tmp_path / "gpu-right.json", torch.device("cpu"), 60, {})
+    record.note("test_a.py", right.tested("test_a.py", "test", 1, 60))
+    record.note("late", right.tested("test_a.py", "test", 1, 0))
+    found = record.content["measurements"]
+    assert (found["test_a.py"]["status"], found["test_a.py"]["failed"], found["test_a.py"]["passed"]) == (1, 1, 1)
+    assert "assert 1 == 2" in found["test_a.py"]["output"] and "stopped after" in found["late"]["status"]
+    assert "    FAILED tests/test_a.py::test_b" in summary(tmp_path)
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_the_table_of_some_parts(tmp_path):
     from on_gpu.summary import floor_ms, summary
 

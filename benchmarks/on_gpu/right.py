@@ -49,7 +49,7 @@ def tested(name: str, choice: str, workers: int, seconds: float) -> dict[str, An
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status: int | str = process.wait(timeout=max(seconds, 1))
+            status: int | str = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
             os.killpg(process.pid, signal.SIGKILL)

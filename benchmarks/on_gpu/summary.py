@@ -73,6 +73,8 @@ def _notes(part: str, content: dict[str, Any]) -> Iterator[str]:
     for name, each in found.items():
         if "passed" in each:
             yield f"  {name}: " + ", ".join(f"{each[key]} {key}" for key in ("passed", "failed", "skipped", "error"))
+            failures = [line for line in each.get("output", "").splitlines() if line.startswith(("FAILED", "ERROR"))]
+            yield from (f"    {line[:160]}" for line in failures[:10])
         if "steps" in each:
             shares = (f"{name} {100 * step['share']:.2g} %" for name, step in each["steps"].items())
             yield f"  share of a training step: {', '.join(shares)}"
