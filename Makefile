@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
 # make bench: steps beside upstream's and torch's.   make bench-growth, make bench-communication: two more questions.
+# make gpu: all that only a GPU can say, without .venv and network.
 # make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
 # CONTRIBUTING.md has all others.
 
@@ -10,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication convergence upstream-patch test test-long lint docs option-tables links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication gpu convergence upstream-patch test test-long lint docs option-tables links release-check clean
 
 venv: $(STAMP)
 
@@ -38,6 +39,19 @@ bench-growth: $(STAMP)
 RANKS ?= 4
 bench-communication: $(STAMP)
 	$(BIN)/torchrun --nproc_per_node $(RANKS) benchmarks/communication.py $(ARGS)
+
+# A machine with a GPU has its own torch, and perhaps no network. WHEELS is a folder with what its Python lacks.
+GPU_SITE := $(CURDIR)/build/gpu-site
+gpu:
+ifneq ($(WHEELS),)
+	rm -rf $(GPU_SITE)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU_SITE) $(WHEELS)/*.whl
+	rm -rf $(GPU_SITE)/emerging_optimizers/adaptive_muon*
+	cp -R emerging_optimizers/. $(GPU_SITE)/emerging_optimizers
+	PYTHONPATH=$(GPU_SITE)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu.py $(ARGS)
+else
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+endif
 
 convergence: $(STAMP)
 	$(BIN)/python experiments/gpt2/run.py $(ARGS)

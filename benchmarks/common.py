@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,16 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: installed(name) for name in packages},
     }
+
+
+def installed(package: str) -> str:
+    """Returns the version of a package, or that it is not installed: ours may lie in the path as files alone."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _cpu() -> str:

@@ -34,6 +34,7 @@ def pytest_configure() -> None:
 # The files that take longest, in the order in which the two workers of "make test" take them: those with tests in
 # several processes beside one without.
 LONGEST = ["test_sharded", "test_newton_schulz", "test_upstream_patch", "test_megatron", "test_nemo", "test_examples"]
+LONGEST += ["test_gpu_rehearsal"]
 
 
 @pytest.hookimpl(tryfirst=True)
