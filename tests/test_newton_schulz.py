@@ -262,7 +262,7 @@ def test_dtypes_on_a_cpu(monkeypatch: Any, has: str) -> None:
     monkeypatch.setattr(cpu, "has_tiles", lambda: tiles)
     monkeypatch.setattr(cpu, "is_amd_with_bfloat16_vectors", lambda: amd)
     device, taken = torch.device("cpu"), []
-    monkeypatch.setattr(module, "iterate", lambda part, blocks, dtype, _: taken.append((blocks, dtype)) or part)
+    monkeypatch.setattr(module, "iterate", lambda part, blocks, dtype: taken.append((blocks, dtype)) or part)
     for shapes, dtype in ((in_bfloat16, BF16), (in_float32, F32)):
         for shape in (each for of in shapes for each in (of, of[::-1])):
             of = [NewtonSchulz("quintic", 5, algorithm=each) for each in ("standard", "gram", "auto")]

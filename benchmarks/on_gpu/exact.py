@@ -13,7 +13,6 @@ from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import Newton
 
 CONTESTANTS = {
     "ours": NewtonSchulz("quintic", 5, precision="medium"),
-    "ours, use_syrk": NewtonSchulz("quintic", 5, precision="medium", use_syrk=True),
     "upstream": NewtonSchulz("quintic", 5, algorithm="standard", precision="medium"),
 }
 

@@ -31,17 +31,10 @@ def run(record: Record, sizes: Sizes) -> None:
     for name, of in sizes.sets.items():
         record.measure(f"step {name}", partial(beside_others, of, sizes.rounds, device), about=25)
     for name, of in sizes.sets.items():
-        for use_syrk in (False, True):
-            each = f"{name}{', use_syrk' if use_syrk else ''}"
-            record.measure(
-                f"eager {each}", partial(eager, of, use_syrk, sizes.rounds, device), about=5, needs_gpu=use_syrk
-            )
-            replay = partial(replayed, of, use_syrk, sizes.rounds, device)
-            record.measure(f"graph {each}", replay, about=5, needs_gpu=True)
-    first, of = next(iter(sizes.sets.items()))
-    for use_syrk in (False, True):
-        title = f"profile {first}{', use_syrk' if use_syrk else ''}"
-        record.measure(title, partial(profiled, of, use_syrk, device), about=10, needs_gpu=True)
+        record.measure(f"eager {name}", partial(eager, of, sizes.rounds, device), about=5)
+        record.measure(f"graph {name}", partial(replayed, of, sizes.rounds, device), about=5, needs_gpu=True)
+    for name in list(sizes.sets)[:2]:
+        record.measure(f"profile {name}", partial(profiled, sizes.sets[name], device), about=10, needs_gpu=True)
 
 
 def beside_others(of: ShapeSet, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -51,17 +44,17 @@ def beside_others(of: ShapeSet, rounds: int, device: torch.device) -> dict[str, 
     return result
 
 
-def eager(of: ShapeSet, use_syrk: bool, rounds: int, device: torch.device) -> dict[str, float]:
+def eager(of: ShapeSet, rounds: int, device: torch.device) -> dict[str, float]:
     """Return the milliseconds of a step: until it is done, and until the CPU has enqueued it."""
-    optimizer = AdaptiveMuon(of.params(device), use_syrk=use_syrk, **OPTIONS)
+    optimizer = AdaptiveMuon(of.params(device), **OPTIONS)
     done, enqueued = wall_ms(optimizer.step, device, rounds)
     return {"ms": done, "cpu_ms": enqueued}
 
 
-def replayed(of: ShapeSet, use_syrk: bool, rounds: int, device: torch.device) -> dict[str, float]:
+def replayed(of: ShapeSet, rounds: int, device: torch.device) -> dict[str, float]:
     """Return the milliseconds of a step that is replayed from a CUDA graph."""
     rate = torch.tensor(OPTIONS["lr"], device=device)
-    optimizer = AdaptiveMuon(of.params(device), capturable=True, use_syrk=use_syrk, **(OPTIONS | {"lr": rate}))
+    optimizer = AdaptiveMuon(of.params(device), capturable=True, **(OPTIONS | {"lr": rate}))
     with captured(optimizer) as graph:
         done, enqueued = wall_ms(graph.replay, device, rounds)
     return {"ms": done, "cpu_ms": enqueued}
@@ -91,9 +84,9 @@ def captured(optimizer: torch.optim.Optimizer, **options: Any) -> Iterator[torch
         graph.reset()
 
 
-def profiled(of: ShapeSet, use_syrk: bool, device: torch.device) -> dict[str, Any]:
+def profiled(of: ShapeSet, device: torch.device) -> dict[str, Any]:
     """Return the number of kernels that a step starts, their time, and the longest of them by name."""
-    optimizer = AdaptiveMuon(of.params(device), use_syrk=use_syrk, **OPTIONS)
+    optimizer = AdaptiveMuon(of.params(device), **OPTIONS)
     for _ in range(3):
         optimizer.step()
     wait(device)

@@ -38,13 +38,8 @@ def _steps(found: dict[str, Any]) -> Iterator[str]:
         return
     names = list(dict.fromkeys(name for run in runs.values() for name in run["contestants"]))
     rows = [[name, *(_cell(run["contestants"].get(name, {}), "median_ms") for run in runs.values())] for name in names]
-    for what in ("graph", "eager"):
-        for title in ("", ", use_syrk"):
-            cells = [_cell(found.get(f"{what} {name}{title}", {}), "ms") for name in runs]
-            rows.append([f"{OURS}, {what}{title}", *cells])
-            if what == "eager":
-                cells = [_cell(found.get(f"{what} {name}{title}", {}), "cpu_ms") for name in runs]
-                rows.append([f"{OURS}, enqueued by the CPU{title}", *cells])
+    for title, what, key in (("graph", "graph", "ms"), ("eager", "eager", "ms"), ("enqueued", "eager", "cpu_ms")):
+        rows.append([f"{OURS}, {title}", *(_cell(found.get(f"{what} {name}", {}), key) for name in runs)])
     copy, product = found.get("ceiling: copy", {}), found.get("ceiling: product", {})
     if "bytes_per_second" in copy and "flops_per_second" in product:
         ceilings = copy["bytes_per_second"], product["flops_per_second"]

@@ -77,20 +77,27 @@ def iterate(matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]
     A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
     for steps in step_groups:
         symmetric_product(*(X.mT, X) if tall else (X, X.mT), out=A)
+        if dtype == torch.bfloat16:  # a I + B would lose too much of B; baddbmm is exact, and copies X
+            [(a, b, c)] = steps
+            symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
+            torch.baddbmm(X, *(X, B) if tall else (B, X), beta=a, out=spare)
+            X, spare = spare, X
+            continue
         for index, (a, b, c) in enumerate(steps):
-            is_last = index + 1 == len(steps)
-            symmetric_product(A, A, plus=A, beta=b, alpha=c, diagonal=a if is_last else 0.0, out=B)
+            alone, is_last = len(steps) == 1, index + 1 == len(steps)
+            symmetric_product(A, A, plus=A, beta=b, alpha=c, diagonal=a if alone else 0.0, out=B)
             if not is_last:
                 symmetric_product(B, A, plus=A, beta=a, out=T)
                 symmetric_product(T, B, plus=T, beta=a, out=A)
-                B.diagonal(dim1=-2, dim2=-1).add_(a)
-            if index == 0:
-                B, Z = Z, B
-            else:
+            if index:
                 # The product is symmetric, but its rounding is not. The later step's factor comes first in what X meets:
                 # where X is zero, the earlier steps then do not enlarge what the later step rounds.
-                torch.bmm(*(Z, B) if tall else (B, Z), out=T)
+                torch.baddbmm(Z, *(Z, B) if tall else (B, Z), beta=a, out=T)
                 Z, T = T, Z
+            else:
+                if not alone:
+                    B.diagonal(dim1=-2, dim2=-1).add_(a)
+                B, Z = Z, B
         torch.bmm(*(X, Z) if tall else (Z, X), out=spare)
         X, spare = spare, X
     return X
