@@ -145,7 +145,7 @@ class Mode(ABC):
 
     @abstractmethod
     def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
-        """Return how many elements of a matrix with this owner each rank sends and receives."""
+        """Return how many elements of a matrix with this owner each rank sends, receives, and copies to work on."""
 
     def check(self, layout: ShardedLayout, name: str) -> None:
         """Raise a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""
