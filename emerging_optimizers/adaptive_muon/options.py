@@ -131,9 +131,9 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid and resolved.
+    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid.
 
-    ``bias_correction`` is True or False here, and ``use_syrk`` is False where the kernels cannot be used.
+    ``use_syrk`` is False where the kernels cannot be used.
 
     Raises:
         ValueError: If a value breaks its rule.
@@ -302,11 +302,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        """Check all values, and resolve those that depend on others."""
+        """Check all values."""
         for option in options_of(type(self)):
             option.check(getattr(self, option.name))
-        if self.bias_correction is None:
-            object.__setattr__(self, "bias_correction", self.moment2.bias_correction)
         object.__setattr__(self, "use_syrk", self.use_syrk and syrk_is_usable())
         _ = self.moment2, self.newton_schulz  # which check the rest
         _check_decay_method(self)
@@ -335,11 +333,15 @@ class Options:
         )
 
     @property
+    def corrects_bias(self) -> bool:
+        """``bias_correction``, or where that is None the method's own."""
+        return self.moment2.bias_correction if self.bias_correction is None else self.bias_correction
+
+    @property
     def synced(self) -> dict[str, Any]:
         """The values that must be the same on all ranks, by name."""
-        return {
-            option.name: getattr(self, option.name) for option in options_of(type(self)) if option.scope == "shared"
-        }
+        shared = [option.name for option in options_of(type(self)) if option.scope == "shared"]
+        return {name: getattr(self, name) for name in shared} | {"bias_correction": self.corrects_bias}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the record itself: it is frozen, and process groups cannot be copied."""
