@@ -254,7 +254,7 @@ def test_neither_the_model_nor_a_parameter_is_kept_alive_by_the_routes():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = HybridAdaptiveMuon.from_model(model, params=model[2].parameters())
     optimizer.param_groups.clear()
-    optimizer._share()
+    optimizer.describe()
     alive = [weakref.ref(model), *map(weakref.ref, model.parameters())]
     del model
     gc.collect()

@@ -186,7 +186,7 @@ def test_the_same_stacks_on_all_ranks(
     ranks, of = drawn
     plans = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "_BATCHES", {"cpu": (longest, most)})
+        patch.setattr(batches, "LIMITS", {"cpu": (longest, most)})
         for rank in range(ranks):
             matrices = made(Group(ranks), of * layers, rank)
             plan = make_plan(ready(matrices), mode, in_flight)

@@ -15,9 +15,6 @@ __all__ = ["Part", "all_gather", "all_to_all"]
 
 _ALIGNED = 16
 
-# Torch renamed it, and warns of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 class Part(NamedTuple):
     """A tensor in a message."""
@@ -78,7 +75,9 @@ def all_gather(
     packed = torch.empty(longest, dtype=torch.uint8, device=device)
     _pack(packed, tensors)
     arrived = packed.new_empty(len(incoming) * longest)
-    _all_gather(arrived, packed, group=group)
+    # Torch renamed it, and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(arrived, packed, group=group)
     buffers = torch.split(arrived, [longest] * len(incoming))
     return [_views(buffer, parts) for buffer, parts in zip(buffers, incoming, strict=True)]
 

@@ -160,10 +160,11 @@ def register(**options: Unpack[OptionsDict]) -> None:
     shared = {option.name: option for option in options_of(Options) if option.scope == "shared"}
     require_known(options, shared)
     chosen = {name: value for name, value in options.items() if value is not None}
-    for name, value in chosen.items():
-        shared[name].check(value)
-    # This checks the rest, but for what only the config decides, or the device, which is not set yet.
-    Options.of(**{**chosen, "weight_decay_method": Options.weight_decay_method, "use_syrk": Options.use_syrk})
+    # The config decides what goes with the one; the other depends on the device, which is not set yet.
+    alone = {"weight_decay_method", "use_syrk"} & chosen.keys()
+    for name in alone:
+        shared[name].check(chosen[name])
+    Options.of(**{name: value for name, value in chosen.items() if name not in alone})
 
     def config_to_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
         tag_qkv(model_chunks)
