@@ -12,13 +12,7 @@ from typing import Any, Literal, NamedTuple, Self, TypedDict, get_args, get_orig
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.checks import (
-    require,
-    require_known,
-    require_one_of,
-    require_picklable,
-    within,
-)
+from emerging_optimizers.adaptive_muon.checks import require, require_known, require_one_of, require_picklable, within
 from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2, Moment2MethodT, make_moment2
 from emerging_optimizers.adaptive_muon.moment2.namo_d import NamoD
@@ -399,21 +393,15 @@ def _check_decay_method(options: Options) -> None:
 
 
 def check_group(group: dict[str, Any], options: Options) -> None:
-    """Raise a ``ValueError`` if a parameter group has an invalid option, or one that holds for all groups.
-
-    Args:
-        group: A group with all options that a group may set.
-        options: The optimizer's options.
-    """
-    own = [option for option in options_of(type(options)) if option.scope == "group"]
-    for option in own:
-        option.check(group[option.name])
-    names = ", ".join(option.name for option in own)
-    others = (
-        {option.name for option in options_of(type(options))} - {option.name for option in own} - {"moment2_method"}
-    )
-    common = sorted(others & group.keys())
-    require(not common, f"a group may set only {names}", common, "set it for all")
+    """Raise a ``ValueError`` if a parameter group has an invalid option, or one that holds for all groups."""
+    own, common = [], []
+    for option in options_of(type(options)):
+        if option.scope == "group":
+            option.check(group[option.name])
+            own.append(option.name)
+        elif option.name in group and option.name != "moment2_method":
+            common.append(option.name)
+    require(not common, f"a group may set only {', '.join(own)}", common, "set it for all")
     require(
         group["moment2_method"] == options.moment2_method,
         f'moment2_method must be the same in all groups, "{options.moment2_method}"',
@@ -429,9 +417,8 @@ def document(cls: type, options: Iterable[Option]) -> None:
     lines = []
     for option in options:
         rule = f" Must be {option.rule.text}." if option.rule and option.scope != "rank" else ""
-        lines.append(
-            fill(f"{option.name}: {option.text}{rule}", 115, initial_indent=" " * 4, subsequent_indent=" " * 8)
-        )
+        text = f"{option.name}: {option.text}{rule}"
+        lines.append(fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
     if cls.__doc__:  # python -OO has none
         cls.__doc__ = cleandoc(cls.__doc__).replace("    {options}", "\n".join(lines))
 

@@ -48,12 +48,8 @@ _IDENTIFIERS = ("name", "group_name")
 class ModelRoutes:
     """The routes of a model's parameters, by name: a parameter that is replaced under its name keeps its route.
 
-    It keeps neither the model nor its parameters alive, and pickle does not store them.
-
-    Args:
-        model: The model.
-        routed: The routes of its parameters.
-        patterns: The ``routes`` that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
+    It keeps neither the model nor its parameters alive, and pickle does not store them. ``patterns`` are the ``routes``
+    that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
     """
 
     def __init__(

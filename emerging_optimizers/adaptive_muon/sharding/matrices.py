@@ -74,12 +74,9 @@ class Matrix:
 
 
 def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    """Return one tensor, broadcastable to a parameter, that is made of a tensor for each matrix of the parameter.
+    """Return one tensor that is made of a tensor for each matrix of a parameter of this shape; each is broadcastable.
 
-    Args:
-        matrices: The parameter's matrices.
-        parts: A tensor for each matrix, broadcastable to it.
-        shape: The shape of the parameter. Rows of padding, which belong to no matrix, are zero in the result.
+    Rows of padding, which belong to no matrix, are zero in the result.
     """
     if matrices[0].is_all:
         return parts[0]

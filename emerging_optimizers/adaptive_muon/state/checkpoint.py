@@ -33,7 +33,7 @@ def load(
     all hooks that may change what was loaded.
 
     Args:
-        optimizer: The optimizer to load into: that of the matrices, or one that holds its groups too.
+        optimizer: The optimizer of the matrices, or one that holds its groups too.
         state_dict: The checkpoint.
         torch_load: The torch class's ``load_state_dict`` of ``optimizer``.
         state_format: The format of the matrices' state.

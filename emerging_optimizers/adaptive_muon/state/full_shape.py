@@ -24,13 +24,7 @@ _V = "moment2_buffer"
 
 
 def expand_v(state: dict[str, Any], p: torch.Tensor, state_format: StateFormat) -> dict[str, Any]:
-    """Return a parameter's state with V as one tensor in the shape of ``p``: a view of V where that is possible.
-
-    Args:
-        state: The state, which stays as it is.
-        p: The parameter, or this rank's shard of it.
-        state_format: The format of the state.
-    """
+    """Return a copy of a parameter's state with V as one tensor in the shape of ``p``: a view of V where possible."""
     matrices, parts = state_format.sharding.matrices(p), []
     for matrix in matrices:
         like, kept = matrix.of(p), state_format.kept_dims(p, matrix)
@@ -44,14 +38,9 @@ def expand_v(state: dict[str, Any], p: torch.Tensor, state_format: StateFormat) 
 def reduce_v(
     states: Sequence[dict[str, Any]], params: Sequence[torch.Tensor], state_format: StateFormat
 ) -> list[dict[str, Any]]:
-    """Return parameters' states with V in the method's own buffers; a state that has them is returned itself.
+    """Return copies of parameters' states with V in the method's own buffers; a state that has them is returned itself.
 
     All ranks that hold shards must call: entries of V that only other ranks have arrive in one all-reduce per group.
-
-    Args:
-        states: The states, which stay as they are.
-        params: The parameters, or this rank's shards of them.
-        state_format: The format of the states.
     """
     reduced = list(states)
     vectors: dict[ProcessGroup | None, dict[tuple[int, str], torch.Tensor]] = {}
