@@ -26,8 +26,6 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
     check_scalar,
     distinct,
     in_model,
-    rename,
-    rows_of,
     split,
     tag_transposed,
     with_entries,
@@ -129,9 +127,7 @@ class HybridAdaptiveMuon(Optimizer):
 
         Args:
             model: The model.
-            lr: As the class.
-            momentum: As the class.
-            weight_decay: As the class.
+            lr, momentum, weight_decay: As the class.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
                 pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Names match with and without what
                 wrappers such as ``torch.compile`` put into them.
@@ -167,7 +163,7 @@ class HybridAdaptiveMuon(Optimizer):
             try:
                 for part in split(group, _names(self.param_groups)):
                     entries, routes = part["params"], part.pop("routes")
-                    tagged += tag_transposed(entries, routes)
+                    tagged += tag_transposed([p for _, p in entries], routes)
                     self._add_part(distinct(part, _names(self.param_groups)))
                     added.append((entries, routes))
             except Exception:
@@ -238,7 +234,7 @@ class HybridAdaptiveMuon(Optimizer):
     @property
     def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """The name, the parameter and the route of every parameter."""
-        return rows_of(self.param_groups, self._follow())
+        return self._entries.follow(self.param_groups, self._model)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,7 +244,7 @@ class HybridAdaptiveMuon(Optimizer):
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
-        self._follow()
+        self._entries.follow(self.param_groups, self._model)
         checkpoint.load(self, state_dict, super().load_state_dict, self._muon.state_format)
 
     @override
@@ -265,7 +261,7 @@ class HybridAdaptiveMuon(Optimizer):
     @contextmanager
     def _shared(self) -> Iterator[None]:
         """Lend both optimizers the state and groups of now, whoever set them; they keep nothing of them alive later."""
-        self._follow()
+        self._entries.follow(self.param_groups, self._model)
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if bool(group.get("use_muon")) is use_muon]
@@ -274,15 +270,6 @@ class HybridAdaptiveMuon(Optimizer):
         finally:
             for inner in (self._muon, self._adamw):
                 inner.state, inner.param_groups = defaultdict(dict), []
-
-    def _follow(self) -> list[list[tuple[str, Route]]]:
-        """Return names and routes of the parameters in the groups of now, and put names and tags right, in place."""
-        entries = self._entries.follow(self.param_groups, self._model)
-        rename(self.param_groups, entries)
-        for group, known in zip(self.param_groups, entries, strict=True):
-            # Copies of parameters, and what a wrapper has put in their place, lack the tag.
-            tag_transposed([("", p) for p in group["params"]], [route for _, route in known])
-        return entries
 
 
 def _check_names(groups: list[dict[str, Any]]) -> None:

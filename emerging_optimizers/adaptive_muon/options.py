@@ -49,34 +49,21 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """One option, as a field of a record describes it.
-
-    Args:
-        name: The keyword.
-        type: The annotation.
-        default: The default.
-        text: What the option sets, without markup. Docstrings, flags and tables show it.
-        rule: What a value must be. Names and switches, and options that another value checks, need none.
-        names: The valid names, where the annotation does not list exactly these.
-        scope: "shared" options must be the same on all ranks, and hold for all parameters. A parameter group may set
-            its own "group" options. "rank" options are objects of a process, such as functions.
-        megatron_field: The field of Megatron's ``OptimizerConfig``, if there is one.
-        flag: Whether Megatron's parser gets the flag ``--adaptive-muon-...``.
-        in_files: Whether the configuration files of NeMo and Automodel have a key.
-        key: That key, where it is not the name.
-    """
+    """One option, as a field of a record describes it."""
 
     name: str
     type: Any
     default: Any
-    text: str
-    rule: Rule | None = None
-    names: Collection[str] = ()
+    text: str  # what it sets, without markup, for docstrings, flags and tables
+    rule: Rule | None = None  # names and switches, and options that another value checks, need none
+    names: Collection[str] = ()  # the valid names, where the annotation does not list exactly these
+    # "shared" options must be the same on all ranks, and hold for all parameters. A parameter group may set its own
+    # "group" options. "rank" options are objects of a process, such as functions.
     scope: Literal["shared", "group", "rank"] = "shared"
-    megatron_field: str = ""
-    flag: bool = False
-    in_files: bool = True
-    key: str = ""
+    megatron_field: str = ""  # of Megatron's OptimizerConfig
+    flag: bool = False  # whether Megatron's parser gets --adaptive-muon-...
+    in_files: bool = True  # whether the configuration files of NeMo and Automodel have a key
+    key: str = ""  # that key, where it is not the name
 
     @property
     def choices(self) -> tuple[str, ...]:

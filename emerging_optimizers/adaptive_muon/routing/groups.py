@@ -31,8 +31,6 @@ __all__ = [
     "check_scalar",
     "distinct",
     "in_model",
-    "rename",
-    "rows_of",
     "split",
     "tag_transposed",
     "with_entries",
@@ -111,10 +109,11 @@ class Entries:
             self._known[key] = (name, route)
             self._places[-1].append(key)
 
-    def follow(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> list[list[tuple[str, Route]]]:
-        """Return name and route of each parameter in groups, which may have been edited.
+    def follow(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> list[tuple[str, torch.Tensor, Route]]:
+        """Return name, parameter and route of each parameter in groups, which may have been edited.
 
-        Parameters that were put into a group from outside have those of the model, if it has them.
+        Parameters that were put into a group from outside have those of the model, if it has them. Names in the groups
+        and tags of parameters are put right, in place.
         """
         places = [[key_of(p) for p in group["params"]] for group in groups]
         if any(key not in self._known for place in places for key in place):
@@ -122,10 +121,16 @@ class Entries:
             self._look_up(groups, model)
             places = [[key_of(p) for p in group["params"]] for group in groups]
         self._places = places
-        return [
-            [(name, _in_group(group, route)) for name, route in (self._known[key] for key in place)]
-            for group, place in zip(groups, places, strict=True)
-        ]
+        known = [[self._known[key] for key in place] for place in places]
+        _rename(groups, known)
+        rows: list[tuple[str, torch.Tensor, Route]] = []
+        for group, in_group in zip(groups, known, strict=True):
+            routes = [_in_group(group, route) for _, route in in_group]
+            names = group.get("param_names", [name for name, _ in in_group])
+            # Copies of parameters, and what a wrapper has put in their place, lack the tag.
+            tag_transposed(group["params"], routes)
+            rows += zip(names, group["params"], routes, strict=True)
+        return rows
 
     def _take_over(self, groups: Sequence[dict[str, Any]], places: list[list[str]]) -> None:
         """Give parameters without a known key the name and route of their place, where the place is beyond doubt."""
@@ -215,18 +220,7 @@ def with_names(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[
     return {**group, "params": made_up}
 
 
-def rows_of(
-    groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]
-) -> list[tuple[str, torch.Tensor, Route]]:
-    """Return name, parameter and route of each parameter in groups, whose names :func:`rename` has put right."""
-    rows = []
-    for group, known in zip(groups, entries, strict=True):
-        names = group.get("param_names", [name for name, _ in known])
-        rows += [(name, p, route) for name, p, (_, route) in zip(names, group["params"], known, strict=True)]
-    return rows
-
-
-def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
+def _rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
     """Put the names of groups right whose parameters were edited without their names, in place."""
     owned = {name for known in entries for name, _ in known}
     for at, (group, known) in enumerate(zip(groups, entries, strict=True)):
@@ -272,11 +266,11 @@ def distinct(group: dict[str, Any], taken: Collection[str]) -> dict[str, Any]:
     return group | {key: name for key, name in named.items() if name != f"{group[key]}"}
 
 
-def tag_transposed(entries: Sequence[tuple[str, torch.Tensor]], routes: Sequence[Route]) -> list[Any]:
+def tag_transposed(params: Sequence[torch.Tensor], routes: Sequence[Route]) -> list[Any]:
     """Tag the matrices that are stored as (in, out), ``muon_transposed``, and return those that lacked the tag."""
     lacking = [
         p
-        for (_, p), route in zip(entries, routes, strict=False)
+        for p, route in zip(params, routes, strict=True)
         if route.transposed and route.algorithm == "adaptive_muon" and not getattr(p, "muon_transposed", False)
     ]
     for p in lacking:
