@@ -7,13 +7,13 @@ has row blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` a
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2
+from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import (
@@ -48,10 +48,6 @@ class StateFormat:
     moment2: Moment2
     bias_correction: bool  # whether steps are counted
     capturable: bool  # whether the count is on the parameter's device
-
-    def of_method(self, name: str) -> "StateFormat":
-        """Return the format with another second-moment method, whose own options matter to no shape."""
-        return replace(self, moment2_method=name, moment2=METHODS[name]())
 
     def kept_dims(self, p: torch.Tensor, matrix: Matrix) -> tuple[int, ...]:
         """Return the dimensions that V keeps of a matrix of a parameter."""
@@ -121,7 +117,7 @@ def state_only(
         for p in group["params"]
         if p in gradients and not states.get(p) and not sharding.is_empty(p) and group["lr"] == 0
     }
-    return sharding.all_zero(fresh) if fresh else frozenset()
+    return sharding.all_zero(fresh)
 
 
 @dataclass(frozen=True, eq=False)
