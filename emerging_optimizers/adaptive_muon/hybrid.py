@@ -100,7 +100,7 @@ class HybridAdaptiveMuon(Optimizer):
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
         groups = as_groups(params)
         _check_names(groups)
-        parts = [part for group in groups for part in split(in_model({}, group), _names(groups))]
+        parts = [part for group in groups for part in split(in_model({}, group), groups)]
         # Schedulers and loggers take the first group for the learning rate.
         super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
 
@@ -161,10 +161,10 @@ class HybridAdaptiveMuon(Optimizer):
         tagged, added = [], []
         with self._shared():
             try:
-                for part in split(group, _names(self.param_groups)):
+                for part in split(group, self.param_groups):
                     entries, routes = part["params"], part.pop("routes")
                     tagged += tag_transposed([p for _, p in entries], routes)
-                    self._add_part(distinct(part, _names(self.param_groups)))
+                    self._add_part(distinct(part, self.param_groups))
                     added.append((entries, routes))
             except Exception:
                 del self.param_groups[number:]
@@ -281,11 +281,6 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
         "some of each",
         "pass (name, parameter) pairs for all of them, as in model.named_parameters()",
     )
-
-
-def _names(groups: list[dict[str, Any]]) -> set[str]:
-    """Return the names of groups, by which loggers tell them apart."""
-    return {str(group[key]) for group in groups for key in ("name", "group_name") if key in group}
 
 
 def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, each: bool) -> str:

@@ -60,17 +60,7 @@ def all_gather(
     group: ProcessGroup,
     device: torch.device,
 ) -> list[list[torch.Tensor]]:
-    """Send all ranks of a group the same list of tensors, in one all-gather of the longest list's size.
-
-    Args:
-        tensors: The tensors to send, each with the dtype in which to send it.
-        incoming: For each rank, the tensors that come from there.
-        group: The process group.
-        device: The device of all of them.
-
-    Returns:
-        For each rank, the tensors that came from there: views of one buffer.
-    """
+    """Send all ranks the same tensors, in one all-gather of the longest list's size; otherwise as :func:`all_to_all`."""
     longest = max(_size(parts) for parts in incoming)
     packed = torch.empty(longest, dtype=torch.uint8, device=device)
     _pack(packed, tensors)

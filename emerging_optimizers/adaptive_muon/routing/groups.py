@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups of HybridAdaptiveMuon: read, routed and split in two where they hold both kinds."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, override
 from weakref import ref
@@ -234,11 +234,11 @@ def _rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[s
         ]
 
 
-def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]:
+def split(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a group as one or two groups, matrices first, each with the options of one optimizer.
 
     A value that is a list with an entry for each parameter is split too. A name (``"name"``) gets the algorithm
-    appended, and differs from the ``taken`` ones of other groups.
+    appended, and differs from those of other groups.
     """
     entries, routes = group["params"], group["routes"]
     unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
@@ -250,15 +250,16 @@ def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]
             continue
         part = _options(group, use_muon=algorithm == "adaptive_muon")
         if len(indices) < len(entries):
-            part = _of_half(part, algorithm, indices, len(entries), taken)
+            part = _of_half(part, algorithm, indices, len(entries), others)
         part["params"], part["routes"] = ([values[index] for index in indices] for values in (entries, routes))
         part["use_muon"] = algorithm == "adaptive_muon"
         parts.append(part)
     return parts
 
 
-def distinct(group: dict[str, Any], taken: Collection[str]) -> dict[str, Any]:
+def distinct(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a group under a name that no other group has; a name is made longer by underscores."""
+    taken = {str(other[key]) for other in others for key in _IDENTIFIERS if key in other}
     named = {key: f"{group[key]}" for key in _IDENTIFIERS if group.get(key) is not None}
     for key in named:
         while named[key] in taken:
@@ -314,7 +315,7 @@ def _options(group: dict[str, Any], *, use_muon: bool) -> dict[str, Any]:
 
 
 def _of_half(
-    options: dict[str, Any], algorithm: str, indices: list[int], length: int, taken: Collection[str]
+    options: dict[str, Any], algorithm: str, indices: list[int], length: int, others: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the options of one of the two halves of a group, which share no tensor."""
     half = {key: _cloned(value) for key, value in options.items()} if algorithm == "adamw" else dict(options)
@@ -323,7 +324,7 @@ def _of_half(
             half[key] = f"{value}/{algorithm}"
         elif isinstance(value, list) and len(value) == length and key != "betas":
             half[key] = [value[index] for index in indices]
-    return distinct(half, taken)
+    return distinct(half, others)
 
 
 def _cloned(value: Any) -> Any:

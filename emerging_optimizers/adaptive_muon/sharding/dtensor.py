@@ -12,7 +12,7 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import refusal, require
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece
 
 
@@ -143,11 +143,10 @@ def _group(mesh: DeviceMesh, dims: list[int], name: str) -> ProcessGroup:
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     names = mesh.mesh_dim_names
-    require(
-        names is not None,
-        f"the dimensions of a mesh must have names where several of them split one matrix, as with {name}; got",
-        mesh,
-        "pass mesh_dim_names to init_device_mesh",
-    )
-    assert names is not None
+    if names is None:
+        raise refusal(
+            f"the dimensions of a mesh must have names where several of them split one matrix, as with {name}; got",
+            mesh,
+            "pass mesh_dim_names to init_device_mesh",
+        )
     return mesh[tuple(names[index] for index in dims)]._flatten().get_group()
