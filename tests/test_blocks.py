@@ -233,6 +233,18 @@ def test_state_of_other_blocks_is_refused(method: str, before: Any, after: Any) 
     torch.testing.assert_close(other.state_dict()["state"], state["state"], atol=0, rtol=0)
 
 
+def test_one_buffer_for_all_blocks_is_refused() -> None:
+    """As development versions saved it: the blocks may well have been the same."""
+    p = fused((96, 32), (64, 32))
+    optimizer = AdaptiveMuon([p], moment2_method="normuon")
+    walk(optimizer, range(1))
+    old = saved(optimizer)
+    [state] = old["state"].values()
+    state["moment2_buffer"] = torch.cat([state.pop(f"moment2_buffer_{block}") for block in range(2)])
+    with pytest.raises(ValueError, match=r"other blocks or none, or by a version before 0\.1\.0"):
+        optimizer.load_state_dict(old)
+
+
 @pytest.mark.parametrize("steps", [0, 2], ids=["before the first step", "after steps"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
 @each_method

@@ -254,12 +254,28 @@ def test_neither_the_model_nor_a_parameter_is_kept_alive_by_the_routes():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = HybridAdaptiveMuon.from_model(model, params=model[2].parameters())
     optimizer.param_groups.clear()
-    optimizer._share()
+    optimizer.describe()
     alive = [weakref.ref(model), *map(weakref.ref, model.parameters())]
     del model
     gc.collect()
     assert not any(each() is not None for each in alive)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})  # and nothing is missed
+
+
+@pytest.mark.parametrize("looked", ["described", "refused"])
+def test_a_group_that_is_removed_is_not_kept_alive(looked):
+    """By what looked at it before: the description, or a step that was refused."""
+    optimizer = HybridAdaptiveMuon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))])
+    if looked == "described":
+        optimizer.describe()
+    else:
+        optimizer.param_groups[1]["params"][0].grad = torch.ones(3).to_sparse()
+        with pytest.raises(ValueError, match="dense"):
+            optimizer.step()
+    alive = [weakref.ref(p) for group in optimizer.param_groups for p in group["params"]]
+    optimizer.param_groups.clear()
+    gc.collect()
+    assert not any(each() is not None for each in alive)
 
 
 def test_description_is_of_the_parameters_that_stand_there_now():

@@ -244,6 +244,10 @@ def test_register_refuses_what_is_no_option_or_not_valid() -> None:
             register(**unknown)
     with pytest.raises(ValueError, match="ns_algorithm must be .*, got 'fast': choose from standard, gram, auto"):
         register(ns_algorithm="fast")
+    with pytest.raises(ValueError, match="weight_decay_method must be .*, got 'none': choose from decoupled"):
+        register(weight_decay_method="none")
+    with pytest.raises(ValueError, match="use_syrk must be True or False, got 'no'"):
+        register(use_syrk="no")
     with pytest.raises(ValueError, match="num_ns_steps must be a whole number >= 1, got 0"):
         register(num_ns_steps=0)
     with pytest.raises(ValueError, match=r"namo_d_clamp must be in \(0, 1\], got 5"):

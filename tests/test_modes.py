@@ -337,6 +337,21 @@ def test_a_compiled_step_is_the_step(make: Any, backend: str) -> None:
             torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+def test_no_graph_of_a_step_is_compiled(make: Any) -> None:
+    """Each set of matrices that has gradients would have one of its own."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    params = [nn.Parameter(normal((4, 6), 0)), nn.Parameter(normal((5, 6), 1)), nn.Parameter(normal((6,), 2))]
+    optimizer = make([p for p in params if p.ndim == 2 or make is HybridAdaptiveMuon])
+    step = torch.compile(optimizer.step, backend="eager")
+    for count in (1, 3):
+        for p in params[:count]:
+            p.grad = torch.ones_like(p)
+        step()
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
 def test_a_compiled_lightning_module_steps_in_manual_optimization(make: Any, backend: str) -> None:

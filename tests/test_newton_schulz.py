@@ -315,9 +315,9 @@ def test_a_large_batch_goes_in_parts(monkeypatch: Any) -> None:
     sizes = []
     monkeypatch.setattr(module, "iterate", lambda part, *rest: sizes.append(len(part)) or iterate(part, *rest))
     whole = NewtonSchulz("quintic", 5)(x)
-    monkeypatch.setitem(batches._BATCHES, "cpu", (256, 2 * 4 * 12 * 20))
+    monkeypatch.setitem(batches.LIMITS, "cpu", (256, 2 * 4 * 12 * 20))
     torch.testing.assert_close(NewtonSchulz("quintic", 5)(x), whole, atol=1e-5, rtol=1e-5)
-    monkeypatch.setitem(batches._BATCHES, "cpu", (8, 2**30))
+    monkeypatch.setitem(batches.LIMITS, "cpu", (8, 2**30))
     torch.testing.assert_close(NewtonSchulz("quintic", 5)(x), whole, atol=1e-5, rtol=1e-5)
     assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
 

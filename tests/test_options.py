@@ -5,7 +5,7 @@ import argparse
 import inspect
 import runpy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,6 +16,7 @@ from torch import nn
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, optimizer
 from emerging_optimizers.adaptive_muon.checks import within
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions, config_keys
+from emerging_optimizers.adaptive_muon.moment2.adamuon import AdaMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, Rule, option_field, options_of
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import syrk_is_usable
 
@@ -191,13 +192,23 @@ def test_every_default_is_valid_and_every_option_is_described() -> None:
 
 
 def test_options_are_resolved_once() -> None:
-    assert Options(moment2_method="namo_d").bias_correction is True
-    assert Options(moment2_method="namo").bias_correction is False
+    assert Options(moment2_method="namo_d").synced["bias_correction"] is True
+    assert Options(moment2_method="namo").synced["bias_correction"] is False
     assert Options(moment2_method="namo", bias_correction=True).synced["bias_correction"] is True
     assert Options(use_syrk=True).use_syrk is syrk_is_usable()
     made = AdaptiveMuon([matrix()], moment2_method="namo_d", namo_d_clamp=0.5, num_ns_steps=3)
     assert made.options.moment2.namo_d_clamp == 0.5
     assert made.scaled_orthogonalize_fn.num_steps == 3
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_what_replaces_a_method_resolves_anew(asked: bool | None) -> None:
+    before = Options(moment2_method="namo_d", namo_d_clamp=0.5, bias_correction=asked)
+    _ = before.moment2, before.corrects_bias
+    after = replace(before, moment2_method="adamuon")
+    assert after == Options(moment2_method="adamuon", namo_d_clamp=0.5, bias_correction=asked)
+    assert (before.corrects_bias, after.corrects_bias) == ((True, False) if asked is None else (asked, asked))
+    assert isinstance(after.moment2, AdaMuon)
 
 
 @pytest.mark.parametrize("value", ["false", 1, None])

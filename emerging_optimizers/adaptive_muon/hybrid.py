@@ -2,7 +2,8 @@
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Self, Unpack, overload, override
 
@@ -25,8 +26,6 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
     check_scalar,
     distinct,
     in_model,
-    rename,
-    rows_of,
     split,
     tag_transposed,
     with_entries,
@@ -96,15 +95,14 @@ class HybridAdaptiveMuon(Optimizer):
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
         }
         check_scalar(scalar)
-        # They lend their steps and checks: _share gives them the groups.
+        # They lend their steps and checks: _shared gives them the groups.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
         groups = as_groups(params)
         _check_names(groups)
-        parts = [part for group in groups for part in split(in_model({}, group), _names(groups))]
+        parts = [part for group in groups for part in split(in_model({}, group), groups)]
         # Schedulers and loggers take the first group for the learning rate.
         super().__init__(sorted(parts, key=lambda part: not part["use_muon"]), dict(self._muon.defaults))
-        self._let_go()
 
     @classmethod
     def from_model(
@@ -129,9 +127,7 @@ class HybridAdaptiveMuon(Optimizer):
 
         Args:
             model: The model.
-            lr: As the class.
-            momentum: As the class.
-            weight_decay: As the class.
+            lr, momentum, weight_decay: As the class.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
                 pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Names match with and without what
                 wrappers such as ``torch.compile`` put into them.
@@ -159,26 +155,24 @@ class HybridAdaptiveMuon(Optimizer):
         even in the model of :meth:`from_model`, it is called by the place of its group, such as "added.2.0": the same
         whenever groups are added in the same order.
         """
-        self._share()
         number, group = len(self.param_groups), with_entries(param_group)
         known = self._model.by_parameter(p for _, p in group["params"])
         group = with_names(in_model(known, group), self.param_groups)
         tagged, added = [], []
-        try:
-            for part in split(group, _names(self.param_groups)):
-                entries, routes = part["params"], part.pop("routes")
-                tagged += tag_transposed(entries, routes)
-                self._add_part(distinct(part, _names(self.param_groups)))
-                added.append((entries, routes))
-        except Exception:
-            del self.param_groups[number:]
-            for p in tagged:
-                del p.muon_transposed
-            self._let_go()
-            raise
+        with self._shared():
+            try:
+                for part in split(group, self.param_groups):
+                    entries, routes = part["params"], part.pop("routes")
+                    tagged += tag_transposed([p for _, p in entries], routes)
+                    self._add_part(distinct(part, self.param_groups))
+                    added.append((entries, routes))
+            except Exception:
+                del self.param_groups[number:]
+                for p in tagged:
+                    del p.muon_transposed
+                raise
         for entries, routes in added:
             self._entries.add(entries, routes)
-        self._let_go()
 
     def _add_part(self, part: dict[str, Any]) -> None:
         """Add a group of one kind to the optimizer of its kind, and share it."""
@@ -218,16 +212,14 @@ class HybridAdaptiveMuon(Optimizer):
             ValueError: As :meth:`AdaptiveMuon.step`, and if AdamW's part cannot step. Nothing has changed then.
         """
         loss = loss_of(closure)
-        self._share()
-        for inner in (self._muon, self._adamw):
-            check_options(inner)
-        for group in self._adamw.param_groups:
-            check_gradients(group, "AdamW", complex_too=True)
-            check_capturable(group)
-        with plain_modes([p for group in self.param_groups for p in group["params"]]):
+        with self._shared(), plain_modes([p for group in self.param_groups for p in group["params"]]):
+            for inner in (self._muon, self._adamw):
+                check_options(inner)
+            for group in self._adamw.param_groups:
+                check_gradients(group, "AdamW", complex_too=True)
+                check_capturable(group)
             self._muon.step()  # checks its own parameters before it changes anything
             self._adamw.step()
-        self._let_go()
         return loss
 
     def describe(self, *, each: bool = True) -> str:
@@ -242,7 +234,7 @@ class HybridAdaptiveMuon(Optimizer):
     @property
     def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """The name, the parameter and the route of every parameter."""
-        return rows_of(self.param_groups, self._share())
+        return self._entries.follow(self.param_groups, self._model)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -252,9 +244,8 @@ class HybridAdaptiveMuon(Optimizer):
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
-        self._share()
+        self._entries.follow(self.param_groups, self._model)
         checkpoint.load(self, state_dict, super().load_state_dict, self._muon.state_format)
-        self._let_go()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -263,26 +254,22 @@ class HybridAdaptiveMuon(Optimizer):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._share()
-        for inner in (self._muon, self._adamw):
-            inner.__setstate__({})  # fills in what an older checkpoint's groups lack
+        with self._shared():
+            for inner in (self._muon, self._adamw):
+                inner.__setstate__({})  # fills in what an older checkpoint's groups lack
 
-    def _let_go(self) -> None:
-        """Take the state and the groups from both optimizers, so that what leaves this one is not kept alive by them."""
-        for inner in (self._muon, self._adamw):
-            inner.state, inner.param_groups = defaultdict(dict), []
-
-    def _share(self) -> list[list[tuple[str, Route]]]:
-        """Give both optimizers the state and groups of now, whoever set them; return names and routes of each group."""
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """Lend both optimizers the state and groups of now, whoever set them; they keep nothing of them alive later."""
+        self._entries.follow(self.param_groups, self._model)
         for inner, use_muon in ((self._muon, True), (self._adamw, False)):
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if bool(group.get("use_muon")) is use_muon]
-        entries = self._entries.follow(self.param_groups, self._model)
-        rename(self.param_groups, entries)
-        for group, known in zip(self.param_groups, entries, strict=True):
-            # Copies of parameters, and what a wrapper has put in their place, lack the tag.
-            tag_transposed([("", p) for p in group["params"]], [route for _, route in known])
-        return entries
+        try:
+            yield
+        finally:
+            for inner in (self._muon, self._adamw):
+                inner.state, inner.param_groups = defaultdict(dict), []
 
 
 def _check_names(groups: list[dict[str, Any]]) -> None:
@@ -294,11 +281,6 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
         "some of each",
         "pass (name, parameter) pairs for all of them, as in model.named_parameters()",
     )
-
-
-def _names(groups: list[dict[str, Any]]) -> set[str]:
-    """Return the names of groups, by which loggers tell them apart."""
-    return {str(group[key]) for group in groups for key in ("name", "group_name") if key in group}
 
 
 def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, each: bool) -> str:

@@ -84,7 +84,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         **options: Unpack[OptionsDict],
     ) -> None:
         self.options = Options.of(lr=lr, momentum=momentum, weight_decay=weight_decay, **options)
-        self.bias_correction, self.capturable = bool(self.options.bias_correction), self.options.capturable
+        self.bias_correction, self.capturable = self.options.corrects_bias, self.options.capturable
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
         placement = self.options.layout_fn, self.options.blocks_fn

@@ -12,13 +12,7 @@ from typing import Any, Literal, NamedTuple, Self, TypedDict, get_args, get_orig
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.checks import (
-    require,
-    require_known,
-    require_one_of,
-    require_picklable,
-    within,
-)
+from emerging_optimizers.adaptive_muon.checks import require, require_known, require_one_of, require_picklable, within
 from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2, Moment2MethodT, make_moment2
 from emerging_optimizers.adaptive_muon.moment2.namo_d import NamoD
@@ -55,34 +49,21 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """One option, as a field of a record describes it.
-
-    Args:
-        name: The keyword.
-        type: The annotation.
-        default: The default.
-        text: What the option sets, without markup. Docstrings, flags and tables show it.
-        rule: What a value must be. Names and switches, and options that another value checks, need none.
-        names: The valid names, where the annotation does not list exactly these.
-        scope: "shared" options must be the same on all ranks, and hold for all parameters. A parameter group may set
-            its own "group" options. "rank" options are objects of a process, such as functions.
-        megatron_field: The field of Megatron's ``OptimizerConfig``, if there is one.
-        flag: Whether Megatron's parser gets the flag ``--adaptive-muon-...``.
-        in_files: Whether the configuration files of NeMo and Automodel have a key.
-        key: That key, where it is not the name.
-    """
+    """One option, as a field of a record describes it."""
 
     name: str
     type: Any
     default: Any
-    text: str
-    rule: Rule | None = None
-    names: Collection[str] = ()
+    text: str  # what it sets, without markup, for docstrings, flags and tables
+    rule: Rule | None = None  # names and switches, and options that another value checks, need none
+    names: Collection[str] = ()  # the valid names, where the annotation does not list exactly these
+    # "shared" options must be the same on all ranks, and hold for all parameters. A parameter group may set its own
+    # "group" options. "rank" options are objects of a process, such as functions.
     scope: Literal["shared", "group", "rank"] = "shared"
-    megatron_field: str = ""
-    flag: bool = False
-    in_files: bool = True
-    key: str = ""
+    megatron_field: str = ""  # of Megatron's OptimizerConfig
+    flag: bool = False  # whether Megatron's parser gets --adaptive-muon-...
+    in_files: bool = True  # whether the configuration files of NeMo and Automodel have a key
+    key: str = ""  # that key, where it is not the name
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -131,9 +112,9 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid and resolved.
+    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid.
 
-    ``bias_correction`` is True or False here, and ``use_syrk`` is False where the kernels cannot be used.
+    ``use_syrk`` is False where the kernels cannot be used.
 
     Raises:
         ValueError: If a value breaks its rule.
@@ -302,11 +283,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        """Check all values, and resolve those that depend on others."""
+        """Check all values."""
         for option in options_of(type(self)):
             option.check(getattr(self, option.name))
-        if self.bias_correction is None:
-            object.__setattr__(self, "bias_correction", self.moment2.bias_correction)
         object.__setattr__(self, "use_syrk", self.use_syrk and syrk_is_usable())
         _ = self.moment2, self.newton_schulz  # which check the rest
         _check_decay_method(self)
@@ -335,11 +314,15 @@ class Options:
         )
 
     @property
+    def corrects_bias(self) -> bool:
+        """``bias_correction``, or where that is None the method's own."""
+        return self.moment2.bias_correction if self.bias_correction is None else self.bias_correction
+
+    @property
     def synced(self) -> dict[str, Any]:
         """The values that must be the same on all ranks, by name."""
-        return {
-            option.name: getattr(self, option.name) for option in options_of(type(self)) if option.scope == "shared"
-        }
+        shared = [option.name for option in options_of(type(self)) if option.scope == "shared"]
+        return {name: getattr(self, name) for name in shared} | {"bias_correction": self.corrects_bias}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the record itself: it is frozen, and process groups cannot be copied."""
@@ -397,21 +380,15 @@ def _check_decay_method(options: Options) -> None:
 
 
 def check_group(group: dict[str, Any], options: Options) -> None:
-    """Raise a ``ValueError`` if a parameter group has an invalid option, or one that holds for all groups.
-
-    Args:
-        group: A group with all options that a group may set.
-        options: The optimizer's options.
-    """
-    own = [option for option in options_of(type(options)) if option.scope == "group"]
-    for option in own:
-        option.check(group[option.name])
-    names = ", ".join(option.name for option in own)
-    others = (
-        {option.name for option in options_of(type(options))} - {option.name for option in own} - {"moment2_method"}
-    )
-    common = sorted(others & group.keys())
-    require(not common, f"a group may set only {names}", common, "set it for all")
+    """Raise a ``ValueError`` if a parameter group has an invalid option, or one that holds for all groups."""
+    own, common = [], []
+    for option in options_of(type(options)):
+        if option.scope == "group":
+            option.check(group[option.name])
+            own.append(option.name)
+        elif option.name in group and option.name != "moment2_method":
+            common.append(option.name)
+    require(not common, f"a group may set only {', '.join(own)}", common, "set it for all")
     require(
         group["moment2_method"] == options.moment2_method,
         f'moment2_method must be the same in all groups, "{options.moment2_method}"',
@@ -427,9 +404,8 @@ def document(cls: type, options: Iterable[Option]) -> None:
     lines = []
     for option in options:
         rule = f" Must be {option.rule.text}." if option.rule and option.scope != "rank" else ""
-        lines.append(
-            fill(f"{option.name}: {option.text}{rule}", 115, initial_indent=" " * 4, subsequent_indent=" " * 8)
-        )
+        text = f"{option.name}: {option.text}{rule}"
+        lines.append(fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
     if cls.__doc__:  # python -OO has none
         cls.__doc__ = cleandoc(cls.__doc__).replace("    {options}", "\n".join(lines))
 

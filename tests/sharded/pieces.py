@@ -206,6 +206,13 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class _Collectives(TorchDispatchMode):
     """Counts collectives by name. Torch's profiler would too, and take a hundred times as long."""
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from pieces import OPTIONS, Pair, options_of, set_gradients, strips
+from pieces import OPTIONS, Pair, gathered, options_of, set_gradients, strips
 from side_by_side import each_method
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon.state import full_shape
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
 
@@ -75,6 +76,47 @@ def test_expanded_state_is_cut_as_the_parameter_is(method: str, kind: str, group
             for given in (state, own):
                 [reduced] = reduce_v([given], [p], optimizer.state_format)
                 torch.testing.assert_close(reduced, own, rtol=0, atol=0)
+
+
+def test_a_shard_in_the_shape_of_its_v(group: ProcessGroup) -> None:
+    """One rank cannot see whether V is expanded, and an empty shard beside it can: all of them take part."""
+    pairs = strips([(18, 3), (3, 18)])
+    options = options_of("normuon")
+    set_gradients(pairs, 0)
+    optimizer = AdaptiveMuon([pair.piece for pair in pairs], tp_group=group, **options)
+    optimizer.step()
+    params = [pair.piece for pair in pairs]
+    own = [dict(optimizer.state[p]) for p in params]
+    full = [expanded(optimizer, p) for p in params]
+    for given in (own, full):
+        assert len({*gathered(messages_of(given, params, optimizer))}) == 1, "some ranks would wait for the others"
+        torch.testing.assert_close(reduce_v(given, params, optimizer.state_format), own, rtol=0, atol=0)
+
+
+def test_a_shard_in_the_shape_of_another_methods_v(group: ProcessGroup) -> None:
+    """A checkpoint that does not fit is refused, later and on all ranks; none waits for the others before."""
+    if group.size() > 1:
+        p = nn.Parameter(torch.randn(group.size() + 1, 3).tensor_split(group.size())[dist.get_rank()].clone())
+        p.partition_dim = 0  # type: ignore[attr-defined]
+        optimizer = AdaptiveMuon([p], tp_group=group, moment2_method="normuon")
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        state = {**optimizer.state[p], "moment2_buffer": torch.ones(1, 3)}  # of "namo_d"
+        assert len({*gathered(messages_of([state], [p], optimizer))}) == 1, "some ranks would wait for the others"
+
+
+def messages_of(states: list[dict[str, Any]], params: list[nn.Parameter], optimizer: AdaptiveMuon) -> tuple[Any, ...]:
+    """The shapes and dtypes of what this rank would send to reduce these states, in which it gets no answer."""
+    sent: list[Any] = []
+
+    def recorded(group: ProcessGroup, terms: list[torch.Tensor]) -> list[torch.Tensor]:
+        sent.extend((*term.shape, term.dtype) for term in terms)
+        return terms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(full_shape, "sum_over", recorded)
+        reduce_v(states, params, optimizer.state_format)
+    return tuple(sent)
 
 
 def test_rows_of_padding_stay_as_they_are(group: ProcessGroup) -> None:

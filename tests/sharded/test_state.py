@@ -3,12 +3,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
 from models import WAYS, fsdp, hsdp, local, mesh, models, set_gradients_of_both, tensor_parallel
-from pieces import Recording, fused_layers, options_of, set_gradients, stack, strips
+from pieces import Recording, fused_layers, gathered, options_of, set_gradients, stack, strips
 from scaled_momentum import SCALED, registered
 from side_by_side import legal
 from torch import distributed as dist
@@ -101,13 +101,6 @@ def hashed(*tensors: torch.Tensor) -> str:
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def gathered(value: Any) -> list[Any]:
-    """The values of all ranks."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @pytest.mark.parametrize("way", [fsdp, hsdp, tensor_parallel])

@@ -2,6 +2,7 @@
 """A matrix of which every rank holds a piece goes the way of the whole matrix."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout, Piece, Split
-from emerging_optimizers.adaptive_muon.exchange import Shards, messages
+from emerging_optimizers.adaptive_muon.exchange import Shards
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.orthogonalize import batches
 
@@ -89,7 +90,7 @@ def test_all_ranks_stack_the_same_matrices(
     """
     torch.manual_seed(0)
     size = dist.get_world_size()
-    monkeypatch.setattr(batches, "_BATCHES", {"cpu": (5, 2**20)})
+    monkeypatch.setattr(batches, "LIMITS", {"cpu": (5, 2**20)})
     pairs = strips([(5 * size + 1, 20)] * 3)  # the first rank has six rows of each, the others five
     seen = walk(pairs + fused_layers(3), 2, SAME[method], tp_group=group, tp_mode=mode)
     assert not far_apart(seen, method) if mode in EXACT else max(seen.values()) <= 1e-3, seen
@@ -190,19 +191,17 @@ def test_distributed_mode_refuses_a_grid(group: ProcessGroup) -> None:
 def test_cap_on_what_is_in_flight(mode: str, group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     """No message of a round is larger, and there are more rounds of the same, in stacks of other sizes."""
     cap, sizes = 3 * 64 * 24 * 4, []  # three of the larger matrices
-    names = ("all_to_all_single", "_all_gather")
-    originals = {name: getattr(dist, name, None) for name in names}
-    originals["_all_gather"] = messages._all_gather
 
-    def watch(name: str) -> Any:
+    def watch(collective: Callable[..., Any]) -> Any:
         def watched(out: torch.Tensor, sent: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             sizes.append(out.nbytes + sent.nbytes)
-            return originals[name](out, sent, *args, **kwargs)  # type: ignore[misc]
+            return collective(out, sent, *args, **kwargs)
 
         return watched
 
-    monkeypatch.setattr(dist, "all_to_all_single", watch("all_to_all_single"))
-    monkeypatch.setattr(messages, "_all_gather", watch("_all_gather"))
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    monkeypatch.setattr(dist, "all_to_all_single", watch(dist.all_to_all_single))
+    monkeypatch.setattr(dist, "all_gather_single", watch(all_gather), raising=False)
     runs = []
     for most in (2**30, cap):
         pairs = strips()

@@ -15,9 +15,6 @@ __all__ = ["Part", "all_gather", "all_to_all"]
 
 _ALIGNED = 16
 
-# Torch renamed it, and warns of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 class Part(NamedTuple):
     """A tensor in a message."""
@@ -63,22 +60,14 @@ def all_gather(
     group: ProcessGroup,
     device: torch.device,
 ) -> list[list[torch.Tensor]]:
-    """Send all ranks of a group the same list of tensors, in one all-gather of the longest list's size.
-
-    Args:
-        tensors: The tensors to send, each with the dtype in which to send it.
-        incoming: For each rank, the tensors that come from there.
-        group: The process group.
-        device: The device of all of them.
-
-    Returns:
-        For each rank, the tensors that came from there: views of one buffer.
-    """
+    """Send all ranks the same tensors, in one all-gather of the longest list's size; otherwise as :func:`all_to_all`."""
     longest = max(_size(parts) for parts in incoming)
     packed = torch.empty(longest, dtype=torch.uint8, device=device)
     _pack(packed, tensors)
     arrived = packed.new_empty(len(incoming) * longest)
-    _all_gather(arrived, packed, group=group)
+    # Torch renamed it, and warns of the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(arrived, packed, group=group)
     buffers = torch.split(arrived, [longest] * len(incoming))
     return [_views(buffer, parts) for buffer, parts in zip(buffers, incoming, strict=True)]
 

@@ -22,21 +22,13 @@ _MOMENTUM = torch.float32  # the orthogonalization's own precision
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """This rank's shards of one matrix of every parameter in a batch; whole matrices where the layout is.
+    """This rank's shards of one matrix of every parameter in a batch; whole matrices where the layout is."""
 
-    Args:
-        momentum: M', shape ``(batch, ..., rows, columns)``.
-        squares: Partial sums of squares, of these shards.
-        layout: The shards of all ranks.
-        owners: For each member of the batch, the rank that orthogonalizes it in "layer_sharded".
-        orthogonalize: Orthogonalizes whole matrices of the batch.
-    """
-
-    momentum: torch.Tensor
-    squares: Squares
+    momentum: torch.Tensor  # M', shape (batch, ..., rows, columns)
+    squares: Squares  # partial sums, of these shards
     layout: Layout
-    owners: Sequence[int]
-    orthogonalize: Orthogonalize
+    owners: Sequence[int]  # for each member of the batch, the rank that orthogonalizes it in "layer_sharded"
+    orthogonalize: Orthogonalize  # of whole matrices of the batch
 
     def orthogonalized(self) -> tuple[torch.Tensor, Squares]:
         """Return O of matrices that are held whole, and their sums of squares."""
@@ -145,7 +137,7 @@ class Mode(ABC):
 
     @abstractmethod
     def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
-        """Return how many elements of a matrix with this owner each rank sends and receives."""
+        """Return how many elements of a matrix with this owner each rank sends, receives, and copies to work on."""
 
     def check(self, layout: ShardedLayout, name: str) -> None:
         """Raise a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""

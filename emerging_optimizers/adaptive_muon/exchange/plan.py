@@ -45,30 +45,18 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Parameters that differ in nothing but their values, to be worked on as one tensor.
+    """Parameters that differ in nothing but their values, to be worked on as one tensor."""
 
-    Args:
-        members: The parameters, by their places among those of the step.
-        group: The number of their parameter group.
-        matrices: The logical matrices of the first; the others' have the same shapes and shards.
-        owners: For each of these, and each parameter, its owner: the rank that orthogonalizes it in "layer_sharded".
-    """
-
-    members: list[int]
-    group: int
-    matrices: tuple[Matrix, ...]
-    owners: list[list[int]]
+    members: list[int]  # their places among the parameters of the step
+    group: int  # the number of their parameter group
+    matrices: tuple[Matrix, ...]  # of the first; the others' have the same shapes and shards
+    owners: list[list[int]]  # for each matrix, and each parameter, the rank that orthogonalizes it in "layer_sharded"
 
 
 class Round(NamedTuple):
-    """Batches whose matrices are in the same messages.
+    """Batches whose matrices are in the same messages."""
 
-    Args:
-        process_group: The ranks that hold their shards; None where matrices are whole, and there are no messages.
-        batches: The batches.
-    """
-
-    process_group: ProcessGroup | None
+    process_group: ProcessGroup | None  # which holds their shards; None for whole matrices, without messages
     batches: list[Batch]
 
 

@@ -8,12 +8,12 @@ from itertools import batched
 import torch
 
 
-__all__ = ["as_batch", "batch_size", "in_batches"]
+__all__ = ["LIMITS", "as_batch", "batch_size", "in_batches"]
 
 # By device: the longest short side of matrices that are worked on in batches, and the float32 bytes of a batch. Longer
 # matrices keep the device busy one at a time. The bytes bound a step's temporary memory, and on a CPU fit a core's own
 # cache: 48 matrices of 256 x 256 take 0.7 of the time that they take as one batch.
-_BATCHES = {"cpu": (256, 2**21), "cuda": (1024, 2**27)}
+LIMITS = {"cpu": (256, 2**21), "cuda": (1024, 2**27)}
 
 
 def as_batch(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -23,7 +23,7 @@ def as_batch(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def batch_size(shape: Sequence[int], device: torch.device) -> int:
     """Return how many tensors of a shape, matrices or stacks of matrices, make a batch: at least 1."""
-    longest, most_bytes = _BATCHES.get(device.type, (0, 0))
+    longest, most_bytes = LIMITS.get(device.type, (0, 0))
     fit = most_bytes // max(4 * math.prod(shape), 1) if min(shape[-2:]) <= longest else 0
     return max(fit, 1)
 

@@ -7,7 +7,7 @@ first where the second contradicts it. All are global.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from threading import Condition, local
 from typing import Any
@@ -81,18 +81,14 @@ class _Turns:
 _float32_turns, _float16_turns = _Turns(), _Turns()
 
 
-@contextmanager
-def matmul_precision(precision: FP32MatmulPrecT) -> Iterator[None]:
+def matmul_precision(precision: FP32MatmulPrecT) -> AbstractContextManager[None]:
     """Compute float32 products in a precision, whatever torch's switches are, and restore all of them."""
-    with _float32_turns.at(precision, lambda: _set_to(precision)):
-        yield
+    return _float32_turns.at(precision, lambda: _set_to(precision))
 
 
-@contextmanager
-def sums_in_float32() -> Iterator[None]:
+def sums_in_float32() -> AbstractContextManager[None]:
     """Keep cuBLAS from summing products of float16 in float16, which it may by default where it splits the sum."""
-    with _float16_turns.at("float32", _sum_in_float32):
-        yield
+    return _float16_turns.at("float32", _sum_in_float32)
 
 
 def _sum_in_float32() -> _Undo:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups of HybridAdaptiveMuon: read, routed and split in two where they hold both kinds."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, override
 from weakref import ref
@@ -31,8 +31,6 @@ __all__ = [
     "check_scalar",
     "distinct",
     "in_model",
-    "rename",
-    "rows_of",
     "split",
     "tag_transposed",
     "with_entries",
@@ -48,12 +46,8 @@ _IDENTIFIERS = ("name", "group_name")
 class ModelRoutes:
     """The routes of a model's parameters, by name: a parameter that is replaced under its name keeps its route.
 
-    It keeps neither the model nor its parameters alive, and pickle does not store them.
-
-    Args:
-        model: The model.
-        routed: The routes of its parameters.
-        patterns: The ``routes`` that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
+    It keeps neither the model nor its parameters alive, and pickle does not store them. ``patterns`` are the ``routes``
+    that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
     """
 
     def __init__(
@@ -115,10 +109,11 @@ class Entries:
             self._known[key] = (name, route)
             self._places[-1].append(key)
 
-    def follow(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> list[list[tuple[str, Route]]]:
-        """Return name and route of each parameter in groups, which may have been edited.
+    def follow(self, groups: Sequence[dict[str, Any]], model: ModelRoutes) -> list[tuple[str, torch.Tensor, Route]]:
+        """Return name, parameter and route of each parameter in groups, which may have been edited.
 
-        Parameters that were put into a group from outside have those of the model, if it has them.
+        Parameters that were put into a group from outside have those of the model, if it has them. Names in the groups
+        and tags of parameters are put right, in place.
         """
         places = [[key_of(p) for p in group["params"]] for group in groups]
         if any(key not in self._known for place in places for key in place):
@@ -126,10 +121,16 @@ class Entries:
             self._look_up(groups, model)
             places = [[key_of(p) for p in group["params"]] for group in groups]
         self._places = places
-        return [
-            [(name, _in_group(group, route)) for name, route in (self._known[key] for key in place)]
-            for group, place in zip(groups, places, strict=True)
-        ]
+        known = [[self._known[key] for key in place] for place in places]
+        _rename(groups, known)
+        rows: list[tuple[str, torch.Tensor, Route]] = []
+        for group, in_group in zip(groups, known, strict=True):
+            routes = [_in_group(group, route) for _, route in in_group]
+            names = group.get("param_names", [name for name, _ in in_group])
+            # Copies of parameters, and what a wrapper has put in their place, lack the tag.
+            tag_transposed(group["params"], routes)
+            rows += zip(names, group["params"], routes, strict=True)
+        return rows
 
     def _take_over(self, groups: Sequence[dict[str, Any]], places: list[list[str]]) -> None:
         """Give parameters without a known key the name and route of their place, where the place is beyond doubt."""
@@ -219,18 +220,7 @@ def with_names(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[
     return {**group, "params": made_up}
 
 
-def rows_of(
-    groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]
-) -> list[tuple[str, torch.Tensor, Route]]:
-    """Return name, parameter and route of each parameter in groups, whose names :func:`rename` has put right."""
-    rows = []
-    for group, known in zip(groups, entries, strict=True):
-        names = group.get("param_names", [name for name, _ in known])
-        rows += [(name, p, route) for name, p, (_, route) in zip(names, group["params"], known, strict=True)]
-    return rows
-
-
-def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
+def _rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[str, Route]]]) -> None:
     """Put the names of groups right whose parameters were edited without their names, in place."""
     owned = {name for known in entries for name, _ in known}
     for at, (group, known) in enumerate(zip(groups, entries, strict=True)):
@@ -244,11 +234,11 @@ def rename(groups: Sequence[dict[str, Any]], entries: Sequence[Sequence[tuple[st
         ]
 
 
-def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]:
+def split(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a group as one or two groups, matrices first, each with the options of one optimizer.
 
     A value that is a list with an entry for each parameter is split too. A name (``"name"``) gets the algorithm
-    appended, and differs from the ``taken`` ones of other groups.
+    appended, and differs from those of other groups.
     """
     entries, routes = group["params"], group["routes"]
     unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
@@ -260,15 +250,16 @@ def split(group: dict[str, Any], taken: Collection[str]) -> list[dict[str, Any]]
             continue
         part = _options(group, use_muon=algorithm == "adaptive_muon")
         if len(indices) < len(entries):
-            part = _of_half(part, algorithm, indices, len(entries), taken)
+            part = _of_half(part, algorithm, indices, len(entries), others)
         part["params"], part["routes"] = ([values[index] for index in indices] for values in (entries, routes))
         part["use_muon"] = algorithm == "adaptive_muon"
         parts.append(part)
     return parts
 
 
-def distinct(group: dict[str, Any], taken: Collection[str]) -> dict[str, Any]:
+def distinct(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return a group under a name that no other group has; a name is made longer by underscores."""
+    taken = {str(other[key]) for other in others for key in _IDENTIFIERS if key in other}
     named = {key: f"{group[key]}" for key in _IDENTIFIERS if group.get(key) is not None}
     for key in named:
         while named[key] in taken:
@@ -276,11 +267,11 @@ def distinct(group: dict[str, Any], taken: Collection[str]) -> dict[str, Any]:
     return group | {key: name for key, name in named.items() if name != f"{group[key]}"}
 
 
-def tag_transposed(entries: Sequence[tuple[str, torch.Tensor]], routes: Sequence[Route]) -> list[Any]:
+def tag_transposed(params: Sequence[torch.Tensor], routes: Sequence[Route]) -> list[Any]:
     """Tag the matrices that are stored as (in, out), ``muon_transposed``, and return those that lacked the tag."""
     lacking = [
         p
-        for (_, p), route in zip(entries, routes, strict=False)
+        for p, route in zip(params, routes, strict=True)
         if route.transposed and route.algorithm == "adaptive_muon" and not getattr(p, "muon_transposed", False)
     ]
     for p in lacking:
@@ -324,7 +315,7 @@ def _options(group: dict[str, Any], *, use_muon: bool) -> dict[str, Any]:
 
 
 def _of_half(
-    options: dict[str, Any], algorithm: str, indices: list[int], length: int, taken: Collection[str]
+    options: dict[str, Any], algorithm: str, indices: list[int], length: int, others: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the options of one of the two halves of a group, which share no tensor."""
     half = {key: _cloned(value) for key, value in options.items()} if algorithm == "adamw" else dict(options)
@@ -333,7 +324,7 @@ def _of_half(
             half[key] = f"{value}/{algorithm}"
         elif isinstance(value, list) and len(value) == length and key != "betas":
             half[key] = [value[index] for index in indices]
-    return distinct(half, taken)
+    return distinct(half, others)
 
 
 def _cloned(value: Any) -> Any:

@@ -116,9 +116,7 @@ def route_model(
 
     Args:
         model: The model.
-        routes: Name pattern (as in ``fnmatch``, matched against the parameter's dotted name, with or without what
-            wrappers such as ``torch.compile`` put into it) to algorithm, before all other rules; the first pattern
-            that matches wins.
+        routes: Name pattern to algorithm, see :meth:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon.from_model`.
         partly: Whether patterns may match no parameter.
 
     Returns:

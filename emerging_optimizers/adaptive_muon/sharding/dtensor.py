@@ -12,7 +12,7 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import refusal, require
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece
 
 
@@ -47,12 +47,9 @@ def is_transposed(p: torch.Tensor) -> bool:
 
 
 def as_matrices(p: torch.Tensor, like_p: torch.Tensor | None = None) -> torch.Tensor:
-    """Return what this process holds of a parameter as matrices (out, in), a view.
+    """Return what this process holds of a parameter, or of a tensor of its shape, as matrices (out, in), a view.
 
-    Args:
-        p: The parameter.
-        like_p: A tensor of the parameter's shape, or broadcastable to it; the parameter itself by default. A tensor of
-            fewer dimensions is returned as it is.
+    The tensor may be broadcastable to the parameter's shape. One of fewer dimensions is returned as it is.
     """
     local = local_of(p if like_p is None else like_p)
     return local.mT if is_transposed(p) and local.ndim == p.ndim else local
@@ -102,13 +99,9 @@ def shard_of(p: "DTensor", name: str) -> Layout | Piece:
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
-    """Return the placements of a buffer that is sharded as ``p`` is along some dimensions and has size 1 in others.
+    """Return the placements of a buffer that shares with ``p`` some of the dimensions -2 and -1, and has size 1 in others.
 
     Where every rank has all of the buffer, or ``p`` is no DTensor, return None.
-
-    Args:
-        p: The parameter.
-        dims: Which of -2 (rows) and -1 (columns) the buffer has in common with it.
     """
     if not is_dtensor(p):
         return None
@@ -150,11 +143,10 @@ def _group(mesh: DeviceMesh, dims: list[int], name: str) -> ProcessGroup:
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     names = mesh.mesh_dim_names
-    require(
-        names is not None,
-        f"the dimensions of a mesh must have names where several of them split one matrix, as with {name}; got",
-        mesh,
-        "pass mesh_dim_names to init_device_mesh",
-    )
-    assert names is not None
+    if names is None:
+        raise refusal(
+            f"the dimensions of a mesh must have names where several of them split one matrix, as with {name}; got",
+            mesh,
+            "pass mesh_dim_names to init_device_mesh",
+        )
     return mesh[tuple(names[index] for index in dims)]._flatten().get_group()

@@ -59,11 +59,7 @@ class Layout:
     """A matrix that is held whole."""
 
     def shape(self, local: torch.Tensor) -> tuple[int, int]:
-        """Return ``(rows, columns)`` of the whole matrix.
-
-        Args:
-            local: The tensor at hand, shape ``(..., rows, columns)``.
-        """
+        """Return ``(rows, columns)`` of the whole matrix, of which this rank has the tensor ``local``."""
         return local.size(-2), local.size(-1)
 
     def cut(self, whole: torch.Tensor, dims: Collection[int] = (-2, -1)) -> torch.Tensor:

@@ -40,19 +40,12 @@ class ShardShapes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A logical matrix of a parameter: all of the parameter, or the rows of one block.
-
-    Args:
-        layout: Which rank holds which shard of it.
-        block: The number of the block; None where the parameter is one matrix.
-        rows: The local rows of the parameter that belong to the matrix, as a slice or as indices.
-        shard_shapes: The shapes of the parameter's shards, which are the same on all ranks; None where it is whole.
-    """
+    """A logical matrix of a parameter: all of the parameter, or the rows of one block."""
 
     layout: Layout
-    block: int | None = None
-    rows: slice | torch.Tensor = slice(None)
-    shard_shapes: ShardShapes | None = None
+    block: int | None = None  # its number; None where the parameter is one matrix
+    rows: slice | torch.Tensor = slice(None)  # the local rows of the parameter that belong to it
+    shard_shapes: ShardShapes | None = None  # of the parameter, the same on all ranks; None where it is whole
 
     @property
     def is_all(self) -> bool:
@@ -84,12 +77,9 @@ class Matrix:
 
 
 def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    """Return one tensor, broadcastable to a parameter, that is made of a tensor for each matrix of the parameter.
+    """Return one tensor that is made of a tensor for each matrix of a parameter of this shape; each is broadcastable.
 
-    Args:
-        matrices: The parameter's matrices.
-        parts: A tensor for each matrix, broadcastable to it.
-        shape: The shape of the parameter. Rows of padding, which belong to no matrix, are zero in the result.
+    Rows of padding, which belong to no matrix, are zero in the result.
     """
     if matrices[0].is_all:
         return parts[0]

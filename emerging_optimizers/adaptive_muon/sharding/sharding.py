@@ -119,13 +119,10 @@ class Sharding:
         self._compared = {group: compared or [] for group, compared in self._compared.items()}
 
     def all_zero(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> set[torch.Tensor]:
-        """Return the parameters whose gradient is zero on all ranks that hold shards of them.
+        """Return the parameters whose gradient, of which each rank passes its own, is zero on all ranks with shards.
 
         This is one small exchange for each process group that holds some of the parameters in shards. All of its ranks
         must pass these parameters in the same order. Values are read from the device.
-
-        Args:
-            gradients: The local gradient of each parameter.
         """
         zero = {
             p

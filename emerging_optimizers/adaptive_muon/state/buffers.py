@@ -8,13 +8,13 @@ has row blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` a
 
 from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2
+from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import (
@@ -33,40 +33,22 @@ __all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "state_only",
 
 
 class Buffer(NamedTuple):
-    """A buffer of a parameter's state.
+    """A buffer of a parameter's state."""
 
-    Args:
-        shape: Its shape; the whole one where it is a DTensor.
-        local: The shape of what this rank holds.
-        placements: Its placements where it is a DTensor, else None.
-    """
-
-    shape: tuple[int, ...]
-    local: tuple[int, ...]
-    placements: Any
+    shape: tuple[int, ...]  # the whole one where it is a DTensor
+    local: tuple[int, ...]  # of what this rank holds
+    placements: Any  # None where it is no DTensor
 
 
 @dataclass(frozen=True, eq=False)
 class StateFormat:
-    """What the state of an optimizer's parameters looks like.
-
-    Args:
-        sharding: The matrices of the parameters.
-        moment2_method: The name of the second-moment method.
-        moment2: The second-moment method.
-        bias_correction: Whether steps are counted.
-        capturable: Whether the count is on the parameter's device.
-    """
+    """What the state of an optimizer's parameters looks like."""
 
     sharding: Sharding
     moment2_method: str
     moment2: Moment2
-    bias_correction: bool
-    capturable: bool
-
-    def of_method(self, name: str) -> "StateFormat":
-        """Return the format with another second-moment method, whose own options matter to no shape."""
-        return replace(self, moment2_method=name, moment2=METHODS[name]())
+    bias_correction: bool  # whether steps are counted
+    capturable: bool  # whether the count is on the parameter's device
 
     def kept_dims(self, p: torch.Tensor, matrix: Matrix) -> tuple[int, ...]:
         """Return the dimensions that V keeps of a matrix of a parameter."""
@@ -97,13 +79,7 @@ class StateFormat:
 def check_state(
     group: dict[str, Any], states: Mapping[torch.Tensor, dict[str, Any]], state_format: StateFormat
 ) -> None:
-    """Raise a ``ValueError`` if a parameter of a group has been converted since its state was made, which does not fit now.
-
-    Args:
-        group: The parameter group.
-        states: The states of all parameters that have one.
-        state_format: The format of the states.
-    """
+    """Raise a ``ValueError`` if a parameter of a group has been converted since its state was made, which does not fit now."""
     for index, p in enumerate(group["params"]):
         state = states.get(p, {})
         momentum = state.get("momentum_buffer")
@@ -135,12 +111,6 @@ def state_only(
 
     torch.distributed.checkpoint steps so to make the state that it loads into, and nothing else must change. The decay of
     some methods would. No rank can decide by its own shard, so the ranks are asked, before anything else of the step.
-
-    Args:
-        param_groups: The optimizer's parameter groups.
-        states: The states of all parameters that have one.
-        gradients: The gradients; of DTensors what this rank holds.
-        sharding: The matrices of the parameters.
     """
     fresh = {
         p: gradients[p]
@@ -148,24 +118,16 @@ def state_only(
         for p in group["params"]
         if p in gradients and not states.get(p) and not sharding.is_empty(p) and group["lr"] == 0
     }
-    return sharding.all_zero(fresh) if fresh else frozenset()
+    return sharding.all_zero(fresh)
 
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """V of one matrix of every parameter in a batch.
-
-    Args:
-        params: The parameters.
-        states: Their states.
-        matrix: The matrix, of the first; the others' have the same shapes and shards.
-        kept_dims: The dimensions that V keeps.
-        beta2: Decay rate of V.
-    """
+    """V of one matrix of every parameter in a batch."""
 
     params: Sequence[torch.Tensor]
     states: Sequence[dict[str, torch.Tensor]]
-    matrix: Matrix
+    matrix: Matrix  # of the first parameter; the others' have the same shapes and shards
     kept_dims: tuple[int, ...]
     beta2: float
 
@@ -187,12 +149,7 @@ class SecondMoment:
 
 
 def v_key(matrix: Matrix, kept_dims: Sequence[int]) -> str:
-    """Return the name in the state of the buffer that holds V of a matrix.
-
-    Args:
-        matrix: The matrix.
-        kept_dims: The dimensions that V keeps.
-    """
+    """Return the name in the state of the buffer that holds V of a matrix, of which V keeps these dimensions."""
     of_parameter = matrix.block is None or len(kept_dims) == 2
     return "moment2_buffer" if of_parameter else f"moment2_buffer_{matrix.block}"
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -33,7 +35,7 @@ def load(
     all hooks that may change what was loaded.
 
     Args:
-        optimizer: The optimizer to load into: that of the matrices, or one that holds its groups too.
+        optimizer: The optimizer of the matrices, or one that holds its groups too.
         state_dict: The checkpoint.
         torch_load: The torch class's ``load_state_dict`` of ``optimizer``.
         state_format: The format of the matrices' state.
@@ -65,7 +67,9 @@ def load(
                 if isinstance(value, torch.Tensor):
                     dtype = work_dtype(p) if key.startswith(_BUFFERS) else value.dtype
                     on_host = key == "step" and not state_format.capturable
-                    optimizer.state[p][key] = _plain(value).to(device="cpu" if on_host else p.device, dtype=dtype)
+                    if not is_traceable_wrapper_subclass(value):
+                        value = value.as_subclass(torch.Tensor)  # buffers of older checkpoints may be of a subclass
+                    optimizer.state[p][key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
             if not state_format.bias_correction:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
 
@@ -78,11 +82,6 @@ def load(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _plain(value: torch.Tensor) -> torch.Tensor:
-    """The tensor itself of a subclass that only has another class, as older checkpoints' buffers may."""
-    return value if is_traceable_wrapper_subclass(value) else value.as_subclass(torch.Tensor)
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -162,7 +161,8 @@ def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_form
         found <= expected.keys(),
         f"the state of {name} must hold {', '.join(expected)}; in the checkpoint it holds",
         sorted(found),
-        "the parameter had other blocks when it was saved",
+        "it was saved with other blocks or none, or by a version before 0.1.0, which had one buffer for the rows of all "
+        "blocks: use the blocks and the version of then, or start without its optimizer state",
     )
     for key, buffer in expected.items():
         saved = state.get(key)
@@ -188,7 +188,11 @@ def _upstream_method(p: torch.Tensor, state: dict[str, Any], state_format: State
     where no shape fits, for the check of the shapes to complain.
     """
     own = state_format.moment2_method
-    names = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != own)
-    Vs = {name: state_format.of_method(name).buffers(p).get("moment2_buffer") for name in names}
+    names: list[str] = sorted(get_args(upstream.Moment2MethodT), key=lambda name: name != own)
     shape = tuple(state["moment2_buffer"].shape) if "moment2_buffer" in state else None
-    return next((name for name, V in Vs.items() if V is not None and V.shape == shape), own)
+    for name in names:
+        of_method = replace(state_format, moment2_method=name, moment2=METHODS[name]())  # no option matters to a shape
+        V = of_method.buffers(p).get("moment2_buffer")
+        if V is not None and V.shape == shape:
+            return name
+    return own

@@ -6,6 +6,7 @@ upon, and the model parameter's reference to its main parameter.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,27 +21,18 @@ from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Spl
 __all__ = ["MegatronLayouts", "qkv_split_shapes", "tag_qkv"]
 
 
+@dataclass(eq=False)
 class MegatronLayouts:
-    """``layout_fn`` and ``blocks_fn`` for Megatron's parameters.
+    """``layout_fn`` and ``blocks_fn`` for Megatron's parameters."""
 
-    Args:
-        pg_collection: Megatron's ``ProcessGroupCollection``: its ``tp``, ``expt_tp``, ``gtp_remat`` and
-            ``expt_gtp_remat``; those that it lacks are taken for groups of one rank.
-        tensor_parallel: Whether tensor-parallel strips make up one matrix; if not, each is a matrix of its own.
-        is_qkv: Returns whether a parameter is a fused attention weight; by default its attribute ``is_qkv``.
-        qkv_split_shapes: Rows of each block within one query group, for parameters without an attribute of this name.
-    """
+    # Megatron's, with tp, expt_tp, gtp_remat and expt_gtp_remat. Those that it lacks are taken for groups of one rank.
+    pg_collection: Any
+    tensor_parallel: bool  # whether tensor-parallel strips make up one matrix; if not, each is a matrix of its own
+    is_qkv: Callable[[torch.Tensor], bool] | None  # None for the attribute is_qkv of a fused attention weight
+    qkv_split_shapes: Sequence[int] | None  # rows of each block within one query group, where a parameter has none
 
-    def __init__(
-        self,
-        pg_collection: Any,
-        *,
-        tensor_parallel: bool,
-        is_qkv: Callable[[torch.Tensor], bool] | None,
-        qkv_split_shapes: Sequence[int] | None,
-    ) -> None:
-        self._groups, self._tensor_parallel = pg_collection, tensor_parallel
-        self._is_qkv, self._qkv_split_shapes = is_qkv, qkv_split_shapes
+    def __post_init__(self) -> None:
+        """Begin without paddings and groups; both are found as parameters come."""
         self._padding_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
         self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
 
@@ -52,7 +44,7 @@ class MegatronLayouts:
         equal strips of rows.
         """
         tp, gtp = self._group(p, "tp"), self._group(p, "gtp_remat")
-        dim = getattr(p, "partition_dim", None) if self._tensor_parallel else None
+        dim = getattr(p, "partition_dim", None) if self.tensor_parallel else None
         if dim == -1 or (tp is not None and tp.size() == 1):
             dim = None
         if dim is not None and tp is None:
@@ -78,9 +70,9 @@ class MegatronLayouts:
 
         A weight whose rows are no whole number of query groups is one matrix, as it is for Megatron.
         """
-        if not (getattr(p, "is_qkv", False) if self._is_qkv is None else self._is_qkv(p)):
+        if not (getattr(p, "is_qkv", False) if self.is_qkv is None else self.is_qkv(p)):
             return None
-        shapes = getattr(p, "qkv_split_shapes", None) or self._qkv_split_shapes
+        shapes = getattr(p, "qkv_split_shapes", None) or self.qkv_split_shapes
         if not shapes:
             raise ValueError(
                 f"the fused attention weight of shape {tuple(p.shape)} must say its blocks to be split, got none: pass "
@@ -102,7 +94,7 @@ class MegatronLayouts:
 
     def _group(self, p: torch.Tensor, name: str) -> Any:
         """Return the process group of this name whose ranks have shards of a parameter, or None."""
-        return getattr(self._groups, ("expt_" if getattr(p, "expert_tp", False) else "") + name, None)
+        return getattr(self.pg_collection, ("expt_" if getattr(p, "expert_tp", False) else "") + name, None)
 
     def _padding(self, p: torch.Tensor) -> int:
         """Return the rows of padding at the end of what a tensor-parallel rank's GTP ranks have of a parameter."""

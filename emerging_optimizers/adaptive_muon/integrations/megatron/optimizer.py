@@ -33,10 +33,8 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
 
     Args:
         params: Parameters or groups, as Megatron makes them: matrices of shape (out, in), or each rank's shard of them.
-        lr: Learning rate. Default 3e-4, as Megatron's class.
-        momentum: Decay rate of the momentum.
+        lr, momentum, weight_decay: As AdaptiveMuon's. Their defaults are those of Megatron's class.
         nesterov: Whether to look ahead. Default True, as Megatron's class; its command line's default is False.
-        weight_decay: Coefficient of the weight decay.
         use_decoupled_weight_decay: Whether weight decay is "decoupled" or, if not, "l2".
         split_qkv: Whether queries, keys and values of a fused attention weight are matrices of their own.
         is_qkv_fn: Returns whether a parameter is a fused attention weight. Default: its attribute ``is_qkv``.
@@ -70,7 +68,8 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
     ) -> None:
         blockwise = tp_mode == "blockwise"
         if blockwise:
-            warn_of_blockwise(_tensor_parallel_size(pg_collection))
+            groups = [getattr(pg_collection, name, None) for name in ("tp", "expt_tp")]
+            warn_of_blockwise(max(1 if group is None else group.size() for group in groups))
         layouts = MegatronLayouts(
             pg_collection,
             tensor_parallel=not blockwise,
@@ -160,10 +159,11 @@ def register(**options: Unpack[OptionsDict]) -> None:
     shared = {option.name: option for option in options_of(Options) if option.scope == "shared"}
     require_known(options, shared)
     chosen = {name: value for name, value in options.items() if value is not None}
-    for name, value in chosen.items():
-        shared[name].check(value)
-    # This checks the rest, but for what only the config decides, or the device, which is not set yet.
-    Options.of(**{**chosen, "weight_decay_method": Options.weight_decay_method, "use_syrk": Options.use_syrk})
+    # The config decides what goes with the one; the other depends on the device, which is not set yet.
+    alone = {"weight_decay_method", "use_syrk"} & chosen.keys()
+    for name in alone:
+        shared[name].check(chosen[name])
+    Options.of(**{name: value for name, value in chosen.items() if name not in alone})
 
     def config_to_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
         tag_qkv(model_chunks)
@@ -191,9 +191,3 @@ def _require_supported_version() -> None:
             f"megatron-core must be >= {lowest} and < {beyond}, got {package_info.__shortversion__}: "
             f'install "megatron-core>={lowest},<{beyond}"'
         )
-
-
-def _tensor_parallel_size(pg_collection: Any) -> int:
-    """Return the number of ranks that have shards of a matrix, of an expert or any other."""
-    groups = (getattr(pg_collection, name, None) for name in ("tp", "expt_tp"))
-    return max((group.size() for group in groups if group is not None), default=1)
