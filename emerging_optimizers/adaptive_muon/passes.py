@@ -23,8 +23,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def average(
-    Ms: Sequence[torch.Tensor],
-    Gs: Sequence[torch.Tensor],
+    Ms: list[torch.Tensor],
+    Gs: list[torch.Tensor],
     *,
     momentum: float,
     nesterov: bool,
@@ -56,9 +56,7 @@ def average(
     return M_prime, [sum_of_squares(seen[name], kept_dims) for name in observed]
 
 
-def apply(
-    Ws: Sequence[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float, decay: float | torch.Tensor
-) -> None:
+def apply(Ws: list[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float, decay: float | torch.Tensor) -> None:
     """Decay and update weights in place: ``W <- W - decay W``, then ``W <- W - lr D O``.
 
     Args:
@@ -79,7 +77,7 @@ def apply(
         round_into(W, result)
 
 
-def decay_weights(Ws: Sequence[torch.Tensor], decay: float | torch.Tensor) -> None:
+def decay_weights(Ws: list[torch.Tensor], decay: float | torch.Tensor) -> None:
     """Decay weights in place, without the update: see :func:`apply`."""
     if isinstance(decay, torch.Tensor):
         torch._foreach_addcmul_(Ws, Ws, decay.expand(len(Ws), *decay.shape[1:]).unbind(0), value=-1)

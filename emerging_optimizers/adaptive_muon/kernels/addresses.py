@@ -54,7 +54,7 @@ def _store(out, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14,
 @triton.jit
 def at(table, index, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the address at an index of a table, of elements of a type."""
-    address = tl.load(table + index).to(tl.pointer_type(TYPE))
+    address = tl.load(table + index).to(tl.pointer_type(TYPE))  # type: ignore[arg-type]
     return tl.multiple_of(address, 16) if ALIGNED else address
 
 
@@ -86,7 +86,7 @@ def _addresses(
     table = torch.empty(-(-len(found) // _AT_ONCE), _AT_ONCE, dtype=torch.int64, device=device)
     for row, part in zip(table, batched(found, _AT_ONCE), strict=True):
         padded = (*part, *[part[0]] * (_AT_ONCE - len(part)))
-        launch(_store, 1, (row, *padded), {}, specialized=False, num_warps=1)
+        launch(_store, None, 1, (row, *padded), {}, num_warps=1)
     return Addresses(table, all(each % _ALIGNED_TO == 0 for each in (*starts, *bytes_apart)))
 
 

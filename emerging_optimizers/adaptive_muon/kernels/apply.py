@@ -9,7 +9,7 @@ import triton.language as tl
 
 from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of, at
 from emerging_optimizers.adaptive_muon.kernels.average import triton_type
-from emerging_optimizers.adaptive_muon.kernels.launch import launch
+from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
 
 
 __all__ = ["apply_on_cuda"]
@@ -78,22 +78,24 @@ def apply_on_cuda(
     O, D = flat(O), flat(D)
     share = flat(decay) if isinstance(decay, torch.Tensor) else D
     weights = addresses_of(Ws)
+    constants = {
+        "W_TYPE": triton_type(first.dtype),
+        "ALIGNED": weights.aligned,
+        "O_COLUMN": O.stride(2),
+        "D_COLUMN": D.stride(2),
+        "DECAY_COLUMN": share.stride(2),
+        "HAS_DECAYS": isinstance(decay, torch.Tensor),
+        "ROWS": _ROWS,
+        "COLUMNS": _COLUMNS,
+    }
+    strides = (first.stride(-2), *O.stride()[:2], *D.stride()[:2], *share.stride()[:2])
     launch(
         _apply,
+        (O.shape, O.dtype, strides, are_aligned(O, D, share), *constants.values()),
         members * down * across,
         (
-            *(weights.table, O, D, share, rows, columns, down, across, first.stride(-2)),
-            *(*O.stride()[:2], *D.stride()[:2], *share.stride()[:2]),
-            *(lr, 0.0 if isinstance(decay, torch.Tensor) else decay),
+            *(weights.table, O, D, share, rows, columns, down, across, *strides),
+            *(float(lr), 0.0 if isinstance(decay, torch.Tensor) else float(decay)),
         ),
-        {
-            "W_TYPE": triton_type(first.dtype),
-            "ALIGNED": weights.aligned,
-            "O_COLUMN": O.stride(2),
-            "D_COLUMN": D.stride(2),
-            "DECAY_COLUMN": share.stride(2),
-            "HAS_DECAYS": isinstance(decay, torch.Tensor),
-            "ROWS": _ROWS,
-            "COLUMNS": _COLUMNS,
-        },
+        constants,
     )

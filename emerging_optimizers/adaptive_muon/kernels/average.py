@@ -39,7 +39,7 @@ def _average(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
 
     gradient = at(gradients, member, G_TYPE, ALIGNED)
-    buffer = at(buffers, member, tl.float32, ALIGNED)
+    buffer = at(buffers, member, tl.float32, ALIGNED)  # type: ignore[arg-type]
     G = tl.load(gradient + row[:, None] * G_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     places = buffer + row[:, None] * M_row + column[None, :]
     M = _lerp(tl.load(places, mask=inside, other=0.0), G, weight)
@@ -67,7 +67,7 @@ def average_on_cuda(
     *,
     momentum: float,
     nesterov: bool,
-    kept_dims: Sequence[int] | None,
+    kept_dims: tuple[int, ...] | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Average gradients into momentum buffers in place. The arguments are those of ``passes.average``, as is the result.
 
@@ -83,30 +83,34 @@ def average_on_cuda(
     down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
     M_prime = first.new_empty((len(Ms), *lead, rows, columns))
     # For each case: what SUMMED is, the shape of the tiles' sums, and that of the matrices' sums.
-    summed, partial, result = {
+    cases: dict[Any, Any] = {
         None: (-1, (0,), ()),
         (): (2, (members, down * across, 1), (1, 1)),
         (-1,): (0, (members, down, columns), (1, columns)),
         (-2,): (1, (members, across, rows), (rows, 1)),
-    }[kept_dims if kept_dims is None else tuple(kept_dims)]
+    }
+    summed, partial, result = cases[kept_dims]
     both = first.new_empty((2, *partial))
     G_sums, M_sums = both.unbind(0)
     gradients, buffers = addresses_of(Gs), addresses_of(Ms)
+    constants = {
+        "G_TYPE": triton_type(Gs[0].dtype),
+        "ALIGNED": gradients.aligned and buffers.aligned,
+        "NESTEROV": nesterov,
+        "SUMMED": summed,
+        "ROWS": _ROWS,
+        "COLUMNS": _COLUMNS,
+    }
+    strides = (Gs[0].stride(-2), first.stride(-2))
     launch(
         _average,
+        (members, rows, columns, strides, *constants.values()),
         members * down * across,
         (
-            *(gradients.table, buffers.table, M_prime, G_sums, M_sums, rows, columns, down, across),
-            *(Gs[0].stride(-2), first.stride(-2), 1 - momentum, momentum),
+            *(gradients.table, buffers.table, M_prime, G_sums, M_sums),
+            *(rows, columns, down, across, *strides, 1.0 - momentum, float(momentum)),
         ),
-        {
-            "G_TYPE": triton_type(Gs[0].dtype),
-            "ALIGNED": gradients.aligned and buffers.aligned,
-            "NESTEROV": nesterov,
-            "SUMMED": summed,
-            "ROWS": _ROWS,
-            "COLUMNS": _COLUMNS,
-        },
+        constants,
     )
     if kept_dims is None:
         return M_prime, []

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from emerging_optimizers.adaptive_muon.kernels.launch import launch
+from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
 
 
 __all__ = ["divide_on_cuda"]
@@ -35,4 +35,5 @@ def divide_on_cuda(matrices: torch.Tensor, divisors: torch.Tensor, out: torch.Te
     elements = matrices[0].numel()
     blocks = triton.cdiv(elements, _BLOCK)
     arguments = (matrices, divisors, out, elements, blocks)
-    launch(_divide, blocks * len(matrices), arguments, {"BLOCK": _BLOCK}, num_warps=8)
+    key = (matrices.shape, out.dtype, are_aligned(matrices, divisors, out))
+    launch(_divide, key, blocks * len(matrices), arguments, {"BLOCK": _BLOCK}, num_warps=8)

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from emerging_optimizers.adaptive_muon.kernels.launch import launch
+from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
 
 
 __all__ = ["symmetric_product_on_cuda"]
@@ -86,16 +86,14 @@ def symmetric_product_on_cuda(
     tiles = _BY_ROWS if S.stride(2) == 1 else _BY_COLUMNS
     across = triton.cdiv(n, _BLOCK)
     lower = across * (across + 1) // 2
-    farthest = max(
-        sum(size * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) for x in (S, T)
-    )
+    strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
+    # The farthest element of a matrix that a row or column beyond its end would be at.
+    farthest = max(n * max(S.stride(1), T.stride(2)) + k * max(S.stride(2), T.stride(1)), n * n)
     launch(
         _lower_tiles,
+        (S.shape, strides, plus is None, are_aligned(S, T, added, out)),
         lower * batch,
-        (
-            *(S, T, added, out, n, k, lower, float(alpha), float(beta), float(diagonal)),
-            *(*S.stride(), *T.stride(), *added.stride(), *out.stride()),
-        ),
+        (S, T, added, out, n, k, lower, float(alpha), float(beta), float(diagonal), *strides),
         {
             "HAS_PLUS": plus is not None,
             "EVEN": n % _BLOCK == 0 and k % tiles["BLOCK_K"] == 0,
