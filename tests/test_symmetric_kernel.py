@@ -57,23 +57,28 @@ def test_takes_views():
 
 
 @pytest.mark.parametrize(
-    ("n", "dtype", "usable", "taken"),
+    ("batch", "n", "k", "dtype", "usable", "has_plus", "taken"),
     [
-        (256, torch.float16, True, True),
-        (256, torch.bfloat16, True, False),
-        (256, torch.float32, True, False),
-        (64, torch.float16, True, False),
-        (256, torch.float16, False, False),
+        (1, 256, 48, torch.float16, True, True, True),
+        (1, 256, 48, torch.bfloat16, True, True, False),
+        (1, 256, 48, torch.float32, True, True, False),
+        (1, 64, 48, torch.float16, True, True, False),
+        (1, 256, 48, torch.float16, False, True, False),
+        (1, 264, 48, torch.float16, True, True, False),
+        (1, 256, 40, torch.float16, True, True, False),
+        (1, 256, 48, torch.float16, True, False, False),
+        (66, 256, 48, torch.float16, True, False, False),
+        (67, 256, 48, torch.float16, True, False, True),
     ],
     ids=str,
 )
-def test_is_used_where_it_saves(monkeypatch, n, dtype, usable, taken):
+def test_is_used_where_it_saves(monkeypatch, batch, n, k, dtype, usable, has_plus, taken):
     """Here the kernel only listens."""
     asked = []
     monkeypatch.setattr(symmetric, "kernels_usable", lambda device: usable)
     monkeypatch.setattr(symmetric, "symmetric_product_on_cuda", lambda *arguments: asked.append(arguments))
-    X, out = torch.ones(1, n, 8, dtype=dtype), torch.zeros(1, n, n, dtype=dtype)
-    symmetric_product(X, X.mT, out=out)
+    X, out = torch.ones(batch, n, k, dtype=dtype), torch.zeros(batch, n, n, dtype=dtype)
+    symmetric_product(X, X.mT, plus=out.clone() if has_plus else None, out=out)
     assert bool(asked) is taken and bool(out.any()) is not taken
 
 

@@ -38,8 +38,9 @@ MIN_NORM = 1e-15
 
 # Several steps at once save products from this ratio of a matrix's sides on, see several_steps_pay.
 _SEVERAL_FROM = 1.5
-# From these short sides on, two steps at once, and in float32 the first three, round no more than a few times as much as
-# the plain iteration, whose own error grows with the matrix. tests/test_newton_schulz.py has measured and holds this.
+# From these short sides on, two steps at once, or the first three, round no more than a few times as much as the plain
+# iteration in float32, whose own error grows with the matrix, and in float16 less than the plain iteration in bfloat16.
+# tests/test_newton_schulz.py has measured and holds this.
 _TWO_FROM, _THREE_FROM = 96, 512
 
 
@@ -53,9 +54,9 @@ def several_steps_pay(shape: Sequence[int]) -> bool:
     return long >= _SEVERAL_FROM * short and short >= _TWO_FROM
 
 
-def group_steps(steps: Sequence[Coefficients], short_side: int, dtype: torch.dtype) -> list[Sequence[Coefficients]]:
-    """Return the steps in groups of steps to take at once, for matrices of a short side in a dtype."""
-    first = 3 if short_side >= _THREE_FROM and dtype == torch.float32 else 2
+def group_steps(steps: Sequence[Coefficients], short_side: int) -> list[Sequence[Coefficients]]:
+    """Return the steps in groups of steps to take at once, for matrices of a short side in float32 or float16."""
+    first = 3 if short_side >= _THREE_FROM else 2
     return [steps[:first], *batched(steps[first:], 2)]
 
 

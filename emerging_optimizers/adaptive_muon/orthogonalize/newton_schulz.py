@@ -48,7 +48,7 @@ class NewtonSchulz:
 
     One step is :math:`X \\leftarrow (a I + b A + c A^2) X` with :math:`A = X X^\\top`. Several steps can be taken at once
     on the smaller matrix A, see :mod:`~emerging_optimizers.adaptive_muon.orthogonalize.gram`. A is then computed from X
-    again after two steps, or in float32 after the first three steps of a large matrix.
+    again after two steps, or after the first three steps of a large matrix.
 
     Args:
         coefficient_type: A coefficient set of upstream's table.
@@ -136,7 +136,7 @@ class NewtonSchulz:
         dtype, steps = self.dtype(batch.device, batch.shape), self.coefficients
         is_coarse = dtype == torch.bfloat16 or (self.precision == "high" and batch.is_cuda)
         several_steps = self.algorithm == "gram" or (not is_coarse and several_steps_pay(batch.shape))
-        step_groups = group_steps(steps, min(batch.shape[1:]), dtype) if several_steps else [*batched(steps, 1)]
+        step_groups = group_steps(steps, min(batch.shape[1:])) if several_steps else [*batched(steps, 1)]
         parts = torch.split(batch, batch_size(batch.shape[1:], batch.device))
         with self.products(dtype, several_steps=several_steps):
             results = [iterate(part, step_groups, dtype) for part in parts]

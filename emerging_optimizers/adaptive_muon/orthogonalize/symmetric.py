@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products that are known to be symmetric, of which half need not be computed."""
 
+from collections.abc import Sequence
+
 import torch
 
 from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.orthogonalize import cpu
-from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
+from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import lower_tiles, symmetric_product_on_cuda
 
 
 __all__ = ["symmetric_product"]
@@ -13,8 +15,12 @@ __all__ = ["symmetric_product"]
 # A CPU gains from this many rows on, down to squares of this many (measured on two cores).
 _CPU_FROM = 384
 _CPU_LEAST = 192
-# The kernel saves nothing where a tile or two, of up to 128 rows, are all there is.
+# The kernel takes multiples of these sizes, and saves nothing on fewer rows, which are a tile or two. A product without P
+# must have this many tiles of the kernel to keep a GPU's multiprocessors busy; cuBLAS has smaller ones. With P cuBLAS
+# copies it first. Measured on an H100: benchmarks/results/gpu-fast.json.
+_KERNEL_MULTIPLE = 16
 _KERNEL_FROM = 256
+_KERNEL_TILES = 200
 
 
 def symmetric_product(
@@ -38,7 +44,7 @@ def symmetric_product(
         alpha: Factor on the product.
         diagonal: d, which is added to the diagonal.
     """
-    if S.dtype == torch.float16 and S.size(-2) >= _KERNEL_FROM and kernels_usable(S.device):
+    if S.dtype == torch.float16 and _kernel_pays(S.shape, plus is not None) and kernels_usable(S.device):
         symmetric_product_on_cuda(S, T, plus, out, beta, alpha, diagonal)
         return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero
@@ -49,6 +55,14 @@ def symmetric_product(
         torch.baddbmm(plus, S, T, beta=beta, alpha=alpha, out=out)
     if diagonal:
         out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
+
+
+def _kernel_pays(shape: Sequence[int], has_plus: bool) -> bool:
+    """Whether the Triton kernel takes left factors of a shape, and is faster than cuBLAS."""
+    batch, n, k = shape
+    if n < _KERNEL_FROM or n % _KERNEL_MULTIPLE or k % _KERNEL_MULTIPLE:
+        return False
+    return has_plus or batch * lower_tiles(n) >= _KERNEL_TILES
 
 
 def _in_halves(

@@ -8,7 +8,7 @@ import triton.language as tl
 from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
 
 
-__all__ = ["symmetric_product_on_cuda"]
+__all__ = ["lower_tiles", "symmetric_product_on_cuda"]
 
 # The tiles, measured on an H100: for left factors with adjacent columns, and for others, which are transposed. Nothing but
 # the layout may choose: tiles decide how results are rounded, and replicas that found other ones the fastest would drift
@@ -68,6 +68,12 @@ def _lower_tiles(
         tl.store(mirrored, tl.trans(result), mask=in_columns[:, None] & in_rows[None, :])
 
 
+def lower_tiles(n: int) -> int:
+    """Return the number of tiles on and below the diagonal of a matrix with n rows."""
+    across = -(-n // _BLOCK)
+    return across * (across + 1) // 2
+
+
 def symmetric_product_on_cuda(
     S: torch.Tensor,
     T: torch.Tensor,
@@ -84,8 +90,7 @@ def symmetric_product_on_cuda(
     batch, n, k = S.shape
     added = out if plus is None else plus
     tiles = _BY_ROWS if S.stride(2) == 1 else _BY_COLUMNS
-    across = triton.cdiv(n, _BLOCK)
-    lower = across * (across + 1) // 2
+    lower = lower_tiles(n)
     strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
     # The farthest element of a matrix that a row or column beyond its end would be at.
     farthest = max(n * max(S.stride(1), T.stride(2)) + k * max(S.stride(2), T.stride(1)), n * n)
