@@ -117,6 +117,68 @@ def test_a_step_in_a_graph(method, use_syrk):
         torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
 
 
+def test_a_graph_without_capturable_is_refused():
+    """Before anything is launched, so that the capture ends well."""
+    params = on("cuda")
+    optimizer = AdaptiveMuon(params, lr=0.02)
+    give_gradients(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(ValueError, match="capturable=True"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_made_in_the_capture(method):
+    """As in a captured training step, whose gradients have addresses that no earlier step has seen."""
+    params, others = on("cuda"), on("cuda")
+    plain = AdaptiveMuon(params, moment2_method=method, **OPTIONS)
+    captured = AdaptiveMuon(others, moment2_method=method, capturable=True, **OPTIONS)
+    inputs = [torch.randn(p.shape, device="cuda") for p in params]
+    for p, q, x in zip(params, others, inputs, strict=True):
+        p.grad, q.grad = x.clone(), x.clone()
+    plain.step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for q, x in zip(others, inputs, strict=True):
+            q.grad = x * 2
+        captured.step()
+    captured.zero_grad()
+    torch.cuda.empty_cache()
+    garbage = [torch.full((1 << 20,), 7, dtype=torch.int64, device="cuda") for _ in range(8)]
+    for step in range(3):
+        for p, x in zip(params, inputs, strict=True):
+            x.add_(step)
+            p.grad = x * 2
+        plain.step()
+        graph.replay()
+    del garbage
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "n", "k"), [(3, 256, 128), (12, 768, 3072), (1, 1024, 1024), (1, 4096, 4096)], ids=str
+)
+@pytest.mark.parametrize("tall", [False, True])
+def test_the_kernel_on_sizes_of_models(batch, n, k, tall):
+    X = torch.randn(batch, *((k, n) if tall else (n, k)), device="cuda").half() / k**0.5
+    S, T = (X.mT, X) if tall else (X, X.mT)
+    P = torch.randn(batch, n, n, device="cuda").half()
+    P += P.mT.clone()
+    out = torch.full_like(P, torch.nan)
+    symmetric_product_on_cuda(S, T, P, out, 0.5, -2.0, 3.0)
+    expected = 0.5 * P.double() - 2 * S.double() @ T.double() + 3 * torch.eye(n, device="cuda")
+    torch.testing.assert_close(out.double(), expected, atol=4e-3, rtol=1e-3)
+
+
 needs_70_gb = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30,
     reason="needs 70 GB of GPU memory",

@@ -6,8 +6,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from emerging_optimizers.adaptive_muon.checks import require
 
-__all__ = ["loss_of", "plain_modes"]
+
+__all__ = ["check_capture", "loss_of", "plain_modes"]
 
 
 def loss_of(closure: Callable[[], float] | None) -> float | None:
@@ -34,3 +36,13 @@ def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 modes.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def check_capture(capturable: bool) -> None:
+    """Raise a ``ValueError`` in the capture of a CUDA graph that would keep the step count or the rate of now for good."""
+    require(
+        capturable or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()),
+        "an optimizer whose step is captured in a CUDA graph must be made with",
+        "capturable=False",
+        "pass capturable=True, and lr as a tensor on the GPU if it changes",
+    )

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable
 from emerging_optimizers.adaptive_muon.exchange import make_mode
 from emerging_optimizers.adaptive_muon.exchange.plan import Ready, Round, make_plan
-from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
+from emerging_optimizers.adaptive_muon.modes import check_capture, loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
@@ -129,6 +129,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     def _step(self) -> None:
         """Update all matrices that have a gradient, in the modes of :func:`plain_modes`."""
+        check_capture(self.capturable)
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel for symmetric products of batches of float16 matrices: half of the tiles, each written twice."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -10,12 +12,18 @@ from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
 
 __all__ = ["lower_tiles", "symmetric_product_on_cuda"]
 
-# The tiles, measured on an H100: for left factors with adjacent columns, and for others, which are transposed. Nothing but
-# the layout may choose: tiles decide how results are rounded, and replicas that found other ones the fastest would drift
-# apart.
+# The depth of a tile and the stages, measured on an H100: for left factors with adjacent columns, and for others, which are
+# transposed. Nothing but the layout and the kind of GPU may choose: tiles decide how results are rounded, and replicas that
+# found other ones the fastest would drift apart.
 _BLOCK = 128
-_BY_ROWS = {"BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-_BY_COLUMNS = {"BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
+_BY_ROWS = {"BLOCK_K": 64, "num_stages": 3}
+_BY_COLUMNS = {"BLOCK_K": 32, "num_stages": 4}
+
+
+@cache
+def _warps(device: torch.device) -> int:
+    """The warps of a tile: as measured on Hopper; elsewhere twice as many, as four would have too few registers."""
+    return 4 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else 8
 
 
 @triton.jit
@@ -106,6 +114,6 @@ def symmetric_product_on_cuda(
             "BLOCK": _BLOCK,
             "BLOCK_K": tiles["BLOCK_K"],
         },
-        num_warps=tiles["num_warps"],
+        num_warps=_warps(S.device),
         num_stages=tiles["num_stages"],
     )
