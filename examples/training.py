@@ -140,7 +140,8 @@ def train(
     for step, windows in enumerate(bar, start=1):
         begin = clock()
         model.zero_grad()
-        loss = model.loss(windows)
+        with _precision(device):
+            loss = model.loss(windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), protocol.clip)
         before_optimizer = clock()
@@ -155,7 +156,8 @@ def train(
         record.train_losses.append(loss.item())
         if step in protocol.evaluated_steps():
             record.steps.append(step)
-            record.losses.append(_evaluate(model, held_out, protocol.batch))
+            with _precision(device):
+                record.losses.append(_evaluate(model, held_out, protocol.batch))
             record.seconds.append(sum(step_times))
             bar.set_postfix(train=f"{record.final_train_loss:.3f}", held_out=f"{record.final_loss:.3f}")
 
@@ -163,6 +165,11 @@ def train(
     record.optimizer_ms = 1e3 * statistics.median(optimizer_times)
     record.state_bytes_per_parameter = sum(map(_state_bytes, optimizers)) / record.parameters
     return record
+
+
+def _precision(device: str) -> torch.autocast:
+    """On a GPU the model's products are in bfloat16, as usual; on a CPU in float32."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device.startswith("cuda"))
 
 
 def _batches(text: Tensor, protocol: Protocol, generator: torch.Generator, device: str) -> Iterator[Tensor]:

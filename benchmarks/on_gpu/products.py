@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from on_gpu.record import Record
 from on_gpu.sizes import Sizes
-from on_gpu.timing import graph_ms
+from on_gpu.timing import event_ms, graph_ms
 
 from emerging_optimizers.adaptive_muon.orthogonalize.precision import sums_in_float32
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
@@ -64,7 +64,7 @@ def copied(elements: int, device: torch.device) -> dict[str, float]:
     """Return the bandwidth of a copy within the device: bytes read and bytes written."""
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    ms = graph_ms(lambda: target.copy_(source), device)
+    ms = event_ms(lambda: target.copy_(source), device)
     return {"ms": ms, "bytes_per_second": 2 * source.nbytes / ms * 1e3}
 
 

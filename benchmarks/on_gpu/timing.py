@@ -17,6 +17,15 @@ def graph_ms(function: Callable[[], object], device: torch.device) -> float:
     return float(do_bench_cudagraph(function, rep=20, return_mode="median"))
 
 
+def event_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Return the median milliseconds of a function that starts one long kernel. In a graph a copy is a slower one."""
+    if device.type != "cuda":
+        return wall_ms(function, device, 3)[0]
+    from triton.testing import do_bench
+
+    return float(do_bench(function, return_mode="median"))
+
+
 def wall_ms(function: Callable[[], object], device: torch.device, rounds: int) -> tuple[float, float]:
     """Return the median milliseconds until a function is done, and until it has only enqueued its work."""
     done, enqueued = [], []

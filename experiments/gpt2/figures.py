@@ -87,7 +87,7 @@ def draw(results: Results, path: Path) -> None:
         steps, columns = runs[0]["steps"], list(zip(*(run["losses"] for run in runs), strict=True))
         means = [statistics.fmean(column) for column in columns]
         label = f"{method}  {means[-1]:.3f}"
-        bars = [statistics.stdev(column) for column in columns]
+        bars = [_deviation(column) for column in columns]
         curves.errorbar(steps, means, bars, label=label, linewidth=1.6, markersize=4, capsize=3, **style)
         rates.plot([lr / best for lr in losses], losses.values(), linewidth=1.6, markersize=5, **style)
     high = max(filter(math.isfinite, (run["losses"][2] for method in STYLES for run in results.reported(method))))
@@ -105,7 +105,7 @@ def draw(results: Results, path: Path) -> None:
         places = [len(names) - index + offset for index in range(len(names))]
         style = {**STYLES[method], "linestyle": "none"}
         variants.errorbar(
-            list(map(statistics.fmean, losses)), places, xerr=list(map(statistics.stdev, losses)), capsize=3, **style
+            list(map(statistics.fmean, losses)), places, xerr=list(map(_deviation, losses)), capsize=3, **style
         )
     variants.set_yticks([len(names) - index for index in range(len(names))], names)
     frame(variants, "validation loss, nats a byte", "")
@@ -132,7 +132,13 @@ def _spread(losses: Sequence[float]) -> str:
     """Mean and standard deviation."""
     if not all(map(math.isfinite, losses)):
         return "diverged"
-    return f"{statistics.fmean(losses):.4f} ± {statistics.stdev(losses):.4f}"
+    mean = f"{statistics.fmean(losses):.4f}"
+    return f"{mean} ± {_deviation(losses):.4f}" if len(losses) > 1 else mean
+
+
+def _deviation(losses: Sequence[float]) -> float:
+    """The standard deviation; zero of a single seed."""
+    return statistics.stdev(losses) if len(losses) > 1 else 0.0
 
 
 def _range(differences: Sequence[float], digits: int) -> str:

@@ -14,7 +14,7 @@ from methods import METHODS
 from training import Protocol
 
 
-__all__ = ["METHODS", "SIZES", "PaperProtocol", "reported", "tuning"]
+__all__ = ["METHODS", "ON_DEVICE", "SIZES", "PaperProtocol", "reported", "tuning"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,15 @@ SIZES = {
     "cpu": PaperProtocol(steps=400, batch=8, shape=Shape(layers=4, width=192, heads=6, context=128)),
     # GPT-2 small on bytes, 10 000 steps as in the paper's sweeps.
     "gpt2": PaperProtocol(steps=10_000, batch=32, shape=Shape(layers=12, width=768, heads=12, context=1024)),
+    # The same model for as long as a few minutes on an H100 go.
+    "gpt2-short": PaperProtocol(steps=300, batch=8, shape=Shape(layers=12, width=768, heads=12, context=1024)),
     # For tests: whether everything works together.
     "tiny": PaperProtocol(steps=4, batch=2, shape=Shape(layers=1, width=16, heads=2, context=16)),
 }
+
+
+# Settings of all methods by device. On a GPU full precision would take most of the time.
+ON_DEVICE = {"cpu": {}, "cuda": {"fp32_matmul_prec": "medium"}}
 
 
 def tuning(protocol: PaperProtocol) -> PaperProtocol:

@@ -8,7 +8,7 @@ import argparse
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import lru_cache
@@ -18,7 +18,7 @@ from typing import Any
 
 import figures
 import torch
-from protocol import METHODS, SIZES, PaperProtocol, reported, tuning
+from protocol import METHODS, ON_DEVICE, SIZES, PaperProtocol, reported, tuning
 from results import Results
 from runs import SEEDS, VARIANTS, VARIED, Run, due
 from text import Text, load
@@ -38,7 +38,7 @@ def setting(size: PaperProtocol, text: Text, device: str) -> dict[str, Any]:
         "sweep": asdict(tuning(size)),
         "report": asdict(reported(size)),
         "text": text.describe(),
-        "methods": {name: method.settings for name, method in METHODS.items()},
+        "methods": {name: method.settings | ON_DEVICE[device] for name, method in METHODS.items()},
         "variants": VARIANTS,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "versions": {name: version(name) for name in ("torch", "emerging-optimizers")},
@@ -66,7 +66,7 @@ def work(run: Run, size: str, path: Path | None, device: str) -> dict[str, Any]:
         seed=run.seed,
         device=device,
         show=False,
-        changes=run.changes,
+        changes={**ON_DEVICE[device], **run.changes},
     )
     return {
         **asdict(run),
@@ -77,13 +77,13 @@ def work(run: Run, size: str, path: Path | None, device: str) -> dict[str, Any]:
     }
 
 
-def finished(results: Results, workers: int, *settings: Any) -> Iterator[str]:
+def finished(results: Results, workers: int, seeds: Sequence[int], *settings: Any) -> Iterator[str]:
     """Makes all runs that are due, several at a time, and yields the key of each when it is done."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         underway: dict[Future[dict[str, Any]], str] = {}
         while True:
-            for run in due(results):
+            for run in due(results, seeds):
                 if len(underway) < workers and run.key not in underway.values():
                     underway[pool.submit(work, run, *settings)] = run.key
             if not underway:
@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, help="runs at a time (default: the CPU's cores, on CUDA 1)")
     parser.add_argument("--results", type=Path, help="JSON file to go on with or begin (default: results/SIZE.json)")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of each method (default: %(default)s)")
     arguments = parser.parse_args()
+    seeds = SEEDS[: arguments.seeds]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = arguments.workers or (1 if arguments.device == "cuda" else cores)
     results = Results(arguments.results or figures.OWN.with_name(f"{arguments.size}.json"))
@@ -113,10 +115,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     fewest = sum(len(method.rates) for method in METHODS.values())
-    fewest += len(SEEDS) * (len(METHODS) + len(VARIED) * len(VARIANTS))
+    fewest += len(seeds) * (len(METHODS) + len(VARIED) * len(VARIANTS))
     with tqdm(total=fewest, initial=len(results.runs), unit="run", smoothing=0.1) as bar:
-        for key in finished(results, workers, arguments.size, arguments.data, arguments.device):
-            bar.total = max(fewest, len(results.runs) + len(due(results)))
+        for key in finished(results, workers, seeds, arguments.size, arguments.data, arguments.device):
+            bar.total = max(fewest, len(results.runs) + len(due(results, seeds)))
             bar.update()
             loss = results.runs[key]["losses"][-1]
             tqdm.write(f"{key}: {'diverged' if loss is None else format(loss, '.4f')}")
