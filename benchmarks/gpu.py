@@ -86,7 +86,12 @@ def run_part(part: str, directory: Path, minutes: float, rehearse: bool) -> None
         torch.set_num_threads(1)
     device = torch.device("cpu" if rehearse else "cuda:0")
     sizes = REHEARSAL if rehearse else ON_GPU
-    record = Record(directory / f"gpu-{part}.json", device, 60 * minutes, asdict(sizes) | {"rehearsal": rehearse})
+    record = Record(
+        directory / f"gpu-{part}.json",
+        device,
+        60 * minutes,
+        asdict(sizes) | {"sets": [*sizes.sets], "rehearsal": rehearse},
+    )
     for name in MODULES[part]:
         try:
             import_module(f"on_gpu.{name}").run(record, sizes)

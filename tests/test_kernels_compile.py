@@ -70,14 +70,14 @@ BY_ROWS, BY_COLUMNS = {"S_column": 1, "T_row": 1}, {"S_row": 1, "T_column": 1}
 CASES: dict[str, Any] = {
     **{
         f"average, sums {summed}, {dtype}": (
-            average._average, AVERAGE, {"weight", "momentum"},
+            average.average_kernel, AVERAGE, {"weight", "momentum"},
             {"G_TYPE": dtype, "ALIGNED": True, "NESTEROV": True, "SUMMED": summed, **ROWS}, {},
         )
         for summed, dtype in product((-1, 0, 1, 2), (tl.float32, tl.bfloat16))
     },
     **{
         f"apply, D {column}, {dtype}": (
-            apply._apply, APPLY, {"lr", "decay"},
+            apply.apply_kernel, APPLY, {"lr", "decay"},
             {
                 "W_TYPE": dtype, "ALIGNED": True, "O_COLUMN": 1, "D_COLUMN": column, "DECAY_COLUMN": column,
                 "HAS_DECAYS": bool(column), **COLUMNS,
@@ -86,18 +86,18 @@ CASES: dict[str, Any] = {
         for column, dtype in product((0, 1), (tl.float32, tl.bfloat16))
     },
     "divide": (
-        normalize._divide, {"matrices": "*fp32", "divisors": "*fp32", "out": "*fp16"}, set(), {"BLOCK": 4096}, {"num_warps": 8},
+        normalize.divide_kernel, {"matrices": "*fp32", "divisors": "*fp32", "out": "*fp16"}, set(), {"BLOCK": 4096}, {"num_warps": 8},
     ),
     **{
         f"product, {name}": (
-            symmetric_kernel._lower_tiles, PRODUCT, {"alpha", "beta", "diagonal"},
+            symmetric_kernel.product_kernel, PRODUCT, {"alpha", "beta", "diagonal"},
             {
                 "HAS_PLUS": True, "EVEN": True, "INDEX": tl.int32, "BLOCK": 128, "BLOCK_K": tiles["BLOCK_K"],
                 "plus_column": 1, "out_column": 1, **strides,
             },
             {key: value for key, value in tiles.items() if key.startswith("num")},
         )
-        for name, tiles, strides in (("by rows", symmetric_kernel._BY_ROWS, BY_ROWS), ("by columns", symmetric_kernel._BY_COLUMNS, BY_COLUMNS))
+        for name, tiles, strides in (("by rows", symmetric_kernel.BY_ROWS, BY_ROWS), ("by columns", symmetric_kernel.BY_COLUMNS, BY_COLUMNS))
     },
 }  # fmt: skip
 
@@ -121,5 +121,5 @@ def test_fits_and_spills_nothing(case: str, arch: int) -> None:
 @pytest.mark.parametrize("arch", SHARED)
 def test_the_small_ones_compile(arch: int) -> None:
     numbers = {f"p{i}": "i64" for i in range(16)}
-    compiled(addresses._store, {"out": "*i64", **numbers}, set(), {}, arch, num_warps=1)
-    compiled(usable._set_one, {"out": "*fp32"}, set(), {}, arch)
+    compiled(addresses.store_kernel, {"out": "*i64", **numbers}, set(), {}, arch, num_warps=1)
+    compiled(usable.set_one_kernel, {"out": "*fp32"}, set(), {}, arch)

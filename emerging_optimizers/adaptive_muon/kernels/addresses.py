@@ -32,7 +32,7 @@ class Addresses(NamedTuple):
 
 
 @triton.jit(do_not_specialize=[f"p{i}" for i in range(_AT_ONCE)])
-def _store(out, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
+def store_kernel(out, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
     tl.store(out + 0, p0)
     tl.store(out + 1, p1)
     tl.store(out + 2, p2)
@@ -86,7 +86,7 @@ def _addresses(
     table = torch.empty(-(-len(found) // _AT_ONCE), _AT_ONCE, dtype=torch.int64, device=device)
     for row, part in zip(table, batched(found, _AT_ONCE), strict=True):
         padded = (*part, *[part[0]] * (_AT_ONCE - len(part)))
-        launch(_store, None, 1, (row, *padded), {}, num_warps=1)
+        launch(store_kernel, None, 1, (row, *padded), {}, num_warps=1)
     return Addresses(table, all(each % _ALIGNED_TO == 0 for each in (*starts, *bytes_apart)))
 
 

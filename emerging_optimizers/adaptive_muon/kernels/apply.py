@@ -28,7 +28,7 @@ def _broadcast(start, row, column, row_stride, inside, COLUMN_STRIDE: tl.constex
 
 
 @triton.jit
-def _apply(
+def apply_kernel(
     weights, O, D, decays,
     rows, columns, tiles_down, tiles_across, W_row, O_member, O_row, D_member, D_row, decay_member, decay_row, lr, decay,
     W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, O_COLUMN: tl.constexpr, D_COLUMN: tl.constexpr,
@@ -90,7 +90,7 @@ def apply_on_cuda(
     }
     strides = (first.stride(-2), *O.stride()[:2], *D.stride()[:2], *share.stride()[:2])
     launch(
-        _apply,
+        apply_kernel,
         (O.shape, O.dtype, strides, are_aligned(O, D, share), *constants.values()),
         members * down * across,
         (

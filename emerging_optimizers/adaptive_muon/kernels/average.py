@@ -24,7 +24,7 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
-def _average(
+def average_kernel(
     gradients, buffers, momentum_out, G_sums, M_sums,
     rows, columns, tiles_down, tiles_across, G_row, M_row, weight, momentum,
     G_TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, SUMMED: tl.constexpr,
@@ -103,7 +103,7 @@ def average_on_cuda(
     }
     strides = (Gs[0].stride(-2), first.stride(-2))
     launch(
-        _average,
+        average_kernel,
         (members, rows, columns, strides, *constants.values()),
         members * down * across,
         (

@@ -14,7 +14,7 @@ _BLOCK = 4096
 
 
 @triton.jit
-def _divide(matrices, divisors, out, elements, blocks, BLOCK: tl.constexpr):
+def divide_kernel(matrices, divisors, out, elements, blocks, BLOCK: tl.constexpr):
     """Works on one block of one matrix."""
     member = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -36,4 +36,4 @@ def divide_on_cuda(matrices: torch.Tensor, divisors: torch.Tensor, out: torch.Te
     blocks = triton.cdiv(elements, _BLOCK)
     arguments = (matrices, divisors, out, elements, blocks)
     key = (matrices.shape, out.dtype, are_aligned(matrices, divisors, out))
-    launch(_divide, key, blocks * len(matrices), arguments, {"BLOCK": _BLOCK}, num_warps=8)
+    launch(divide_kernel, key, blocks * len(matrices), arguments, {"BLOCK": _BLOCK}, num_warps=8)

@@ -26,7 +26,7 @@ def _runs_on(index: int) -> bool:
     """Whether a kernel that does next to nothing compiles and runs. Triton needs a C compiler at hand, for one."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _OLDEST:
         return False
-    kernel: Any = _set_one
+    kernel: Any = set_one_kernel
     try:
         with torch.cuda.device(index):
             kernel[1,](torch.zeros(1, device="cuda"))
@@ -37,5 +37,5 @@ def _runs_on(index: int) -> bool:
 
 
 @triton.jit
-def _set_one(out):
+def set_one_kernel(out):
     tl.store(out, 1.0)

@@ -16,8 +16,8 @@ __all__ = ["lower_tiles", "symmetric_product_on_cuda"]
 # transposed. Nothing but the layout and the kind of GPU may choose: tiles decide how results are rounded, and replicas that
 # found other ones the fastest would drift apart.
 _BLOCK = 128
-_BY_ROWS = {"BLOCK_K": 64, "num_stages": 3}
-_BY_COLUMNS = {"BLOCK_K": 32, "num_stages": 4}
+BY_ROWS = {"BLOCK_K": 64, "num_stages": 3}
+BY_COLUMNS = {"BLOCK_K": 32, "num_stages": 4}
 
 
 @cache
@@ -27,7 +27,7 @@ def _warps(device: torch.device) -> int:
 
 
 @triton.jit
-def _lower_tiles(
+def product_kernel(
     S, T, plus, out, n, k, tiles, alpha, beta, diagonal,
     S_batch, S_row, S_column, T_batch, T_row, T_column,
     plus_batch, plus_row, plus_column, out_batch, out_row, out_column,
@@ -97,13 +97,13 @@ def symmetric_product_on_cuda(
     """
     batch, n, k = S.shape
     added = out if plus is None else plus
-    tiles = _BY_ROWS if S.stride(2) == 1 else _BY_COLUMNS
+    tiles = BY_ROWS if S.stride(2) == 1 else BY_COLUMNS
     lower = lower_tiles(n)
     strides = (*S.stride(), *T.stride(), *added.stride(), *out.stride())
     # The farthest element of a matrix that a row or column beyond its end would be at.
     farthest = max(n * max(S.stride(1), T.stride(2)) + k * max(S.stride(2), T.stride(1)), n * n)
     launch(
-        _lower_tiles,
+        product_kernel,
         (S.shape, strides, plus is None, are_aligned(S, T, added, out)),
         lower * batch,
         (S, T, added, out, n, k, lower, float(alpha), float(beta), float(diagonal), *strides),
