@@ -225,7 +225,8 @@ class Options:
     )
     use_syrk: bool = option_field(
         False,
-        'Whether to use Triton kernels for symmetric products, on CUDA at "medium" precision.',
+        'Whether ns_algorithm "standard" uses upstream\'s Triton kernel for symmetric products, on CUDA at "medium" precision. '
+        "The other algorithms use our own kernels by themselves.",
         megatron_field="muon_use_syrk",
         flag=True,
     )

@@ -8,6 +8,7 @@ do not take, torch's functions do the same.
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.graph import increment_version
 
 from emerging_optimizers.adaptive_muon.kernels.apply import apply_on_cuda
 from emerging_optimizers.adaptive_muon.kernels.average import average_on_cuda
@@ -47,6 +48,7 @@ def average(
     if _taken(Ms) and Ms[0].dtype == torch.float32 and _taken(Gs) and not (observed and len(kept_dims) == 2):
         kept = kept_dims if observed else None
         M_prime, sums = average_on_cuda(Ms, Gs, momentum=momentum, nesterov=nesterov, kept_dims=kept)
+        _changed(Ms)
         return M_prime, [sums["gradient" != name] for name in observed]
     Gs = [G.to(M.dtype) for G, M in zip(Gs, Ms, strict=True)]
     torch._foreach_lerp_(Ms, Gs, 1 - momentum)
@@ -68,6 +70,7 @@ def apply(Ws: list[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float
     """
     if _taken(Ws) and O.dtype in _DTYPES and D.dtype == torch.float32:
         apply_on_cuda(Ws, O, D, lr=lr, decay=decay)
+        _changed(Ws)
         return
     worked = [in_work_dtype(W) for W in Ws]
     decay_weights(worked, decay)
@@ -90,6 +93,7 @@ def _taken(tensors: Sequence[torch.Tensor]) -> bool:
     first = tensors[0]
     return (
         first.is_cuda
+        and first.numel() > 0
         and first.dtype in _DTYPES
         and first.stride(-1) == 1
         and first.ndim <= 3
@@ -97,3 +101,10 @@ def _taken(tensors: Sequence[torch.Tensor]) -> bool:
         and all(each.stride() == first.stride() and each.dtype == first.dtype for each in tensors)
         and kernels_usable(first.device)
     )
+
+
+def _changed(tensors: Sequence[torch.Tensor]) -> None:
+    """Tells autograd that a kernel has changed tensors in place, as torch's own functions do."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            increment_version(tensor)
