@@ -568,10 +568,13 @@ def test_the_size_of_the_gradients_does_not_matter(method: str, algorithm: Any, 
 @pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
 def test_a_graph_takes_only_what_can_be_captured(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything changes: a replay would use the step count and the rate of the capture for good."""
-    p = torch.nn.Parameter(torch.randn(4, 6))
+
+    class OnGpu(torch.nn.Parameter):
+        is_cuda = True
+
+    p = OnGpu(torch.randn(4, 6))
     optimizer, before = make([p], lr=0.1), p.detach().clone()
     p.grad = torch.randn(4, 6)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="pass capturable=True"):
         optimizer.step()

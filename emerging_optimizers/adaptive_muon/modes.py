@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modes of torch in which a step runs, whatever modes are around it."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -38,10 +39,11 @@ def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def check_capture(capturable: bool) -> None:
+def check_capture(param_groups: Iterable[dict[str, Any]], capturable: bool) -> None:
     """Raise a ``ValueError`` in the capture of a CUDA graph that would keep the step count or the rate of now for good."""
+    on_cuda = any(group["params"] and group["params"][0].is_cuda for group in param_groups)
     require(
-        capturable or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()),
+        capturable or not (on_cuda and torch.cuda.is_current_stream_capturing()),
         "an optimizer whose step is captured in a CUDA graph must be made with",
         "capturable=False",
         "pass capturable=True, and lr as a tensor on the GPU if it changes",

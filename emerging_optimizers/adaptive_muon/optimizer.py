@@ -129,7 +129,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 
     def _step(self) -> None:
         """Update all matrices that have a gradient, in the modes of :func:`plain_modes`."""
-        check_capture(self.capturable)
+        check_capture(self.param_groups, self.capturable)
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)

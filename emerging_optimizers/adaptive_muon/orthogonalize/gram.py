@@ -70,7 +70,8 @@ def iterate(matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]
     """
     X = torch.empty_like(matrices, dtype=dtype)
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp_min_(MIN_NORM)
-    if kernels_usable(X.device) and matrices.is_contiguous():
+    on_gpu = kernels_usable(X.device)
+    if on_gpu and matrices.is_contiguous():
         divide_on_cuda(matrices, norms, X)
     else:
         torch.div(matrices, norms, out=X)
@@ -78,7 +79,8 @@ def iterate(matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]
     A, B, T, Z = X.new_empty(4, X.size(0), n, n).unbind(0)
     for steps in step_groups:
         symmetric_product(*(X.mT, X) if tall else (X, X.mT), out=A)
-        if dtype == torch.bfloat16:  # a I + B would lose too much of B; baddbmm is exact, and copies X
+        # A single step is B X + a X. On a GPU baddbmm would copy X; a I + B, rounded to bfloat16, would lose too much of B.
+        if len(steps) == 1 and (dtype == torch.bfloat16 or not on_gpu):
             [(a, b, c)] = steps
             symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
             torch.baddbmm(X, *(X, B) if tall else (B, X), beta=a, out=spare)
