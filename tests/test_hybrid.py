@@ -377,3 +377,42 @@ def test_a_rate_that_is_a_tensor_is_scheduled_once_in_each_part():
     for loss in (1.0, 1.0):
         schedule.step(loss)
     torch.testing.assert_close([float(group["lr"]) for group in optimizer.param_groups], [0.05, 0.05])
+
+
+def test_adamw_is_fused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the parameters only say that they are on one. A checkpoint goes on where there is none, and comes back."""
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    class OnGpu(nn.Parameter):
+        is_cuda = True
+
+    def made(kind: type[nn.Parameter]) -> tuple[list[nn.Parameter], HybridAdaptiveMuon]:
+        generator = torch.Generator().manual_seed(0)
+        params = [kind(torch.randn(shape, generator=generator)) for shape in ((6, 4), (5,), (3,))]
+        return params, HybridAdaptiveMuon(params, lr=0.05)
+
+    def trained(params: list[nn.Parameter], optimizer: HybridAdaptiveMuon, steps: range) -> None:
+        for step in steps:
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+
+    (params, plain), (others, fused) = made(nn.Parameter), made(OnGpu)
+    trained(params, plain, range(3))
+    trained(others, fused, range(3))
+    assert [bool(group.get("fused")) for group in fused.param_groups] == [False, True]
+    assert not any(group.get("fused") for group in plain.param_groups)
+    for kind in (nn.Parameter, OnGpu):
+        state, before = fused.state_dict(), [p.detach().clone() for p in others]
+        others, fused = made(kind)
+        fused.load_state_dict(state)
+        for p, value in zip(others, before, strict=True):
+            p.data.copy_(value)
+        steps = range(3, 6) if kind is nn.Parameter else range(6, 9)
+        trained(others, fused, steps)
+        trained(params, plain, steps)
+        assert any(group.get("fused") for group in fused.param_groups) is (kind is OnGpu)
+        assert {float(fused.state[p]["step"]) for p in others[1:]} == {float(steps.stop)}
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)

@@ -218,6 +218,7 @@ class HybridAdaptiveMuon(Optimizer):
             for group in self._adamw.param_groups:
                 check_gradients(group, "AdamW", complex_too=True)
                 check_capturable(group)
+                _fuse(group, self.state)
             self._muon.step()  # checks its own parameters before it changes anything
             self._adamw.step()
         return loss
@@ -270,6 +271,17 @@ class HybridAdaptiveMuon(Optimizer):
         finally:
             for inner in (self._muon, self._adamw):
                 inner.state, inner.param_groups = defaultdict(dict), []
+
+
+def _fuse(group: dict[str, Any], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+    """Have AdamW take its fused kernel for a group on a GPU, and not elsewhere; the kernel counts steps on the device."""
+    fused = all(p.is_cuda and p.is_floating_point() for p in group["params"])
+    if fused == bool(group.get("fused")):
+        return
+    group["fused"] = fused
+    for p in group["params"]:
+        if "step" in states.get(p, {}):
+            states[p]["step"] = states[p]["step"].to(p.device if fused or group["capturable"] else "cpu")
 
 
 def _check_names(groups: list[dict[str, Any]]) -> None:
