@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
 # make bench: steps beside upstream's and torch's.   make bench-growth, make bench-communication: two more questions.
+# make bench-scale: the plan of a step on up to 4096 ranks, from shapes alone.
 # make gpu: all that only a GPU can say, without .venv and network.
 # make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
 # CONTRIBUTING.md has all others.
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication gpu convergence upstream-patch test test-long lint docs option-tables links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long lint docs option-tables links release-check clean
 
 venv: $(STAMP)
 
@@ -39,6 +40,9 @@ bench-growth: $(STAMP)
 RANKS ?= 4
 bench-communication: $(STAMP)
 	$(BIN)/torchrun --nproc_per_node $(RANKS) benchmarks/communication.py $(ARGS)
+
+bench-scale: $(STAMP)
+	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 # A machine with a GPU has its own torch, and perhaps no network. WHEELS is a folder with what its Python lacks.
 GPU_SITE := $(CURDIR)/build/gpu-site

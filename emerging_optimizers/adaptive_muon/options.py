@@ -273,7 +273,8 @@ class Options:
     )
     max_bytes_in_flight: int = option_field(
         2**30,
-        "Bytes that a rank may send and receive at once. A step with more takes more rounds. The default is 1 GiB.",
+        "The most bytes that a rank sends and receives at once; or one matrix for every owner, where that is more. A step "
+        "with more takes more rounds. The default is 1 GiB.",
         rule=Rule("a positive number of bytes", partial(within, low=1), "the default is 2**30"),
         flag=True,
     )

@@ -297,7 +297,7 @@ def test_another_shape_is_another_plan(group: ProcessGroup) -> None:
         assert not far_apart({"W": max(difference(p.piece, p.cut(p.whole)) for p in pairs)}, "adamuon")
 
 
-def test_a_matrix_beyond_the_cap_goes_alone(group: ProcessGroup) -> None:
+def test_matrices_beyond_the_cap(group: ProcessGroup) -> None:
     assert not far_apart(walk(strips(), 2, max_bytes_in_flight=1, tp_group=group), "adamuon")
 
 

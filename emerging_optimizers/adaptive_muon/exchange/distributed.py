@@ -44,9 +44,9 @@ class Distributed(Mode):
         return list(zip(Os, squares, strict=True))
 
     @override
-    def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
+    def in_flight(self, layout: ShardedLayout) -> int:
         gram = layout.whole[-1 if layout.split[-2] else -2] ** 2
-        return [2 * gram + each.area for each in layout.rectangles]  # a step works on a copy of the shard
+        return 2 * gram + layout.largest_shard  # a step works on a copy of the shard
 
     @override
     def check(self, layout: ShardedLayout, name: str) -> None:

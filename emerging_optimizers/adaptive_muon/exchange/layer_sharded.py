@@ -23,6 +23,8 @@ class LayerSharded(Mode):
     The partial sums of squares are in the first, the whole sums in the second.
     """
 
+    has_owners = True
+
     @override
     def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
         me, ranks, device = group.rank(), range(group.size()), batches[0].momentum.device
@@ -52,9 +54,10 @@ class LayerSharded(Mode):
         ]
 
     @override
-    def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
-        rows, columns = layout.whole
-        return [each.area + (rows * columns if rank == owner else 0) for rank, each in enumerate(layout.rectangles)]
+    def in_flight(self, layout: ShardedLayout) -> int:
+        return (
+            2 * len(layout.rectangles) * layout.largest_shard
+        )  # the whole is no more than the largest shard for each
 
 
 def _lists(ranks: range) -> list[list[Any]]:

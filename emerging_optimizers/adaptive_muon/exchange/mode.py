@@ -125,6 +125,8 @@ class Mode(ABC):
 
     # Whether it calls a user's function in the place of the iteration.
     takes_functions: ClassVar[bool] = True
+    # Whether a matrix has an owner, which alone orthogonalizes it. Otherwise all ranks do.
+    has_owners: ClassVar[bool] = False
 
     @abstractmethod
     def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
@@ -136,8 +138,11 @@ class Mode(ABC):
         """
 
     @abstractmethod
-    def in_flight(self, layout: ShardedLayout, owner: int) -> list[int]:
-        """Return how many elements of a matrix with this owner each rank sends, receives, and copies to work on."""
+    def in_flight(self, layout: ShardedLayout) -> int:
+        """Return how many elements of a matrix a rank sends, receives, and copies to work on, at most.
+
+        Where a matrix has an owner: what the owner sends and receives if every other rank owns such a matrix too.
+        """
 
     def check(self, layout: ShardedLayout, name: str) -> None:
         """Raise a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""

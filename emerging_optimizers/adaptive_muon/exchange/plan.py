@@ -2,9 +2,9 @@
 """Who orthogonalizes what, and how much at a time."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import add
+from heapq import heappop, heapreplace
 from typing import NamedTuple, cast
 
 import torch
@@ -66,8 +66,8 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
     Args:
         ready: The parameters of the step.
         mode: How matrices in shards are orthogonalized.
-        max_bytes_in_flight: What a rank may have to send and to receive at once, sums of squares not counted. A round ends
-            where it would be more; a parameter that is beyond it by itself has a round of its own.
+        max_bytes_in_flight: The most bytes that a rank sends and receives in a round, sums of squares not counted. Where
+            one matrix for every owner, or one parameter with blocks, is more, a round has that much.
     """
     by_group: dict[ProcessGroup | None, dict[int, Ready]] = {}
     for index, one in enumerate(ready):
@@ -77,12 +77,8 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
     rounds = [Round(None, [batch]) for batch in _batches(by_group.pop(None, {}), {})]
     for group, members in by_group.items():
         assert group is not None and mode is not None
-        owners = _owners(members.values(), group.size())
-        loads = {}
-        for index, one in members.items():
-            elements = [mode.in_flight(cast(ShardedLayout, matrix.layout), owners[matrix]) for matrix in one.matrices]
-            loads[index] = [_BYTES * one.depth * sum(of_rank) for of_rank in zip(*elements, strict=True)]
-        for indices in _rounds(loads, max_bytes_in_flight):
+        ranks = group.size() if mode.has_owners else 1
+        for indices, owners in _rounds(_loads(members, mode), ranks, max_bytes_in_flight):
             rounds.append(Round(group, _batches({index: members[index] for index in indices}, owners)))
     return rounds
 
@@ -109,33 +105,69 @@ def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[B
     return batches
 
 
-def _owners(members: Iterable[Ready], ranks: int) -> dict[Matrix, int]:
-    """An owner for each matrix: the costliest first, to the rank with the least work.
+class _Load(NamedTuple):
+    """What a matrix adds to a round."""
 
-    The largest share is then within 4/3 of the best possible (R. L. Graham, Bounds on multiprocessing timing anomalies,
-    1969). A cost is the number of multiplications in a product of the iteration.
-    """
-    costs = {}
-    for one in members:
+    cost: int  # the multiplications in a product of the iteration
+    bytes: int  # in flight
+    matrix: Matrix
+
+
+def _loads(members: Mapping[int, Ready], mode: Mode) -> dict[int, list[_Load]]:
+    """The loads of each parameter's matrices, the costliest first, of parameters by their costliest matrix."""
+    elements: dict[ShardedLayout, int] = {}  # many matrices have equal layouts
+    loads: dict[int, list[_Load]] = {}
+    for index, one in members.items():
+        loads[index] = of_matrices = []
         for matrix in one.matrices:
-            whole = cast(ShardedLayout, matrix.layout).whole
-            costs[matrix] = one.depth * math.prod(whole) * min(whole)
-    owners, work = {}, [0] * ranks
-    for matrix in sorted(costs, key=costs.__getitem__, reverse=True):
-        owners[matrix] = owner = min(range(ranks), key=work.__getitem__)
-        work[owner] += costs[matrix]
-    return owners
+            layout = cast(ShardedLayout, matrix.layout)
+            if layout not in elements:
+                elements[layout] = mode.in_flight(layout)
+            cost = one.depth * math.prod(layout.whole) * min(layout.whole)
+            of_matrices.append(_Load(cost, _BYTES * one.depth * elements[layout], matrix))
+        of_matrices.sort(key=lambda load: -load.cost)
+    return dict(sorted(loads.items(), key=lambda item: -item[1][0].cost))
 
 
-def _rounds(loads: dict[int, list[int]], most: int) -> list[list[int]]:
-    """The parameters, those with the most to send and receive first, in rounds in which no rank has too much."""
-    rounds: list[list[int]] = []
-    in_flight: list[int] = []
-    for index in sorted(loads, key=lambda index: -sum(loads[index])):
-        together = list(map(add, in_flight, loads[index]))
-        if not rounds or max(together) > most:
-            rounds.append([])
-            together = loads[index]
-        rounds[-1].append(index)
-        in_flight = together
-    return rounds
+def _rounds(loads: Mapping[int, list[_Load]], ranks: int, most: int) -> list[tuple[list[int], dict[Matrix, int]]]:
+    """The parameters of each round, and the owner of each of its matrices.
+
+    The first parameter that does not fit in a round begins the next.
+    """
+    rounds: list[_RoundToFill] = []
+    for index, of_matrices in loads.items():
+        if not rounds or not rounds[-1].take(index, of_matrices):
+            rounds.append(_RoundToFill(ranks, most))
+            rounds[-1].take(index, of_matrices)
+    return [(one.indices, one.owners) for one in rounds]
+
+
+class _RoundToFill:
+    """A round that takes parameters as long as they fit.
+
+    A matrix goes to the owner with the least work in the round. If the costliest come first, and all fit, the largest
+    share is within 4/3 of the best possible (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
+    """
+
+    def __init__(self, ranks: int, most: int) -> None:
+        self.indices: list[int] = []
+        self.owners: dict[Matrix, int] = {}
+        self._limit = most
+        self._open = [(0, 0, owner) for owner in range(ranks)]  # a heap: work, bytes in flight, owner
+
+    def take(self, index: int, loads: Sequence[_Load]) -> bool:
+        """Find an owner for each matrix of a parameter, or return False. A round that is empty takes any parameter."""
+        owners = {}
+        for load in loads:
+            # The messages of the largest matrix need this memory on one rank. The same on the others costs none there.
+            self._limit = max(self._limit, load.bytes)
+            while self.indices and self._open and self._open[0][1] + load.bytes > self._limit:
+                heappop(self._open)
+            if not self._open:
+                return False
+            work, in_flight, owner = self._open[0]
+            heapreplace(self._open, (work + load.cost, in_flight + load.bytes, owner))
+            owners[load.matrix] = owner
+        self.indices.append(index)
+        self.owners |= owners
+        return True

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the shards of a matrix are: the whole shape, and the rectangle that each rank holds."""
 
-from collections.abc import Collection
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from itertools import combinations
 from typing import NamedTuple, override
 
 import torch
@@ -34,13 +34,6 @@ class Rectangle(NamedTuple):
         """The number of elements."""
         rows, columns = self.shape
         return rows * columns
-
-    def overlaps(self, other: "Rectangle") -> bool:
-        """Return whether an element is in both."""
-        return (
-            max(self.top, other.top) < min(self.bottom, other.bottom)
-            and max(self.left, other.left) < min(self.right, other.right)
-        )  # fmt: skip
 
     def cut(self, whole: torch.Tensor, dims: Collection[int] = (-2, -1)) -> torch.Tensor:
         """Return the view of a tensor of the whole matrix that belongs to this rectangle.
@@ -95,10 +88,20 @@ class ShardedLayout(Layout):
             "a matrix that every rank holds whole has partition_dim -1",
         )
 
+    @override
+    def __hash__(self) -> int:
+        """Return a hash that passes over the shards, of which a large group has many."""
+        return hash((self.group, self.rank, self.whole))
+
     @property
     def own(self) -> Rectangle:
         """The shard of this rank."""
         return self.rectangles[self.rank]
+
+    @cached_property
+    def largest_shard(self) -> int:
+        """The number of elements of the largest shard."""
+        return max(each.area for each in self.rectangles)
 
     @cached_property
     def split(self) -> dict[int, bool]:
@@ -159,5 +162,20 @@ def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...]) -> bool:
         all(0 <= each.top <= each.bottom <= whole[0] for each in rectangles)
         and all(0 <= each.left <= each.right <= whole[1] for each in rectangles)
         and sum(each.area for each in rectangles) == whole[0] * whole[1]
-        and not any(a.overlaps(b) for a, b in combinations([each for each in rectangles if each.area], 2))
+        and _disjoint([each for each in rectangles if each.area])
     )
+
+
+def _disjoint(rectangles: Sequence[Rectangle]) -> bool:
+    """Whether no two of these rectangles, which are not empty, have an element in common.
+
+    From top to bottom, each is compared with those before it that share columns with it: one, where a matrix is in strips.
+    """
+    before: list[Rectangle] = []  # no two of them share columns; from left to right
+    for one in sorted(rectangles):
+        start = bisect_right(before, one.left, key=lambda other: other.right)
+        end = bisect_left(before, one.right, key=lambda other: other.left)
+        if any(other.bottom > one.top for other in before[start:end]):
+            return False
+        before[start:end] = [one]
+    return True

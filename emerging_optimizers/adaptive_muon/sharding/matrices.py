@@ -5,8 +5,9 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, override
 
 import torch
 from torch.distributed import ProcessGroup
@@ -31,6 +32,11 @@ class ShardShapes(NamedTuple):
 
     blocks: tuple[int, ...] | None
     shapes: tuple[tuple[int, int], ...]
+
+    @override
+    def __hash__(self) -> int:
+        """Return a hash that passes over most shards, of which a large group has many."""
+        return hash((self.blocks, len(self.shapes), self.shapes[0], self.shapes[-1]))
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -147,12 +153,13 @@ def sharded_matrices(
     """
     whole, rectangles = _rectangles(infos)
     blocks, own = infos[0].blocks, rectangles[group.rank()]
-    shapes = None if mode is None else ShardShapes(blocks, tuple((info.local[-2], info.local[-1]) for info in infos))
+    local = tuple((info.local[-2], info.local[-1]) for info in infos)
+    shapes = None if mode is None else ShardShapes(blocks, _shared(local))
 
     def layout(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], name: str) -> Layout:
         if mode is None:
             return Layout()
-        sharded = ShardedLayout(group, group.rank(), whole, rectangles)
+        sharded = ShardedLayout(group, group.rank(), whole, _shared(rectangles))
         mode.check(sharded, name)
         return sharded
 
@@ -181,6 +188,12 @@ def _rectangles(infos: Sequence[_ShardInfo]) -> tuple[tuple[int, int], tuple[Rec
     if split == -2:
         return (end, columns), tuple(Rectangle(start, stop, 0, columns) for start, stop in strips)
     return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in strips)
+
+
+@cache
+def _shared[Shards: tuple[Any, ...]](shards: Shards) -> Shards:
+    """One object for all that are equal: many matrices of a model are split alike, and a large group has many shards."""
+    return shards
 
 
 @dataclass(frozen=True)
