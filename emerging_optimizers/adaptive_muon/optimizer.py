@@ -87,8 +87,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self.bias_correction, self.capturable = self.options.corrects_bias, self.options.capturable
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
-        placement = self.options.layout_fn, self.options.blocks_fn
-        self._sharding = Sharding(self.options.tp_group, self._mode, *placement, self.options.synced)
+        groups, placement = (
+            (self.options.tp_group, self.options.replica_group),
+            (self.options.layout_fn, self.options.blocks_fn),
+        )
+        self._sharding = Sharding(*groups, self._mode, *placement, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
         self._plan: tuple[list[Ready], list[Round]] | None = None
@@ -155,7 +158,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             after_update=self.post_weight_update_fn_inplace,
         )
         for one in rounds:
-            update_round(one, rule, self._mode, self.param_groups, params, gradients, self.state)
+            update_round(one, rule, self.param_groups, params, gradients, self.state)
 
     def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], list[Round]]:
         """Return the parameters to update and their plan, which is kept: they rarely change."""

@@ -243,6 +243,19 @@ class Options:
         scope="rank",
         in_files=False,
     )
+    replica_group: ProcessGroup | None = option_field(
+        None,
+        "Process group whose ranks hold the same whole parameters and gradients, as under DistributedDataParallel. Each whole "
+        "matrix is then orthogonalized by one of them and sent to the others. DTensors and parameters in shards are not "
+        "shared among replicas yet.",
+        rule=Rule(
+            "a torch.distributed.ProcessGroup that this process belongs to",
+            _or_none(lambda value: isinstance(value, ProcessGroup)),
+            "pass the data-parallel group, such as torch.distributed.group.WORLD; None to let every rank do all the work",
+        ),
+        scope="rank",
+        in_files=False,
+    )
     tp_mode: TensorParallelModeT = option_field(
         "layer_sharded",
         'How a sharded matrix is orthogonalized: "layer_sharded" by its owner, many matrices in two messages; '
@@ -356,6 +369,7 @@ class OptionsDict(TypedDict, total=False):
     namo_d_clamp: float
     use_syrk: bool
     tp_group: ProcessGroup | None
+    replica_group: ProcessGroup | None
     tp_mode: TensorParallelModeT
     layout_fn: LayoutFn | None
     blocks_fn: BlocksFn | None

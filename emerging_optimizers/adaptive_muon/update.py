@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from emerging_optimizers.adaptive_muon.exchange import Mode, Orthogonalize, Shards
+from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
@@ -58,7 +58,6 @@ class StepRule:
 def update_round(
     one: Round,
     rule: StepRule,
-    mode: Mode | None,
     param_groups: Sequence[dict[str, Any]],
     params: Sequence[torch.Tensor],
     gradients: Mapping[torch.Tensor, torch.Tensor],
@@ -69,7 +68,6 @@ def update_round(
     Args:
         one: The round.
         rule: What a step does.
-        mode: How matrices in shards are orthogonalized.
         param_groups: The optimizer's parameter groups.
         params: The parameters of the plan, by their places in it.
         gradients: Their gradients; of DTensors what this rank holds.
@@ -84,8 +82,8 @@ def update_round(
     if one.process_group is None:
         results = [matrix.orthogonalized() for matrix in shards]
     else:
-        assert mode is not None  # "blockwise" has no matrix in shards
-        results = mode.exchange(one.process_group, shards)
+        assert one.mode is not None
+        results = one.mode.exchange(one.process_group, shards)
     of_updates = iter(results)
     for update in updates:
         update.finish([next(of_updates) for _ in update.matrices])

@@ -70,6 +70,12 @@ class Shards:
         sums = Part(self._sums_shape(members, rectangle.shape), self.momentum.dtype)
         return [Part(self._shape(members, rectangle.shape), _MOMENTUM), *([sums] * len(self.squares))]
 
+    def held(self, members: Sequence[int]) -> tuple[torch.Tensor, Squares]:
+        """Return O of these members, which this rank holds whole, and their sums of squares."""
+        index = _index(members)
+        squares = [each[index] for each in self.squares]
+        return self.orthogonalize(self.momentum[index], squares, members, self.momentum.dtype)
+
     def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, Squares]:
         """Return O of whole matrices, and their sums of squares.
 

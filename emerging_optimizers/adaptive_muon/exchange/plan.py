@@ -11,14 +11,16 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.mode import Mode
+from emerging_optimizers.adaptive_muon.exchange.replicas import Replicas
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed
-from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.layout import ReplicatedLayout, ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
 __all__ = ["Batch", "Ready", "Round", "make_plan"]
 
+_REPLICAS = Replicas()
 _BYTES = 4  # shards travel in float32
 
 
@@ -57,6 +59,7 @@ class Round(NamedTuple):
     """Batches whose matrices are in the same messages."""
 
     process_group: ProcessGroup | None  # which holds their shards; None for whole matrices, without messages
+    mode: Mode | None  # how it orthogonalizes them
     batches: list[Batch]
 
 
@@ -74,12 +77,15 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
         layouts = [matrix.layout for matrix in one.matrices]
         [group] = {layout.group if isinstance(layout, ShardedLayout) else None for layout in layouts}
         by_group.setdefault(group, {})[index] = one
-    rounds = [Round(None, [batch]) for batch in _batches(by_group.pop(None, {}), {})]
+    rounds = [Round(None, None, [batch]) for batch in _batches(by_group.pop(None, {}), {})]
     for group, members in by_group.items():
-        assert group is not None and mode is not None
-        ranks = group.size() if mode.has_owners else 1
-        for indices, owners in _rounds(_loads(members, mode), ranks, max_bytes_in_flight):
-            rounds.append(Round(group, _batches({index: members[index] for index in indices}, owners)))
+        first = next(iter(members.values())).matrices[0].layout
+        of_group = _REPLICAS if isinstance(first, ReplicatedLayout) else mode
+        assert group is not None and of_group is not None
+        ranks = group.size() if of_group.has_owners else 1
+        for indices, owners in _rounds(_loads(members, of_group), ranks, max_bytes_in_flight):
+            batches = _batches({index: members[index] for index in indices}, owners)
+            rounds.append(Round(group, of_group, batches))
     return rounds
 
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["Layout", "Piece", "Rectangle", "ShardedLayout", "Split", "kept_shape"]
+__all__ = ["Layout", "Piece", "Rectangle", "ReplicatedLayout", "ShardedLayout", "Split", "kept_shape"]
 
 
 class Rectangle(NamedTuple):
@@ -50,6 +50,11 @@ class Rectangle(NamedTuple):
 @dataclass(frozen=True)
 class Layout:
     """A matrix that is held whole."""
+
+    @property
+    def sums_over(self) -> ProcessGroup | None:
+        """The group whose partial sums add up to those of the whole matrix; None where a rank has the whole matrix."""
+        return None
 
     def shape(self, local: torch.Tensor) -> tuple[int, int]:
         """Return ``(rows, columns)`` of the whole matrix, of which this rank has the tensor ``local``."""
@@ -94,6 +99,11 @@ class ShardedLayout(Layout):
         return hash((self.group, self.rank, self.whole))
 
     @property
+    @override
+    def sums_over(self) -> ProcessGroup | None:
+        return self.group
+
+    @property
     def own(self) -> Rectangle:
         """The shard of this rank."""
         return self.rectangles[self.rank]
@@ -116,6 +126,25 @@ class ShardedLayout(Layout):
     @override
     def cut(self, whole: torch.Tensor, dims: Collection[int] = (-2, -1)) -> torch.Tensor:
         return self.own.cut(whole, dims)
+
+
+class ReplicatedLayout(ShardedLayout):
+    """A matrix that each rank of a group holds whole, and one of them orthogonalizes."""
+
+    @override
+    def __post_init__(self) -> None:
+        """Check nothing: every shard is the whole matrix."""
+
+    @classmethod
+    def of(cls, group: ProcessGroup, shape: tuple[int, int]) -> "ReplicatedLayout":
+        """Return the layout of a matrix of this shape."""
+        rows, columns = shape
+        return cls(group, group.rank(), shape, (Rectangle(0, rows, 0, columns),) * group.size())
+
+    @property
+    @override
+    def sums_over(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)

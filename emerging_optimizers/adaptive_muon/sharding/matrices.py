@@ -14,7 +14,14 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, ShardedLayout, Split
+from emerging_optimizers.adaptive_muon.sharding.layout import (
+    Layout,
+    Piece,
+    Rectangle,
+    ReplicatedLayout,
+    ShardedLayout,
+    Split,
+)
 
 
 __all__ = ["Matrix", "Mode", "ShardShapes", "merge_blocks", "shard_info", "sharded_matrices", "whole_matrices"]
@@ -131,14 +138,23 @@ def shard_info(p: torch.Tensor, name: str, group: int, split: Layout | Split | P
     return _ShardInfo(name, group, dtype, blocks, split_by, local, rectangle)
 
 
-def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that is held whole; ``blocks`` are the row counts of its blocks, or None."""
-    if blocks is None:
-        return (Matrix(Layout()),)
+def whole_matrices(
+    p: torch.Tensor, name: str, blocks: Any, replicas: ProcessGroup | None = None
+) -> tuple[Matrix, ...]:
+    """Return the matrices of a parameter that is held whole.
+
+    ``blocks`` are the row counts of its blocks, or None. ``replicas`` are the ranks that share the work on it.
+    """
     local = as_matrices(p)
+
+    def layout(rows: int) -> Layout:
+        return Layout() if replicas is None else ReplicatedLayout.of(replicas, (rows, local.size(-1)))
+
+    if blocks is None:
+        return (Matrix(layout(local.size(-2))),)
     rows = range(local.size(-2))
     return tuple(
-        Matrix(Layout(), index, block.rows_in(rows, local.device))
+        Matrix(layout(block.rows_before(len(rows))), index, block.rows_in(rows, local.device))
         for index, block in enumerate(_row_blocks(blocks, len(rows), name))
     )
 

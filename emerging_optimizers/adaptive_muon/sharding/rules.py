@@ -24,10 +24,11 @@ BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
 class Rules:
     """The rules by which a parameter's split and blocks are found.
 
-    The first three fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
+    The first four fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
     """
 
     tp_group: ProcessGroup | None
+    replica_group: ProcessGroup | None
     layout_fn: LayoutFn | None
     blocks_fn: BlocksFn | None
     blockwise: bool
@@ -58,6 +59,11 @@ class Rules:
             "check the rectangle (top, bottom, left, right) and the padding",
         )
         return split
+
+    def replicas(self, p: torch.Tensor) -> ProcessGroup | None:
+        """Return the ranks that share the work on a parameter that is held whole; None where none does."""
+        group = self.replica_group
+        return None if group is None or group.size() == 1 or is_dtensor(p) else group
 
     def blocks(self, p: torch.Tensor) -> Any:
         """Return the row counts of a parameter's blocks, not yet checked; None where it is one matrix."""

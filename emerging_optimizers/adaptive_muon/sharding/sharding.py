@@ -44,12 +44,13 @@ class Sharding:
     def __init__(
         self,
         tp_group: ProcessGroup | None,
+        replica_group: ProcessGroup | None,
         mode: Mode | None,
         layout_fn: LayoutFn | None,
         blocks_fn: BlocksFn | None,
         synced_options: Mapping[str, Any],
     ) -> None:
-        self._rules = Rules(tp_group, layout_fn, blocks_fn, blockwise=mode is None)
+        self._rules = Rules(tp_group, replica_group, layout_fn, blocks_fn, blockwise=mode is None)
         self._mode, self._synced_options = mode, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
@@ -60,7 +61,8 @@ class Sharding:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
         rules = self._rules
-        return Sharding(rules.tp_group, self._mode, rules.layout_fn, rules.blocks_fn, self._synced_options)
+        groups, placement = (rules.tp_group, rules.replica_group), (rules.layout_fn, rules.blocks_fn)
+        return Sharding(*groups, self._mode, *placement, self._synced_options)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -155,7 +157,10 @@ class Sharding:
         known: dict[torch.Tensor, tuple[Matrix, ...]] = {}
         for p, name, split in found:
             if isinstance(split, Layout):
-                known[p] = whole_matrices(p, name, self._rules.blocks(p))
+                replicas = self._rules.replicas(p)
+                known[p] = whole_matrices(p, name, self._rules.blocks(p), replicas)
+                if replicas is not None:
+                    members.setdefault(replicas, []).append((p, name, split))
             # A parameter that is whole for one rank may be a shard for another: the ranks of tp_group compare all.
             group = tp_group if isinstance(split, Layout) else split.group
             if group is not None:

@@ -52,8 +52,7 @@ def reduce_v(
             kept, layout = state_format.kept_dims(p, matrix), matrix.layout
             if len(kept) < 2:
                 # On a rank whose shard has V's own shape, nobody can tell whether V is expanded. So all ranks add up V.
-                group = layout.group if isinstance(layout, ShardedLayout) else None
-                vectors.setdefault(group, {})[index, v_key(matrix, kept)] = _entries(full, p, matrix, kept)
+                vectors.setdefault(layout.sums_over, {})[index, v_key(matrix, kept)] = _entries(full, p, matrix, kept)
             elif reduced[index] is not state:
                 reduced[index][_V] = full
     for group, by_key in vectors.items():
