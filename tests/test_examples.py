@@ -137,6 +137,14 @@ def test_tensor_parallel():
         assert (int(sent.replace(",", "")), collectives) == traffic(method, mode), (method, mode)
 
 
+def test_replicas():
+    done = run_in_two_processes(EXAMPLES / "replicas.py", "--steps", 2, "--width", 32)
+    assert done.returncode == 0, done.stderr
+    alone, shared = (float(flops) for flops in re.findall(r"([\d.]+) GFLOP a replica", done.stdout))
+    assert 0.45 * alone <= shared <= 0.55 * alone, done.stdout
+    assert float(re.search(r"of a weight: (\S+)", done.stdout)[1]) <= 1e-6, done.stdout
+
+
 @pytest.mark.parametrize("script", sorted({name for name, _ in BLOCKS}))
 def test_documentation_of_sharding(tmp_path, script):
     path = tmp_path / f"{script}.py"

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from models import mesh
 from pieces import OPTIONS, collectives, options_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
 
 SHAPES = [(24, 64), (64, 24), (32, 32), (32, 32), (48, 40), (30, 17), (3, 18), (18, 3)]
@@ -162,6 +165,33 @@ def test_hooks_and_users_functions(group: ProcessGroup) -> None:
         made.append(optimizer)
     walked(made[0], made[1])
     check_same(made[0], made[1], group)
+
+
+@each_method
+def test_state_in_the_parameters_shape(method: str, group: ProcessGroup) -> None:
+    """Each replica has all of V: reduced again it is the same, not that of all replicas added up."""
+    optimizer = AdaptiveMuon(params(), replica_group=group, **options_of(method))
+    give_gradients(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    matrices = optimizer.param_groups[0]["params"]
+    full = [expand_v(optimizer.state[p], p, optimizer.state_format) for p in matrices]
+    for p, reduced in zip(matrices, reduce_v(full, matrices, optimizer.state_format), strict=True):
+        assert reduced.keys() == optimizer.state[p].keys()
+        assert all(torch.equal(value, optimizer.state[p][key]) for key, value in reduced.items())
+
+
+def test_a_dtensor_is_not_shared(group: ProcessGroup) -> None:
+    """Its mesh says what is replicated, and replica_group does not."""
+    whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    p = nn.Parameter(distribute_tensor(whole, mesh((group.size(),), ("dp",)), [Replicate()]))
+    alone, q = nn.Parameter(whole.clone()), [*params(), p]
+    one, other = AdaptiveMuon([alone], **OPTIONS), AdaptiveMuon(q, replica_group=group, **OPTIONS)
+    give_gradients(q[:-1], 0)
+    alone.grad = torch.ones(6, 4)
+    p.grad = distribute_tensor(alone.grad, p.device_mesh, [Replicate()])
+    one.step()
+    other.step()
+    torch.testing.assert_close(p.detach().to_local(), alone.detach(), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.skipif("dist.get_world_size() == 1")
