@@ -292,7 +292,17 @@ def test_args_auto_is_the_same_as_keys(config):
 def test_params_have_the_constructors_options_and_defaults():
     hybrid, muon = (signature(cls).parameters for cls in (HybridAdaptiveMuon, AdaptiveMuon))
     arguments = {**muon, **hybrid}
-    for not_for_yaml in ("self", "params", "options", "lr", "tp_group", "layout_fn", "blocks_fn", "capturable"):
+    for not_for_yaml in (
+        "self",
+        "params",
+        "options",
+        "lr",
+        "tp_group",
+        "replica_group",
+        "layout_fn",
+        "blocks_fn",
+        "capturable",
+    ):
         arguments.pop(not_for_yaml, None)
     names = {"eps": "moment2_eps", "scalar_eps": "eps"}
     wanted = {names.get(name, name): argument.default for name, argument in arguments.items()} | {"routes": None}
