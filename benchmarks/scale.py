@@ -321,6 +321,7 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
     right.set(ylabel="GiB of temporary memory of a rank", yscale="log")
     for axis in (left, right):
         _with_ranks(axis, sorted({each["ranks"] for each in shown}))
+    left.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -330,7 +331,6 @@ def _with_ranks(axis: Axes, ranks: Sequence[int]) -> None:
     axis.set_xticks(ranks, [str(each) for each in ranks])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 if __name__ == "__main__":

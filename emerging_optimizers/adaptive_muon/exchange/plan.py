@@ -182,9 +182,9 @@ class _RoundToFill:
     def balanced(self) -> dict[Matrix, int]:
         """Return the owners, others than :meth:`take` found where the busiest then has less work.
 
-        With the least work first, the busiest has at most 4/3 of the work of the best possible (R. L. Graham, Bounds on
-        multiprocessing timing anomalies, 1969). With the largest matrices first, each where it fits in a least work that
-        is searched for, it is 13/11 (M. Yue, On the exact upper bound for the MULTIFIT algorithm, 1990).
+        With the least work first, and room for all, the busiest has at most 4/3 of the least that it can have (R. L. Graham,
+        Bounds on multiprocessing timing anomalies, 1969). First fit, with a search for the most work that an owner may
+        have, is often better (Coffman, Garey and Johnson, An application of bin-packing to multiprocessor scheduling, 1978).
         """
         work, owners = [0] * self._ranks, self._owners
         for load, owner in zip(self._loads, owners, strict=True):
@@ -204,7 +204,7 @@ class _RoundToFill:
         """Owners of which none has more work than this; or None where some matrix, from the costliest on, fits on none."""
         work, in_flight = [0] * self._ranks, [0] * self._ranks
         owners, owner, last = [0] * len(self._loads), 0, None
-        for place in sorted(range(len(owners)), key=lambda place: -self._loads[place].cost):
+        for place in sorted(range(len(owners)), key=lambda place: self._loads[place][:2], reverse=True):
             cost, size, _ = self._loads[place]
             if (cost, size) != last:  # else no owner before has room either
                 owner, last = 0, (cost, size)
