@@ -187,16 +187,29 @@ def test_owners_work_side_by_side_in_every_round(mode: Mode, number: int, ranks:
 
 
 def test_smaller_matrices_fill_the_round_of_a_larger() -> None:
-    """Up to the larger one's bytes. An owner that has less work but no room is passed over."""
-    large, small, thin = ([(64, 64)], 0, [1, 1], ()), ([(32, 32)], 0, [1, 1], ()), ([(2, 1500)], 0, [1, 1], ())
-    matrices = made(Group(2), [thin, small, small, small, large, small, small])
-    plan = plan_of(matrices, LAYER_SHARDED, 1)
-    rounds, owners = told(plan, matrices)
+    """Up to the larger one's bytes."""
+    large, small, thin = ([([shape], 0, [1, 1], ())] for shape in ((64, 64), (32, 32), (2, 1500)))
+    matrices = made(Group(2), [*thin, *small * 3, *large, *small * 2])
+    rounds, owners = told(plan_of(matrices, LAYER_SHARDED, 1), matrices)
     assert [sorted(each) for each in rounds] == [[1, 2, 3, 4, 5], [0, 6]]
     assert [owners[index] for index in (4, 1, 2, 3, 5)] == [0, 1, 1, 1, 1]
-    matrices = made(Group(2), [small, thin, ([(2, 800)], 0, [1, 1], ())])
-    rounds, owners = told(plan_of(matrices, LAYER_SHARDED, 1), matrices)
-    assert len(rounds) == 1 and owners == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("sides", "rounds"), [((32, 20), [[0, 1, 2, 3]]), ((32, 32), [[0, 1, 2], [3]])])
+def test_an_owner_without_room_is_passed_over(sides: Sequence[int], rounds: list[list[int]]) -> None:
+    """If the next, which has more work, does not become the busiest by it."""
+    shapes = [(side, side) for side in sides] + [(2, 1500), (2, 800)]
+    matrices = made(Group(3), [([shape], 1, [1, 1, 1], ()) for shape in shapes])
+    planned, owners = told(plan_of(matrices, LAYER_SHARDED, 1), matrices)
+    assert [sorted(each) for each in planned] == rounds and owners[:3] == [0, 1, 2] and owners[3] == (2 - len(rounds))
+
+
+def test_owners_fit_together_better_than_by_the_least_work() -> None:
+    """That would be 5 + 3 + 3, 5 + 3 and 4 + 4."""
+    ranks, costs = 3, [5, 5, 4, 4, 3, 3, 3]
+    matrices = made(Group(ranks), [([(12, 12)], 0, [1] * ranks, (cost,)) for cost in costs])
+    _, owners = told(plan_of(matrices, LAYER_SHARDED, NO_LIMIT), matrices)
+    assert {sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)} == {9}
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)

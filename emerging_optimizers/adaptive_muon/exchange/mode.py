@@ -86,11 +86,11 @@ class Shards:
         like, whole = self.momentum, self.sharded.whole
         momentum = like.new_empty(self._shape(members, whole), dtype=_MOMENTUM)
         totals = [like.new_zeros(self._sums_shape(members, whole)) for _ in self.squares]
-        for rectangle, (shards, *partial) in zip(self.sharded.rectangles, arrived, strict=True):
-            if rectangle.area:
-                rectangle.cut(momentum).copy_(shards)
-                for total, squares in zip(totals, partial, strict=True):
-                    rectangle.cut(total, self.orthogonalize.kept_dims).add_(squares)
+        sent = [both for both in zip(self.sharded.rectangles, arrived, strict=True) if both[0].area]
+        torch._foreach_copy_([rectangle.cut(momentum) for rectangle, _ in sent], [parts[0] for _, parts in sent])
+        for rectangle, (_, *partial) in sent:
+            for total, squares in zip(totals, partial, strict=True):
+                rectangle.cut(total, self.orthogonalize.kept_dims).add_(squares)
         return self.orthogonalize(momentum, totals, members, like.dtype)
 
     def returning(self, O: torch.Tensor, squares: Squares, rank: int) -> list[tuple[torch.Tensor, torch.dtype]]:

@@ -22,6 +22,7 @@ __all__ = ["Batch", "Ready", "Round", "make_plan"]
 
 _REPLICAS = Replicas()
 _BYTES = 4  # shards travel in float32
+_NEAR = 1.01  # times the least work is near enough
 
 
 class Ready(NamedTuple):
@@ -145,35 +146,79 @@ def _rounds(loads: Mapping[int, list[_Load]], ranks: int, most: int) -> list[tup
         if not rounds or not rounds[-1].take(index, of_matrices):
             rounds.append(_RoundToFill(ranks, most))
             rounds[-1].take(index, of_matrices)
-    return [(one.indices, one.owners) for one in rounds]
+    return [(one.indices, one.balanced()) for one in rounds]
 
 
 class _RoundToFill:
-    """A round that takes parameters as long as they fit.
-
-    A matrix goes to the owner with the least work in the round. If the costliest come first, and all fit, the largest
-    share is within 4/3 of the best possible (R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
-    """
+    """A round that takes parameters as long as they fit."""
 
     def __init__(self, ranks: int, most: int) -> None:
         self.indices: list[int] = []
-        self.owners: dict[Matrix, int] = {}
-        self._limit = most
+        self._ranks, self._most_bytes, self._busiest = ranks, most, 0
+        self._loads: list[_Load] = []
+        self._owners: list[int] = []  # of the loads
         self._open = [(0, 0, owner) for owner in range(ranks)]  # a heap: work, bytes in flight, owner
 
     def take(self, index: int, loads: Sequence[_Load]) -> bool:
-        """Find an owner for each matrix of a parameter, or return False. A round that is empty takes any parameter."""
-        owners = {}
+        """Find an owner for each matrix of a parameter, or return False. A round that is empty takes any parameter.
+
+        The owner is the one with the least work. If that one has no room, the next takes the matrix if the round does not
+        become longer by it.
+        """
+        owners, most_bytes = [], self._most_bytes
         for load in loads:
             # The messages of the largest matrix need this memory on one rank. The same on the others costs none there.
-            self._limit = max(self._limit, load.bytes)
-            while self.indices and self._open and self._open[0][1] + load.bytes > self._limit:
+            most_bytes = max(most_bytes, load.bytes)
+            while self.indices and self._open and self._open[0][1] + load.bytes > most_bytes:
                 heappop(self._open)
             if not self._open:
                 return False
             work, in_flight, owner = self._open[0]
+            if len(self._open) < self._ranks and work + load.cost > self._busiest:
+                return False
             heapreplace(self._open, (work + load.cost, in_flight + load.bytes, owner))
-            owners[load.matrix] = owner
+            self._busiest = max(self._busiest, work + load.cost)
+            owners.append(owner)
         self.indices.append(index)
-        self.owners |= owners
+        self._loads += loads
+        self._owners += owners
+        self._most_bytes = most_bytes
         return True
+
+    def balanced(self) -> dict[Matrix, int]:
+        """Return the owners, others than :meth:`take` found where the busiest then has less work.
+
+        With the least work first, and room for all, the busiest has at most 4/3 of the least that it can have (R. L. Graham,
+        Bounds on multiprocessing timing anomalies, 1969). First fit, with a search for the most work that an owner may
+        have, is often better (Coffman, Garey and Johnson, An application of bin-packing to multiprocessor scheduling, 1978).
+        """
+        work, owners = [0] * self._ranks, self._owners
+        for load, owner in zip(self._loads, owners, strict=True):
+            work[owner] += load.cost
+        largest = max(load.cost for load in self._loads)
+        least, most = max(-(-sum(work) // self._ranks), largest), max(work)
+        while most > _NEAR * least:
+            middle = (least + most) // 2
+            found = self._first_fit(middle)
+            if found is None:
+                least = middle + 1
+            else:
+                owners, most = found, middle
+        return {load.matrix: owner for load, owner in zip(self._loads, owners, strict=True)}
+
+    def _first_fit(self, most_work: int) -> list[int] | None:
+        """Owners of which none has more work than this; or None where some matrix, from the costliest on, fits on none."""
+        work, in_flight = [0] * self._ranks, [0] * self._ranks
+        owners, owner, last = [0] * len(self._loads), 0, None
+        for place in sorted(range(len(owners)), key=lambda place: self._loads[place][:2], reverse=True):
+            cost, size, _ = self._loads[place]
+            if (cost, size) != last:  # else no owner before has room either
+                owner, last = 0, (cost, size)
+            while work[owner] + cost > most_work or in_flight[owner] + size > self._most_bytes:
+                owner += 1
+                if owner == self._ranks:
+                    return None
+            work[owner] += cost
+            in_flight[owner] += size
+            owners[place] = owner
+        return owners
