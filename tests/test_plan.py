@@ -204,12 +204,18 @@ def test_an_owner_without_room_is_passed_over(sides: Sequence[int], rounds: list
     assert [sorted(each) for each in planned] == rounds and owners[:3] == [0, 1, 2] and owners[3] == (2 - len(rounds))
 
 
-def test_owners_fit_together_better_than_by_the_least_work() -> None:
-    """That would be 5 + 3 + 3, 5 + 3 and 4 + 4."""
-    ranks, costs = 3, [5, 5, 4, 4, 3, 3, 3]
-    matrices = made(Group(ranks), [([(12, 12)], 0, [1] * ranks, (cost,)) for cost in costs])
-    _, owners = told(plan_of(matrices, LAYER_SHARDED, NO_LIMIT), matrices)
-    assert {sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)} == {9}
+@pytest.mark.parametrize(("thin", "most", "busiest"), [(False, NO_LIMIT, 9), (True, NO_LIMIT, 9), (True, 40_000, 11)])
+def test_owners_fit_together_better_than_by_the_least_work(thin: bool, most: int, busiest: int) -> None:
+    """That would be 5 + 3 + 3, 5 + 3 and 4 + 4, which stays where three thin matrices of 3 are too much for one owner."""
+    ranks, square = 3, [(12, 12)]
+    of: list[Any] = [(square, 0, [1] * ranks, (cost,)) for cost in (5, 5, 4, 4)]
+    of += [([(3, 576)], 0, [1] * ranks, ()) if thin else (square, 0, [1] * ranks, (3,))] * 3
+    matrices = made(Group(ranks), of)
+    rounds, owners = told(plan_of(matrices, LAYER_SHARDED, most), matrices)
+    shares = Counter[int | None]()
+    for cost, owner in zip((5, 5, 4, 4, 3, 3, 3), owners, strict=True):
+        shares[owner] += cost
+    assert len(rounds) == 1 and max(shares.values()) == busiest
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
