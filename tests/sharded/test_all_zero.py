@@ -28,7 +28,7 @@ class AnyLayout:
 
 
 def resolved(params: list[nn.Parameter], group: ProcessGroup, layout_fn: Any = None) -> Sharding:
-    sharding = Sharding(group, AnyLayout(), layout_fn, None, {})
+    sharding = Sharding(group, None, AnyLayout(), layout_fn, None, {})
     sharding.resolve([{"params": params}])
     return sharding
 
