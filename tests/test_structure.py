@@ -57,8 +57,6 @@ FOREIGN = {
 TESTED = {
     "_init_group": "upstream's, which Megatron calls before it loads a checkpoint",
     "_muon": "options of HybridAdaptiveMuon's matrices that no group shows",
-    "_LARGE": "the tiles of the kernel, which only its tests vary",
-    "_LARGE_FROM": "as _LARGE",
 }
 
 

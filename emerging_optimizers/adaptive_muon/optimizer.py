@@ -17,6 +17,7 @@ from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, chec
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
 from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
+from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state, state_only
@@ -87,11 +88,9 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self.bias_correction, self.capturable = self.options.corrects_bias, self.options.capturable
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
-        groups, placement = (
-            (self.options.tp_group, self.options.replica_group),
-            (self.options.layout_fn, self.options.blocks_fn),
-        )
-        self._sharding = Sharding(*groups, self._mode, *placement, self.options.synced)
+        placement = {name: getattr(self.options, name) for name in _OF_RULES}
+        rules = Rules(**placement, blockwise=self._mode is None)
+        self._sharding = Sharding(rules, self._mode, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
         self._plan: tuple[list[Ready], list[Round]] | None = None
@@ -284,6 +283,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 # Where upstream lets a user, or a subclass, put a function of its own.
 _PRE_HOOK = "pre_weight_update_fn_inplace"
 _EXTENSION_POINTS = ("orthogonalize", _PRE_HOOK, "post_weight_update_fn_inplace")
+# The options that say how a parameter is split.
+_OF_RULES = ("tp_group", "replica_group", "layout_fn", "blocks_fn")
 # What upstream's constructor takes beside lr, momentum and weight_decay.
 _OF_UPSTREAM = (
     *("nesterov", "weight_decay_method", "fp32_matmul_prec", "coefficient_type", "num_ns_steps"),

@@ -104,6 +104,14 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or holds(value)
 
 
+def _process_group(remedy: str) -> Rule:
+    return Rule(
+        "a torch.distributed.ProcessGroup that this process belongs to",
+        _or_none(lambda value: isinstance(value, ProcessGroup)),
+        remedy,
+    )
+
+
 _AT_LEAST_0 = partial(within, low=0)
 _BELOW_1 = partial(within, low=0, high=1)
 # A smaller eps is zero, or has no inverse, in float32.
@@ -235,10 +243,8 @@ class Options:
         "Process group over which parameters with the attribute partition_dim are split, in the order of its ranks: 0 "
         "splits the rows, 1 the columns, and -1, None or no such attribute is a whole matrix. Shards may differ in "
         "size. DTensors need no group.",
-        rule=Rule(
-            "a torch.distributed.ProcessGroup that this process belongs to",
-            _or_none(lambda value: isinstance(value, ProcessGroup)),
-            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
+        rule=_process_group(
+            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split"
         ),
         scope="rank",
         in_files=False,
@@ -248,10 +254,8 @@ class Options:
         "Process group whose ranks hold the same whole parameters and gradients, as under DistributedDataParallel. Each whole "
         "matrix is then orthogonalized by one of them and sent to the others. DTensors and parameters in shards are not "
         "shared among replicas yet.",
-        rule=Rule(
-            "a torch.distributed.ProcessGroup that this process belongs to",
-            _or_none(lambda value: isinstance(value, ProcessGroup)),
-            "pass the data-parallel group, such as torch.distributed.group.WORLD; None to let every rank do all the work",
+        rule=_process_group(
+            "pass the data-parallel group, such as torch.distributed.group.WORLD; None to let every rank do all the work"
         ),
         scope="rank",
         in_files=False,

@@ -82,10 +82,13 @@ def apply(Ws: list[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float
 
 def decay_weights(Ws: list[torch.Tensor], decay: float | torch.Tensor) -> None:
     """Decay weights in place, without the update: see :func:`apply`."""
+    worked = [in_work_dtype(W) for W in Ws]
     if isinstance(decay, torch.Tensor):
-        torch._foreach_addcmul_(Ws, Ws, decay.expand(len(Ws), *decay.shape[1:]).unbind(0), value=-1)
+        torch._foreach_addcmul_(worked, worked, decay.expand(len(Ws), *decay.shape[1:]).unbind(0), value=-1)
     elif decay:
-        torch._foreach_add_(Ws, Ws, alpha=-decay)
+        torch._foreach_add_(worked, worked, alpha=-decay)
+    for W, result in zip(Ws, worked, strict=True):
+        round_into(W, result)
 
 
 def _taken(tensors: Sequence[torch.Tensor]) -> bool:

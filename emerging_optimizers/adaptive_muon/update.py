@@ -15,7 +15,7 @@ from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
-from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, round_into, work_dtype
+from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, work_dtype
 from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
@@ -188,16 +188,10 @@ class BatchUpdate:
         """Decay W, call a function that may change the update and the weight, and update W."""
         for matrix, decay in zip(self.matrices, decays, strict=True):
             with matrix.in_place(self._Ws) as Ws:
-                worked = list(map(in_work_dtype, Ws))
-                decay_weights(worked, decay)
-                list(map(round_into, Ws, worked))
+                decay_weights(Ws, decay)
         updates = [D * O for D, O in zip(Ds, Os, strict=True)]
-        for p, W, U in zip(
-            self.params,
-            self._Ws,
-            merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape)),
-            strict=True,
-        ):
+        merged = merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape))
+        for p, W, U in zip(self.params, self._Ws, merged, strict=True):
             hook(p, wrapped_like(p, U.mT if is_transposed(p) else U))
             W.copy_(in_work_dtype(W) - self._group["lr"] * U)
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from emerging_optimizers.adaptive_muon import Piece, Split
 from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
@@ -28,7 +29,7 @@ class AnyLayout:
 
 
 def resolved(params: list[nn.Parameter], group: ProcessGroup, layout_fn: Any = None) -> Sharding:
-    sharding = Sharding(group, None, AnyLayout(), layout_fn, None, {})
+    sharding = Sharding(Rules(group, None, layout_fn, None, blockwise=False), AnyLayout(), {})
     sharding.resolve([{"params": params}])
     return sharding
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import all_to_all
-from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards, in_order
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
@@ -46,18 +46,12 @@ class LayerSharded(Mode):
                     outgoing[rank] += batch.returning(O, squares, rank)
             for owner, members in batch.members.items():
                 incoming[owner] += batch.returned(members)
-        returned = [iter(parts) for parts in all_to_all(outgoing, incoming, group, device)]
-
-        return [
-            batch.in_order({owner: [*islice(returned[owner], batch.number_returned)] for owner in batch.members})
-            for batch in batches
-        ]
+        return in_order(batches, all_to_all(outgoing, incoming, group, device))
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
-        return (
-            2 * len(layout.rectangles) * layout.largest_shard
-        )  # the whole is no more than the largest shard for each
+        # The whole matrix is no more than the largest shard for each rank.
+        return 2 * len(layout.rectangles) * layout.largest_shard
 
 
 def _lists(ranks: range) -> list[list[Any]]:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squa
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
-__all__ = ["Mode", "Shards"]
+__all__ = ["Mode", "Shards", "in_order"]
 
 _MOMENTUM = torch.float32  # the orthogonalization's own precision
 
@@ -153,6 +154,17 @@ class Mode(ABC):
     def check(self, layout: ShardedLayout, name: str) -> None:
         """Raise a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""
         return
+
+
+def in_order(
+    batches: Sequence[Shards], returned: Sequence[Sequence[torch.Tensor]]
+) -> list[tuple[torch.Tensor, Squares]]:
+    """Return O and the sums of squares of every batch, of what each owner sent back for its members of all batches."""
+    parts = [iter(from_owner) for from_owner in returned]
+    return [
+        batch.in_order({owner: [*islice(parts[owner], batch.number_returned)] for owner in batch.members})
+        for batch in batches
+    ]
 
 
 def _index(members: Sequence[int]) -> slice | list[int]:

@@ -2,14 +2,13 @@
 """How replicas share the work: every whole matrix is orthogonalized by one of them, its owner."""
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import override
 
 import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import all_gather
-from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards, in_order
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
@@ -35,11 +34,7 @@ class Replicas(Mode):
             [part for batch in batches if rank in batch.members for part in batch.returned(batch.members[rank])]
             for rank in range(group.size())
         ]
-        arrived = [iter(parts) for parts in all_gather(outgoing, incoming, group, batches[0].momentum.device)]
-        return [
-            batch.in_order({owner: [*islice(arrived[owner], batch.number_returned)] for owner in batch.members})
-            for batch in batches
-        ]
+        return in_order(batches, all_gather(outgoing, incoming, group, batches[0].momentum.device))
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:

@@ -21,7 +21,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import (
     sharded_matrices,
     whole_matrices,
 )
-from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn, Rules
+from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 
 
 __all__ = ["Sharding"]
@@ -38,20 +38,16 @@ class Sharding:
     """The registry of the logical matrices of an optimizer's parameters.
 
     ``mode`` orthogonalizes matrices in shards; None takes each shard for a matrix of its own. ``synced_options`` must be
-    the same on all ranks. The other arguments are options of the optimizer.
+    the same on all ranks. ``rules`` find how a parameter is split.
     """
 
     def __init__(
         self,
-        tp_group: ProcessGroup | None,
-        replica_group: ProcessGroup | None,
+        rules: Rules,
         mode: Mode | None,
-        layout_fn: LayoutFn | None,
-        blocks_fn: BlocksFn | None,
         synced_options: Mapping[str, Any],
     ) -> None:
-        self._rules = Rules(tp_group, replica_group, layout_fn, blocks_fn, blockwise=mode is None)
-        self._mode, self._synced_options = mode, dict(synced_options)
+        self._rules, self._mode, self._synced_options = rules, mode, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
         # For each process group, the parameters that had a gradient when its ranks compared them; None if the ranks
@@ -60,9 +56,7 @@ class Sharding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
-        rules = self._rules
-        groups, placement = (rules.tp_group, rules.replica_group), (rules.layout_fn, rules.blocks_fn)
-        return Sharding(*groups, self._mode, *placement, self._synced_options)
+        return Sharding(self._rules, self._mode, self._synced_options)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
