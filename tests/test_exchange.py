@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulated_ranks import Ranks
-from tilings import PINWHEEL, Tiling, strips, tilings
+from tilings import PINWHEEL, Tiling, replicated, strips, tilings
 
 from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards, make_mode
 from emerging_optimizers.adaptive_muon.exchange.messages import Part, all_gather, all_to_all
@@ -63,11 +63,10 @@ class Spec:
 
     def with_ranks(self, number: int) -> "Spec":
         """The same batch with more ranks, whose shards are empty."""
-        whole, rectangles = self.tiling
-        empty = (Rectangle(0, 0, 0, 0),) * (number - len(rectangles))
-        return replace(
-            self, tiling=Tiling(whole, rectangles + empty), owners=[owner % number for owner in self.owners]
-        )
+        whole, rectangles, replicas = self.tiling
+        more = number - len(rectangles)
+        tiling = Tiling(whole, rectangles + (Rectangle(0, 0, 0, 0),) * more, replicas and replicas + (0,) * more)
+        return replace(self, tiling=tiling, owners=[owner % number for owner in self.owners])
 
     def shards(self, rank: int, group: Any, function: Any) -> Shards:
         """What a rank has of the batch."""
@@ -140,6 +139,8 @@ def checked(batches: Sequence[Spec], results: Sequence[Sequence[Result]]) -> lis
         for rectangle, (shard, _) in zip(spec.tiling.rectangles, of_ranks, strict=True):
             assert shard.shape == rectangle.cut(O).shape
             rectangle.cut(O).copy_(shard)
+        for rectangle, (shard, _) in zip(spec.tiling.rectangles, of_ranks, strict=True):
+            assert torch.equal(shard, rectangle.cut(O)), "bits differ between replicas"
         for squares in others:
             assert len(squares) == len(first) and all(map(torch.equal, squares, first)), "bits differ between ranks"
         expected = [squares_of(whole, spec.kept_dims) for whole in [*observed, *[O] * spec.observes_result]]
@@ -163,6 +164,17 @@ SCALED = [replace(spec, scaled=True, observes_result=False) for spec in ORDERS]
 @example([EMPTY, *SCALED])
 @given(st.lists(specs(tilings()), min_size=1, max_size=3))
 def test_every_rank_gets_its_part_of_the_whole(mode: str, calls: dict[str, int], batches: list[Spec]) -> None:
+    check_parts(mode, calls, batches)
+
+
+@settings(max_examples=80)
+@given(st.lists(specs(replicated()), min_size=1, max_size=3))
+def test_every_replica_gets_its_part_of_one_result(batches: list[Spec]) -> None:
+    """Sums over the shards of all replicas would be too large."""
+    check_parts(*CALLS[0], batches)
+
+
+def check_parts(mode: str, calls: dict[str, int], batches: Sequence[Spec]) -> None:
     ranks, batches, results = exchanged(mode, batches)
     for spec, (O, squares) in zip(batches, checked(batches, results), strict=True):
         M = spec.tensors[0].float()

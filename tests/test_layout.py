@@ -67,7 +67,7 @@ def test_a_matrix_that_is_whole() -> None:
 
 def spoiled(tiling: Tiling, how: str, index: int, by: tuple[int, int]) -> Tiling:
     """A tiling that is none any more."""
-    whole, rectangles = tiling
+    whole, rectangles, _ = tiling
     full = [r for r in rectangles if r.area]
     one = full[index % len(full)]
     without = list(rectangles)
@@ -91,10 +91,15 @@ def spoiled(tiling: Tiling, how: str, index: int, by: tuple[int, int]) -> Tiling
     st.tuples(st.integers(-3, 3), st.integers(-3, 3)).filter(any),
 )
 def test_what_is_no_tiling_is_refused(tiling: Tiling, how: str, index: int, by: tuple[int, int]) -> None:
-    whole, rectangles = spoiled(tiling, how, index, by)
+    whole, rectangles, _ = spoiled(tiling, how, index, by)
     group: Any = None
-    with pytest.raises(ValueError, match=rf"whole \({whole[0]}, {whole[1]}\) matrix, each element once, got"):
+    message = rf"whole \({whole[0]}, {whole[1]}\) matrix, each element once"
+    with pytest.raises(ValueError, match=message + ", got"):
         ShardedLayout(group, 0, whole, rectangles)
+    if rectangles:  # beside a replica that is right
+        replicas = (1,) * len(rectangles) + (0,) * len(tiling.rectangles)
+        with pytest.raises(ValueError, match=message + ", in each of the replicas"):
+            ShardedLayout(group, 0, whole, rectangles + tiling.rectangles, replicas)
 
 
 def refused(rectangles: list[tuple[int, int, int, int]]) -> None:

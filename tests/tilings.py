@@ -10,10 +10,11 @@ from emerging_optimizers.adaptive_muon.sharding.layout import Rectangle
 
 
 class Tiling(NamedTuple):
-    """The shape of a matrix, and the rectangle of each rank."""
+    """The shape of a matrix, the rectangle of each rank, and the number of each rank's replica."""
 
     whole: tuple[int, int]
     rectangles: tuple[Rectangle, ...]
+    replicas: tuple[int, ...] = ()
 
 
 # No straight cut divides it.
@@ -46,6 +47,16 @@ def tilings(draw: st.DrawFn) -> Tiling:
         (top, bottom), (left, right) = rows[0], columns[0]
         rectangles.append(Rectangle(top, top, left, right) if along else Rectangle(top, bottom, left, left))
     return Tiling(whole, tuple(draw(st.permutations(rectangles))))
+
+
+@st.composite
+def replicated(draw: st.DrawFn) -> Tiling:
+    """One to three replicas, cut alike or one of them whole, in any order of the ranks."""
+    whole, rectangles, _ = draw(tilings())
+    uncut = (Rectangle(0, whole[0], 0, whole[1]),)
+    cut = [rectangles] * draw(st.integers(1, 3)) + [uncut] * draw(st.integers(0, 1))
+    holders = draw(st.permutations([(each, replica) for replica, of_one in enumerate(cut) for each in of_one]))
+    return Tiling(whole, tuple(each for each, _ in holders), tuple(replica for _, replica in holders))
 
 
 @st.composite

@@ -89,7 +89,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
         placement = {name: getattr(self.options, name) for name in _OF_RULES}
-        rules = Rules(**placement, blockwise=self._mode is None)
+        has_owners = self._mode is not None and self._mode.has_owners
+        rules = Rules(**placement, blockwise=self._mode is None, has_owners=has_owners)
         self._sharding = Sharding(rules, self._mode, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
@@ -140,11 +141,13 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         params, rounds = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if any("momentum_buffer" not in self.state.get(p, ()) for p in gradients):
+        lack_state = any("momentum_buffer" not in self.state.get(p, ()) for p in gradients)
+        if lack_state:
             unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
             params, rounds = self._plan_of(unchanged)
-            for group in self.param_groups:
-                self._init_group(group)
+        self._sharding.compare_replicas(params, self.param_groups)
+        for group in self.param_groups if lack_state else ():
+            self._init_group(group)
         rule = StepRule(
             moment2=self.state_format.moment2,
             nesterov=self.nesterov,
@@ -284,7 +287,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
 _PRE_HOOK = "pre_weight_update_fn_inplace"
 _EXTENSION_POINTS = ("orthogonalize", _PRE_HOOK, "post_weight_update_fn_inplace")
 # The options that say how a parameter is split.
-_OF_RULES = ("tp_group", "replica_group", "layout_fn", "blocks_fn")
+_OF_RULES = ("tp_group", "replica_group", "share_replicas", "layout_fn", "blocks_fn")
 # What upstream's constructor takes beside lr, momentum and weight_decay.
 _OF_UPSTREAM = (
     *("nesterov", "weight_decay_method", "fp32_matmul_prec", "coefficient_type", "num_ns_steps"),

@@ -17,7 +17,7 @@ from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2, Moment2MethodT, make_moment2
 from emerging_optimizers.adaptive_muon.moment2.namo_d import NamoD
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
-from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn
+from emerging_optimizers.adaptive_muon.sharding.rules import BlocksFn, LayoutFn, ReplicaGroup
 from emerging_optimizers.orthogonalized_optimizers.muon import MuonScaleT
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import NSCoeffT
 from emerging_optimizers.utils import FP32MatmulPrecT
@@ -104,12 +104,7 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or holds(value)
 
 
-def _process_group(remedy: str) -> Rule:
-    return Rule(
-        "a torch.distributed.ProcessGroup that this process belongs to",
-        _or_none(lambda value: isinstance(value, ProcessGroup)),
-        remedy,
-    )
+_PROCESS_GROUP = "a torch.distributed.ProcessGroup that this process belongs to"
 
 
 _AT_LEAST_0 = partial(within, low=0)
@@ -243,22 +238,32 @@ class Options:
         "Process group over which parameters with the attribute partition_dim are split, in the order of its ranks: 0 "
         "splits the rows, 1 the columns, and -1, None or no such attribute is a whole matrix. Shards may differ in "
         "size. DTensors need no group.",
-        rule=_process_group(
-            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split"
+        rule=Rule(
+            _PROCESS_GROUP,
+            _or_none(lambda value: isinstance(value, ProcessGroup)),
+            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
         ),
         scope="rank",
         in_files=False,
     )
-    replica_group: ProcessGroup | None = option_field(
+    replica_group: ReplicaGroup = option_field(
         None,
-        "Process group whose ranks hold the same whole parameters and gradients, as under DistributedDataParallel. Each whole "
-        "matrix is then orthogonalized by one of them and sent to the others. DTensors and parameters in shards are not "
-        "shared among replicas yet.",
-        rule=_process_group(
-            "pass the data-parallel group, such as torch.distributed.group.WORLD; None to let every rank do all the work"
+        "Process group whose ranks hold the same parameters, or the same shards of them, and the same gradients, as under "
+        "DistributedDataParallel; or a function that takes a parameter and returns its group, or None. Each matrix is then "
+        "orthogonalized by one of the ranks and sent to the others. DTensors need no group.",
+        rule=Rule(
+            _PROCESS_GROUP + ", or a function that returns one",
+            _or_none(lambda value: isinstance(value, ProcessGroup) or callable(value)),
+            "pass the data-parallel group, such as torch.distributed.group.WORLD; None to let every rank do all the work",
         ),
         scope="rank",
         in_files=False,
+    )
+    share_replicas: bool = option_field(
+        True,
+        "Whether ranks that hold the same share the work: along the mesh dimensions that replicate a DTensor, and in "
+        'replica_group. "duplicated" and "distributed" share whole matrices only.',
+        flag=True,
     )
     tp_mode: TensorParallelModeT = option_field(
         "layer_sharded",
@@ -373,7 +378,8 @@ class OptionsDict(TypedDict, total=False):
     namo_d_clamp: float
     use_syrk: bool
     tp_group: ProcessGroup | None
-    replica_group: ProcessGroup | None
+    replica_group: ReplicaGroup
+    share_replicas: bool
     tp_mode: TensorParallelModeT
     layout_fn: LayoutFn | None
     blocks_fn: BlocksFn | None

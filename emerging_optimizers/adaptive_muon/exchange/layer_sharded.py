@@ -20,7 +20,8 @@ __all__ = ["LayerSharded"]
 class LayerSharded(Mode):
     """Two all-to-alls for all matrices: shards of M' to their owners, shards of O to their holders.
 
-    The partial sums of squares are in the first, the whole sums in the second.
+    The partial sums of squares are in the first, the whole sums in the second. Where there are replicas, an owner gets the
+    shards of its own, and sends O to the holders of all.
     """
 
     has_owners = True
@@ -31,8 +32,9 @@ class LayerSharded(Mode):
         outgoing, incoming = _lists(ranks), _lists(ranks)
         for batch in batches:
             for owner, members in batch.members.items():
-                outgoing[owner] += batch.outgoing(members)
-            for rank in ranks if me in batch.members else ():
+                if batch.sharded.is_peer(owner):
+                    outgoing[owner] += batch.outgoing(members)
+            for rank in batch.sharded.peers if me in batch.members else ():
                 incoming[rank] += batch.incoming(batch.members[me], rank)
         arrived = [iter(parts) for parts in all_to_all(outgoing, incoming, group, device)]
 
@@ -40,7 +42,7 @@ class LayerSharded(Mode):
         for batch in batches:
             if me in batch.members:
                 number = 1 + len(batch.squares)
-                shards = [[*islice(parts, number)] for parts in arrived]
+                shards = [[*islice(arrived[rank], number)] for rank in batch.sharded.peers]
                 O, squares = batch.whole(batch.members[me], shards)
                 for rank in ranks:
                     outgoing[rank] += batch.returning(O, squares, rank)

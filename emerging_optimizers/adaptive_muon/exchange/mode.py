@@ -82,12 +82,13 @@ class Shards:
 
         Args:
             members: The members of the batch.
-            arrived: For each rank what it sent. Partial sums are added in the order of the ranks, whoever adds them.
+            arrived: What each rank of this replica sent. Partial sums are added in the order of the ranks, whoever adds.
         """
         like, whole = self.momentum, self.sharded.whole
         momentum = like.new_empty(self._shape(members, whole), dtype=_MOMENTUM)
         totals = [like.new_zeros(self._sums_shape(members, whole)) for _ in self.squares]
-        sent = [both for both in zip(self.sharded.rectangles, arrived, strict=True) if both[0].area]
+        rectangles = [self.sharded.rectangles[rank] for rank in self.sharded.peers]
+        sent = [both for both in zip(rectangles, arrived, strict=True) if both[0].area]
         torch._foreach_copy_([rectangle.cut(momentum) for rectangle, _ in sent], [parts[0] for _, parts in sent])
         for rectangle, (_, *partial) in sent:
             for total, squares in zip(totals, partial, strict=True):

@@ -14,7 +14,7 @@ from emerging_optimizers.adaptive_muon.exchange.mode import Mode
 from emerging_optimizers.adaptive_muon.exchange.replicas import Replicas
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed
-from emerging_optimizers.adaptive_muon.sharding.layout import ReplicatedLayout, ShardedLayout
+from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 
@@ -73,16 +73,20 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
         max_bytes_in_flight: The most bytes that a rank sends and receives in a round, sums of squares not counted. Where
             one matrix for every owner, or one parameter with blocks, is more, a round has that much.
     """
-    by_group: dict[ProcessGroup | None, dict[int, Ready]] = {}
+    whole: dict[int, Ready] = {}
+    together: dict[tuple[ProcessGroup, Mode], dict[int, Ready]] = {}
     for index, one in enumerate(ready):
-        layouts = [matrix.layout for matrix in one.matrices]
-        [group] = {layout.group if isinstance(layout, ShardedLayout) else None for layout in layouts}
-        by_group.setdefault(group, {})[index] = one
-    rounds = [Round(None, None, [batch]) for batch in _batches(by_group.pop(None, {}), {})]
-    for group, members in by_group.items():
-        first = next(iter(members.values())).matrices[0].layout
-        of_group = _REPLICAS if isinstance(first, ReplicatedLayout) else mode
-        assert group is not None and of_group is not None
+        layout = one.matrices[
+            0
+        ].layout  # those of the parameter's other matrices have the same group and are split alike
+        if not isinstance(layout, ShardedLayout):
+            whole[index] = one
+            continue
+        of_layout = mode if layout.is_split or not layout.replicas else _REPLICAS
+        assert of_layout is not None
+        together.setdefault((layout.group, of_layout), {})[index] = one
+    rounds = [Round(None, None, [batch]) for batch in _batches(whole, {})]
+    for (group, of_group), members in together.items():
         ranks = group.size() if of_group.has_owners else 1
         for indices, owners in _rounds(_loads(members, of_group), ranks, max_bytes_in_flight):
             batches = _batches({index: members[index] for index in indices}, owners)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all ranks of a group find out together: their sums, and whether they agree, an error on all of them if not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import zip_longest
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed as dist
@@ -13,7 +14,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["gather_from_all", "require_agreement", "sum_over"]
+__all__ = ["gather_from_all", "group_of", "require_agreement", "sum_over", "union"]
 
 
 def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
@@ -32,6 +33,30 @@ def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
             "another rank has failed (see its own error) or makes another optimizer step"
         ) from error
     return values
+
+
+# For each world, the groups that group_of has made in it.
+_GROUPS: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
+
+
+def group_of(ranks: Iterable[int]) -> ProcessGroup:
+    """Return the process group of these ranks of the world, made where there is none yet. All of them must call."""
+    world, key = dist.group.WORLD, tuple(sorted(ranks))
+    assert world is not None
+    if len(key) == world.size():
+        return world
+    groups = _GROUPS.setdefault(world, {})
+    if key not in groups:
+        group = dist.new_group(list(key), use_local_synchronization=True)
+        assert isinstance(group, ProcessGroup)  # this process belongs to it
+        groups[key] = group
+    return groups[key]
+
+
+def union(groups: ProcessGroup, own: ProcessGroup) -> ProcessGroup:
+    """Return the group of all ranks in the groups that the ranks of ``groups`` have as their own. All must call."""
+    ranks = gather_from_all(groups, dist.get_process_group_ranks(own), "the ranks of its process groups")
+    return group_of({rank for each in ranks for rank in each})
 
 
 def require_agreement(values: list[Any], subject: str, remedy: str) -> None:

@@ -5,15 +5,18 @@ The part of torch that defines DTensors takes a second to import. It is imported
 been imported already.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
+from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from emerging_optimizers.adaptive_muon.checks import refusal, require
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece
+from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.sharding.agreement import group_of
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ReplicaPiece
 
 
 if TYPE_CHECKING:
@@ -64,11 +67,17 @@ def gradient_of(p: torch.Tensor) -> torch.Tensor:
     return local_of(grad)
 
 
-def shard_of(p: "DTensor", name: str) -> Layout | Piece:
+def shard_of(p: "DTensor", name: str, *, whole_shared: bool, shards_shared: bool) -> Layout | Piece:
     """Return which shard of its matrix this process holds of a DTensor.
 
-    Mesh dimensions that replicate the parameter, or that shard a stack of matrices along its first dimension, keep
-    matrices whole. The processes along all other mesh dimensions hold a matrix together.
+    Mesh dimensions that shard a stack of matrices along its first dimension keep matrices whole. Mesh dimensions that
+    replicate the parameter make replicas. The processes along all other mesh dimensions hold a matrix together.
+
+    Args:
+        p: The parameter.
+        name: Its name in errors.
+        whole_shared: Whether replicas of a whole matrix belong together, in one group.
+        shards_shared: Whether replicas of a matrix in shards do.
 
     Raises:
         ValueError: If its placements are not contiguous shards and replicas.
@@ -83,7 +92,10 @@ def shard_of(p: "DTensor", name: str) -> Layout | Piece:
         "redistribute it before the optimizer is made",
     )
     splitting = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
-    if not splitting:
+    replicating = [index for index, dim in enumerate(dims) if dim is None and mesh.size(index) > 1]
+    if not (shards_shared if splitting else whole_shared):
+        replicating = []
+    if not splitting and not replicating:
         return Layout()
     shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
     require(
@@ -95,7 +107,10 @@ def shard_of(p: "DTensor", name: str) -> Layout | Piece:
     (top, left), (rows, columns) = offset[-2:], shape[-2:]
     whole = (p.size(-2), p.size(-1))
     top, left = min(top, whole[0]), min(left, whole[1])  # torch starts an empty shard beyond the end
-    return Piece(_group(mesh, splitting, name), whole, (top, top + rows, left, left + columns))
+    group, rectangle = _group(mesh, sorted(splitting + replicating)), (top, top + rows, left, left + columns)
+    if not replicating:
+        return Piece(group, whole, rectangle)
+    return ReplicaPiece(group, whole, rectangle, replica=_place(mesh, replicating))
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
@@ -138,15 +153,24 @@ def _sharded_dim(placement: "Placement", ndim: int) -> int | None:
     return None if dim is None else dim % ndim - ndim
 
 
-def _group(mesh: DeviceMesh, dims: list[int], name: str) -> ProcessGroup:
+def _group(mesh: DeviceMesh, dims: list[int]) -> ProcessGroup:
     """The group of the processes along the given mesh dimensions."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
+    if math.prod(mesh.size(dim) for dim in dims) == dist.get_world_size():
+        return group_of(range(dist.get_world_size()))
     names = mesh.mesh_dim_names
-    if names is None:
-        raise refusal(
-            f"the dimensions of a mesh must have names where several of them split one matrix, as with {name}; got",
-            mesh,
-            "pass mesh_dim_names to init_device_mesh",
-        )
-    return mesh[tuple(names[index] for index in dims)]._flatten().get_group()
+    if names is not None:
+        return mesh[tuple(names[index] for index in dims)]._flatten().get_group()
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None  # this process has a shard
+    index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
+    return group_of(mesh.mesh[index].flatten().tolist())
+
+
+def _place(mesh: DeviceMesh, dims: list[int]) -> int:
+    """The place of this process among those along the given mesh dimensions."""
+    place = 0
+    for dim in dims:
+        place = place * mesh.size(dim) + mesh.get_local_rank(dim)
+    return place

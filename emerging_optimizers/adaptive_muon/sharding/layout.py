@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["Layout", "Piece", "Rectangle", "ReplicatedLayout", "ShardedLayout", "Split", "kept_shape"]
+__all__ = ["Layout", "Piece", "Rectangle", "ReplicaPiece", "ShardedLayout", "Split", "kept_shape"]
 
 
 class Rectangle(NamedTuple):
@@ -67,28 +67,31 @@ class Layout:
 
 @dataclass(frozen=True)
 class ShardedLayout(Layout):
-    """A matrix, or a stack of them, of which the ranks of a group hold shards.
+    """A matrix, or a stack of them, of which the ranks of a group hold shards, or replicas, or shards of replicas.
 
     Args:
-        group: The ranks that hold the shards.
+        group: The ranks that hold the matrix.
         rank: This rank in the group.
         whole: ``(rows, columns)`` of the whole matrix.
         rectangles: The shard that each rank of the group holds; empty ones are allowed.
+        replicas: For each rank the number of the replica that its shard belongs to; empty where there is only one.
 
     Raises:
-        ValueError: If the rectangles do not make up the whole matrix, each element once.
+        ValueError: If the rectangles of a replica do not make up the whole matrix, each element once.
     """
 
     group: ProcessGroup = field(repr=False)
     rank: int
     whole: tuple[int, int]
     rectangles: tuple[Rectangle, ...]
+    replicas: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the shards tile the matrix."""
+        """Check that the shards of each replica tile the matrix."""
         require(
-            _tile(self.whole, self.rectangles),
-            f"the shards (top, bottom, left, right) must make up the whole {self.whole} matrix, each element once",
+            _tile(self.whole, self.rectangles, self.replicas),
+            f"the shards (top, bottom, left, right) must make up the whole {self.whole} matrix, each element once"
+            + (f", in each of the replicas {self.replicas}" if self.replicas else ""),
             [tuple(each) for each in self.rectangles],
             "a matrix that every rank holds whole has partition_dim -1",
         )
@@ -101,12 +104,26 @@ class ShardedLayout(Layout):
     @property
     @override
     def sums_over(self) -> ProcessGroup | None:
-        return self.group
+        return self.group if self.is_split else None
 
     @property
     def own(self) -> Rectangle:
         """The shard of this rank."""
         return self.rectangles[self.rank]
+
+    @cached_property
+    def peers(self) -> tuple[int, ...]:
+        """The ranks that hold this rank's replica of the matrix together, this rank among them."""
+        return tuple(filter(self.is_peer, range(len(self.rectangles))))
+
+    def is_peer(self, rank: int) -> bool:
+        """Return whether a rank is one of them."""
+        return not self.replicas or self.replicas[rank] == self.replicas[self.rank]
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank's shard belongs to one replica, the same for all ranks, that counts in sums over the group."""
+        return self.is_peer(0)
 
     @cached_property
     def largest_shard(self) -> int:
@@ -119,6 +136,11 @@ class ShardedLayout(Layout):
         rows, columns = zip(*(each.shape for each in self.rectangles), strict=True)
         return {-2: set(rows) != {self.whole[0]}, -1: set(columns) != {self.whole[1]}}
 
+    @property
+    def is_split(self) -> bool:
+        """Whether ranks hold parts of the matrix; otherwise each holds a replica of all of it."""
+        return self.split[-2] or self.split[-1]
+
     @override
     def shape(self, local: torch.Tensor) -> tuple[int, int]:
         return self.whole
@@ -126,25 +148,6 @@ class ShardedLayout(Layout):
     @override
     def cut(self, whole: torch.Tensor, dims: Collection[int] = (-2, -1)) -> torch.Tensor:
         return self.own.cut(whole, dims)
-
-
-class ReplicatedLayout(ShardedLayout):
-    """A matrix that each rank of a group holds whole, and one of them orthogonalizes."""
-
-    @override
-    def __post_init__(self) -> None:
-        """Check nothing: every shard is the whole matrix."""
-
-    @classmethod
-    def of(cls, group: ProcessGroup, shape: tuple[int, int]) -> "ReplicatedLayout":
-        """Return the layout of a matrix of this shape."""
-        rows, columns = shape
-        return cls(group, group.rank(), shape, (Rectangle(0, rows, 0, columns),) * group.size())
-
-    @property
-    @override
-    def sums_over(self) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,18 @@ class Piece:
     rectangle: tuple[int, int, int, int]
     padding: int = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds the whole matrix."""
+        return Rectangle(*self.rectangle).shape == tuple(self.whole)
+
+
+@dataclass(frozen=True)
+class ReplicaPiece(Piece):
+    """A rectangle of a replica of a matrix; the group has the ranks of all replicas."""
+
+    replica: int = 0  # its number
+
 
 def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]:
     """Return a matrix's ``(rows, columns)`` with 1 for each of the dimensions -2 and -1 that is not kept."""
@@ -185,8 +200,18 @@ def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]
 
 
 @cache
-def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...]) -> bool:
-    """Whether the rectangles cover a matrix, each element once; many matrices of a model have the same answer."""
+def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], replicas: tuple[int, ...]) -> bool:
+    """Whether those of each replica cover a matrix, each element once; many matrices of a model have the same answer."""
+    if not replicas:
+        return _cover(whole, rectangles)
+    of_replica: dict[int, list[Rectangle]] = {}
+    for rectangle, replica in zip(rectangles, replicas, strict=True):
+        of_replica.setdefault(replica, []).append(rectangle)
+    return all(_cover(whole, each) for each in {tuple(each) for each in of_replica.values()})
+
+
+def _cover(whole: tuple[int, int], rectangles: Sequence[Rectangle]) -> bool:
+    """Whether the rectangles cover a matrix, each element once."""
     return (
         all(0 <= each.top <= each.bottom <= whole[0] for each in rectangles)
         and all(0 <= each.left <= each.right <= whole[1] for each in rectangles)

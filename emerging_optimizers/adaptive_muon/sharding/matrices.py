@@ -13,18 +13,28 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.sharding.agreement import require_agreement
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import (
     Layout,
     Piece,
     Rectangle,
-    ReplicatedLayout,
+    ReplicaPiece,
     ShardedLayout,
     Split,
 )
 
 
-__all__ = ["Matrix", "Mode", "ShardShapes", "merge_blocks", "shard_info", "sharded_matrices", "whole_matrices"]
+__all__ = [
+    "Matrix",
+    "Mode",
+    "ShardInfo",
+    "ShardShapes",
+    "merge_blocks",
+    "shard_info",
+    "sharded_matrices",
+    "whole_matrices",
+]
 
 
 class Mode(Protocol):
@@ -102,7 +112,7 @@ def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shap
     return merged
 
 
-class _ShardInfo(NamedTuple):
+class ShardInfo(NamedTuple):
     """What a rank sends to the others about its shard of a parameter. The first five must be the same on all ranks."""
 
     name: str
@@ -112,6 +122,8 @@ class _ShardInfo(NamedTuple):
     split: int | tuple[int, int] | None  # the dimension of a Split, the whole shape of a Piece
     local: tuple[int, ...]
     rectangle: tuple[int, int, int, int] | None
+    replica: int  # the number of the replica that the shard belongs to
+    place: int  # of the rank among those of the replica
 
     def common(self) -> str:
         """Return what must be the same on all ranks, as text for an error."""
@@ -130,53 +142,70 @@ class _ShardInfo(NamedTuple):
         )
 
 
-def shard_info(p: torch.Tensor, name: str, group: int, split: Layout | Split | Piece, blocks: Any) -> _ShardInfo:
-    """Return what to send to the other ranks about a parameter of the group with this number."""
+def shard_info(
+    p: torch.Tensor, name: str, group: int, split: Layout | Split | Piece, blocks: Any, replicas: ProcessGroup | None
+) -> ShardInfo:
+    """Return what to send to the other ranks about a parameter of the group with this number.
+
+    ``replicas`` are the ranks with the same shard; None where there are no others, or the split says the replica.
+    """
     whole, rectangle = (split.whole, split.rectangle) if isinstance(split, Piece) else (None, None)
     split_by = split.dim - p.ndim if isinstance(split, Split) else whole
     dtype, local = str(p.dtype).removeprefix("torch."), tuple(as_matrices(p).shape)
-    return _ShardInfo(name, group, dtype, blocks, split_by, local, rectangle)
+    replica = split.replica if isinstance(split, ReplicaPiece) else 0 if replicas is None else replicas.rank()
+    place = 0 if isinstance(split, Layout) else split.group.rank()
+    return ShardInfo(name, group, dtype, blocks, split_by, local, rectangle, replica, place)
 
 
-def whole_matrices(
-    p: torch.Tensor, name: str, blocks: Any, replicas: ProcessGroup | None = None
-) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that is held whole.
-
-    ``blocks`` are the row counts of its blocks, or None. ``replicas`` are the ranks that share the work on it.
-    """
+def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
+    """Return the matrices of a parameter that is held whole; ``blocks`` are the row counts of its blocks, or None."""
     local = as_matrices(p)
-
-    def layout(rows: int) -> Layout:
-        return Layout() if replicas is None else ReplicatedLayout.of(replicas, (rows, local.size(-1)))
-
     if blocks is None:
-        return (Matrix(layout(local.size(-2))),)
+        return (Matrix(Layout()),)
     rows = range(local.size(-2))
     return tuple(
-        Matrix(layout(block.rows_before(len(rows))), index, block.rows_in(rows, local.device))
+        Matrix(Layout(), index, block.rows_in(rows, local.device))
         for index, block in enumerate(_row_blocks(blocks, len(rows), name))
     )
 
 
 def sharded_matrices(
-    p: torch.Tensor, name: str, group: ProcessGroup, infos: Sequence[_ShardInfo], mode: Mode | None
+    p: torch.Tensor,
+    name: str,
+    group: ProcessGroup,
+    infos: Sequence[ShardInfo],
+    mode: Mode | None,
+    replicas: ProcessGroup | None = None,
 ) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that a group holds in shards, from what each rank has sent about its shard.
+    """Return the matrices of a parameter that a group holds, from what each rank has sent about its shard.
+
+    Args:
+        p: The parameter.
+        name: Its name in errors.
+        group: The group.
+        infos: What each of its ranks has sent.
+        mode: How shards are orthogonalized; None for each as a matrix of its own.
+        replicas: The ranks that then share the work on this rank's shard, if there are several.
 
     Raises:
         ValueError: If shards or blocks do not fit together, or the mode cannot orthogonalize the matrix.
     """
+    require_agreement(
+        [info.local[:-2] for info in infos], f"the number of matrices in {name}", "give all ranks as many"
+    )
     whole, rectangles = _rectangles(infos)
     blocks, own = infos[0].blocks, rectangles[group.rank()]
     local = tuple((info.local[-2], info.local[-1]) for info in infos)
     shapes = None if mode is None else ShardShapes(blocks, _shared(local))
+    of_rank = tuple(info.replica for info in infos)
+    of_rank = _shared(of_rank) if len(set(of_rank)) > 1 else ()
 
     def layout(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], name: str) -> Layout:
-        if mode is None:
-            return Layout()
-        sharded = ShardedLayout(group, group.rank(), whole, _shared(rectangles))
-        mode.check(sharded, name)
+        sharded = ShardedLayout(group, group.rank(), whole, _shared(rectangles), of_rank)
+        if mode is None and (sharded.is_split or not of_rank):
+            return _of_replicas(replicas, sharded.own.shape)
+        if mode is not None and sharded.is_split:
+            mode.check(sharded, name)
         return sharded
 
     if blocks is None:
@@ -192,18 +221,32 @@ def sharded_matrices(
     return tuple(matrices)
 
 
-def _rectangles(infos: Sequence[_ShardInfo]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
+def _of_replicas(group: ProcessGroup | None, shape: tuple[int, int]) -> Layout:
+    """The layout of a matrix of which the ranks of a group, if there is one, hold a replica each."""
+    if group is None:
+        return Layout()
+    rectangles, ranks = (Rectangle(0, shape[0], 0, shape[1]),) * group.size(), tuple(range(group.size()))
+    return ShardedLayout(group, group.rank(), shape, _shared(rectangles), _shared(ranks))
+
+
+def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
     """The whole shape of a matrix, and the rectangle of each rank's shard."""
-    split = infos[0].split
+    split, (rows, columns) = infos[0].split, infos[0].local[-2:]
+    if split is None:
+        return (rows, columns), (Rectangle(0, rows, 0, columns),) * len(infos)
     if isinstance(split, tuple):
         return split, tuple(Rectangle(*info.rectangle) for info in infos if info.rectangle is not None)
-    assert split is not None  # a parameter that is whole has no rectangles
-    rows, columns = infos[0].local[-2:]
-    strips = list(pairwise(accumulate((info.local[split] for info in infos), initial=0)))
-    end = strips[-1][1]
+    ends: dict[int, int] = {}  # of the strips of each replica
+    strips = {}
+    for rank in sorted(range(len(infos)), key=lambda rank: infos[rank].place):
+        start = ends.get(infos[rank].replica, 0)
+        strips[rank] = start, start + infos[rank].local[split]
+        ends[infos[rank].replica] = strips[rank][1]
+    end = max(ends.values())
+    of_ranks = [strips[rank] for rank in range(len(infos))]
     if split == -2:
-        return (end, columns), tuple(Rectangle(start, stop, 0, columns) for start, stop in strips)
-    return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in strips)
+        return (end, columns), tuple(Rectangle(start, stop, 0, columns) for start, stop in of_ranks)
+    return (rows, end), tuple(Rectangle(0, rows, start, stop) for start, stop in of_ranks)
 
 
 @cache

@@ -2,7 +2,7 @@
 """How a parameter is split, as far as one process can find out alone."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,24 +14,28 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_d
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
 
 
-__all__ = ["BlocksFn", "LayoutFn", "Rules"]
+__all__ = ["BlocksFn", "LayoutFn", "ReplicaGroup", "Rules"]
 
 LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
 BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
+ReplicaGroup = ProcessGroup | Callable[[torch.Tensor], ProcessGroup | None] | None
 
 
 @dataclass(frozen=True)
 class Rules:
     """The rules by which a parameter's split and blocks are found.
 
-    The first four fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
+    The first five fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
+    ``has_owners`` says whether a matrix in shards is orthogonalized by one rank.
     """
 
     tp_group: ProcessGroup | None
-    replica_group: ProcessGroup | None
+    replica_group: ReplicaGroup
+    share_replicas: bool
     layout_fn: LayoutFn | None
     blocks_fn: BlocksFn | None
     blockwise: bool
+    has_owners: bool
 
     def split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """Return how the matrix (out, in) of a parameter is split; ``Layout()`` where it is whole.
@@ -60,10 +64,35 @@ class Rules:
         )
         return split
 
-    def replicas(self, p: torch.Tensor) -> ProcessGroup | None:
-        """Return the ranks that share the work on a parameter that is held whole; None where none does."""
+    def replicas(self, p: torch.Tensor, split: Layout | Split | Piece, name: str) -> ProcessGroup | None:
+        """Return the ranks with the same shard of a parameter that is no DTensor, if they share the work; else None.
+
+        Raises:
+            ValueError: If these ranks are none; it has the name.
+        """
+        is_shared = isinstance(split, Layout) or self.has_owners or self.blockwise
+        if not self.share_replicas or not is_shared or is_dtensor(p):
+            return None
         group = self.replica_group
-        return None if group is None or group.size() == 1 or is_dtensor(p) else group
+        if not isinstance(group, ProcessGroup | None):
+            group = group(p)
+        require(
+            isinstance(group, ProcessGroup | None),
+            f"replica_group must return a process group or None; for {name} it returned",
+            group,
+            "return the group of the ranks with the same shard of it, or None",
+        )
+        if group is None or group.size() == 1:
+            return None
+        if not isinstance(split, Layout):
+            both = [set(dist.get_process_group_ranks(each)) for each in (split.group, group)]
+            require(
+                both[0] & both[1] == {dist.get_rank()},
+                f"the ranks with other shards of {name}, and those with the same, must have this rank in common only",
+                [sorted(ranks) for ranks in both],
+                "pass as replica_group those data-parallel ranks that have the same place in their tensor-parallel group",
+            )
+        return group
 
     def blocks(self, p: torch.Tensor) -> Any:
         """Return the row counts of a parameter's blocks, not yet checked; None where it is one matrix."""
@@ -83,9 +112,11 @@ class Rules:
             )
             return split
         if is_dtensor(p):
-            split = shard_of(p, name)
+            split = shard_of(
+                p, name, whole_shared=self.share_replicas, shards_shared=self.share_replicas and self.has_owners
+            )
             require(
-                not self.blockwise or isinstance(split, Layout),
+                not self.blockwise or isinstance(split, Layout) or split.is_whole,
                 f"the shards of a DTensor are no matrices of their own; {name} is one, with tp_mode",
                 "blockwise",
                 'use the default, "layer_sharded"',
@@ -125,4 +156,4 @@ def _transposed_if_tagged(p: torch.Tensor, split: Layout | Split | Piece, name: 
         "store its transpose, without the tag",
     )
     top, bottom, left, right = split.rectangle
-    return Piece(split.group, split.whole[::-1], (left, right, top, bottom))
+    return replace(split, whole=split.whole[::-1], rectangle=(left, right, top, bottom))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The logical matrices of all parameters of an optimizer, and what the ranks that hold them in shards compare."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, override
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, override
 
 import torch
 from torch.distributed import ProcessGroup
@@ -11,12 +11,13 @@ from torch.nn.parameter import is_lazy
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.identity import identity
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
-from emerging_optimizers.adaptive_muon.sharding.agreement import gather_from_all, require_agreement
+from emerging_optimizers.adaptive_muon.sharding.agreement import gather_from_all, require_agreement, union
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ShardedLayout, Split
 from emerging_optimizers.adaptive_muon.sharding.matrices import (
     Matrix,
     Mode,
+    ShardInfo,
     shard_info,
     sharded_matrices,
     whole_matrices,
@@ -30,8 +31,27 @@ __all__ = ["Sharding"]
 _TAGS = ("partition_dim", "muon_blocks", "muon_stacked", "muon_transposed")
 
 Key = tuple[int, str]
-# A parameter that is to be resolved, its name, and how it is split.
-Found = tuple[torch.Tensor, str, Layout | Split | Piece]
+
+
+class Found(NamedTuple):
+    """A parameter that is to be resolved."""
+
+    p: torch.Tensor
+    name: str
+    group: int  # the number of its parameter group
+    split: Layout | Split | Piece
+    replicas: ProcessGroup | None  # the ranks with the same shard, if it is no DTensor and they share the work
+    blocks: Any
+
+    @property
+    def holders(self) -> ProcessGroup | None:
+        """The ranks with shards of this rank's replica; None where it is whole."""
+        return None if isinstance(self.split, Layout) else self.split.group
+
+    @property
+    def info(self) -> ShardInfo:
+        """What to send to other ranks about it."""
+        return shard_info(self.p, self.name, self.group, self.split, self.blocks, self.replicas)
 
 
 class Sharding:
@@ -53,6 +73,8 @@ class Sharding:
         # For each process group, the parameters that had a gradient when its ranks compared them; None if the ranks
         # have exchanged shard infos since.
         self._compared: dict[ProcessGroup, list[Key] | None] = {}
+        self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
+        self._to_compare: set[Key] = set()  # parameters whose replicas have not been compared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
@@ -67,7 +89,7 @@ class Sharding:
             "parameters that a process group holds together",
             "save its state_dict(), and make the optimizer anew",
         )
-        return {**vars(self), "_known": {}, "_compared": {}}
+        return {**vars(self), "_known": {}, "_compared": {}, "_unions": {}, "_to_compare": set()}
 
     def adopt(self, copy: torch.Tensor, p: torch.Tensor, known_by: "Sharding") -> None:
         """Take over what another registry has for a parameter, for a copy that torch made, which lacks attributes."""
@@ -78,7 +100,9 @@ class Sharding:
     def check(self, group: dict[str, Any]) -> None:
         """Raise a ``ValueError`` if a parameter group's sharding is wrong, as far as this process can find out alone."""
         for p, name in _named([group], lambda p: True):
-            if isinstance(self._rules.split(p, name), Layout):
+            split = self._rules.split(p, name)
+            self._rules.replicas(p, split, name)
+            if isinstance(split, Layout):
                 whole_matrices(p, name, self._rules.blocks(p))
 
     def matrices(self, p: torch.Tensor) -> tuple[Matrix, ...]:
@@ -114,6 +138,27 @@ class Sharding:
                 self._compared[group] = having
         self._compared = {group: compared or [] for group, compared in self._compared.items()}
 
+    def compare_replicas(self, params: Collection[torch.Tensor], param_groups: list[dict[str, Any]]) -> None:
+        """Raise a ``ValueError`` unless parameters have the same bits on all of their replicas; done once for each.
+
+        Replicas that differ would all get the update of one. All ranks that hold the parameters must call.
+        """
+        chosen = {p for p in params if identity(p) in self._to_compare} if self._to_compare else set()
+        names = {p: name for p, name in _named(param_groups, chosen.__contains__)}
+        for group, of_group in self._by_group(names).items():
+            shards = [(self._layouts(p)[0].own, _sum_of_bits(as_matrices(p))) for p in of_group]
+            for p, *of_ranks in zip(of_group, *gather_from_all(group, shards, "the weights of replicas"), strict=True):
+                first: dict[Any, tuple[int, int]] = {}
+                for rank, (shard, total) in enumerate(of_ranks):
+                    other, expected = first.setdefault(shard, (rank, total))
+                    require(
+                        total == expected,
+                        f"replicas must have the same weights; {names[p]} is another than on rank {other} of the group on rank",
+                        rank,
+                        "broadcast the weights first, or set share_replicas=False if these are no replicas",
+                    )
+        self._to_compare -= {identity(p) for p in chosen}
+
     def all_zero(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> set[torch.Tensor]:
         """Return the parameters whose gradient, of which each rank passes its own, is zero on all ranks with shards.
 
@@ -141,36 +186,62 @@ class Sharding:
         """
         present = {identity(p) for group in param_groups for p in group["params"]}
         self._known = {key: known for key, known in self._known.items() if key in present}
-        found: list[Found] = [
-            (p, name, self._rules.split(p, name)) for p, name in _named(param_groups, lambda p: not self._knows(p))
-        ]
-        if not found:
-            return
-        tp_group = self._rules.tp_group
-        members: dict[ProcessGroup, list[Found]] = {} if tp_group is None else {tp_group: []}
-        known: dict[torch.Tensor, tuple[Matrix, ...]] = {}
-        for p, name, split in found:
-            if isinstance(split, Layout):
-                replicas = self._rules.replicas(p)
-                known[p] = whole_matrices(p, name, self._rules.blocks(p), replicas)
-                if replicas is not None:
-                    members.setdefault(replicas, []).append((p, name, split))
-            # A parameter that is whole for one rank may be a shard for another: the ranks of tp_group compare all.
-            group = tp_group if isinstance(split, Layout) else split.group
-            if group is not None:
-                members.setdefault(group, []).append((p, name, split))
         numbers = {p: number for number, group in enumerate(param_groups) for p in group["params"]}
-        for process_group, params in members.items():
-            known |= self._exchanged(process_group, params, numbers)
-        self._known.update({identity(p): (as_matrices(p).shape, matrices) for p, matrices in known.items()})
+        found = []
+        for p, name in _named(param_groups, lambda p: not self._knows(p)):
+            split = self._rules.split(p, name)
+            found.append(
+                Found(p, name, numbers[p], split, self._rules.replicas(p, split, name), self._rules.blocks(p))
+            )
+        for p, matrices in self._resolved(found).items():
+            self._known[identity(p)] = as_matrices(p).shape, matrices
+            if any(layout.replicas for layout in self._layouts(p)):
+                self._to_compare.add(identity(p))
+
+    def _resolved(self, found: Sequence[Found]) -> dict[torch.Tensor, tuple[Matrix, ...]]:
+        """Return the matrices of parameters, which the ranks that hold them have compared."""
+        comparing: dict[ProcessGroup, list[Found]] = {}
+        tp_group = self._rules.tp_group
+        if tp_group is not None and found:
+            comparing[tp_group] = []
+        for one in found:
+            # A parameter that is whole for one rank may be a shard for another: the ranks of tp_group compare all.
+            for group in (one.holders or tp_group, one.replicas):
+                if group is not None:
+                    comparing.setdefault(group, []).append(one)
+        infos: dict[tuple[torch.Tensor, ProcessGroup], list[ShardInfo]] = {}
+        for group, params in comparing.items():
+            infos |= self._exchanged(group, params)
+        # Only now do all ranks that hold a parameter agree how, and that there are replicas.
+        together: dict[ProcessGroup, list[Found]] = {}
+        groups: dict[torch.Tensor, ProcessGroup | None] = {}
+        for one in found:
+            group = one.holders or one.replicas
+            if one.holders is not None and one.replicas is not None and self._mode is not None:
+                group = self._union(one.replicas, one.holders)
+                together.setdefault(group, []).append(one)
+            groups[one.p] = group
+        for group, params in together.items():
+            infos |= self._exchanged(group, params)
+        return {
+            one.p: whole_matrices(one.p, one.name, one.blocks)
+            if group is None
+            else sharded_matrices(one.p, one.name, group, infos[one.p, group], self._mode, one.replicas)
+            for one, group in zip(found, groups.values(), strict=True)
+        }
+
+    def _union(self, replicas: ProcessGroup, holders: ProcessGroup) -> ProcessGroup:
+        """Return the group of all ranks that hold a matrix of which the one have the same shard, the others a replica."""
+        if (replicas, holders) not in self._unions:
+            self._unions[replicas, holders] = union(replicas, holders)
+        return self._unions[replicas, holders]
 
     def _exchanged(
-        self, group: ProcessGroup, params: list[Found], numbers: Mapping[torch.Tensor, int]
-    ) -> dict[torch.Tensor, tuple[Matrix, ...]]:
-        """Exchange shard infos in a process group, and return the matrices of the parameters that are split."""
+        self, group: ProcessGroup, params: Sequence[Found]
+    ) -> dict[tuple[torch.Tensor, ProcessGroup], list[ShardInfo]]:
+        """Exchange shard infos of parameters in a process group, and return those of all its ranks."""
         options = [f"{name}={value!r}" for name, value in self._synced_options.items()]
-        infos = [shard_info(p, name, numbers[p], split, self._rules.blocks(p)) for p, name, split in params]
-        gathered = gather_from_all(group, (options, infos), "its shards of the parameters")
+        gathered = gather_from_all(group, (options, [one.info for one in params]), "its shards of the parameters")
         self._compared[group] = None
         require_agreement(
             [options for options, _ in gathered], "options of the optimizer", "configure all ranks in the same way"
@@ -181,17 +252,20 @@ class Sharding:
             "give every rank its shard of the same matrices; partition_dim -1 is a whole matrix",
         )
         return {
-            p: sharded_matrices(p, name, group, infos_of_p, self._mode)
-            for (p, name, split), *infos_of_p in zip(params, *(infos for _, infos in gathered), strict=True)
-            if not isinstance(split, Layout)
+            (one.p, group): list(of_ranks)
+            for one, *of_ranks in zip(params, *(infos for _, infos in gathered), strict=True)
         }
+
+    def _layouts(self, p: torch.Tensor) -> list[ShardedLayout]:
+        """The layouts of a parameter's matrices; empty where this rank has whole matrices by itself."""
+        layouts = [matrix.layout for matrix in self.matrices(p)]
+        return [layout for layout in layouts if isinstance(layout, ShardedLayout)]
 
     def _by_group(self, params: Mapping[torch.Tensor, Any]) -> dict[ProcessGroup, list[torch.Tensor]]:
         """The parameters that are in shards, by the process group that holds them."""
         by_group: dict[ProcessGroup, list[torch.Tensor]] = {}
         for p in params:
-            layout = self.matrices(p)[0].layout
-            if isinstance(layout, ShardedLayout):
+            for layout in self._layouts(p)[:1]:
                 by_group.setdefault(layout.group, []).append(p)
         return by_group
 
@@ -209,3 +283,9 @@ def _named(
         for index, p in enumerate(group["params"]):
             if not is_lazy(p) and wanted(p):
                 yield p, parameter_name(group, index)
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's elements, each taken for an integer with the same bits."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))

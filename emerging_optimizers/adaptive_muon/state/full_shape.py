@@ -79,7 +79,10 @@ def _entries(full: torch.Tensor | None, p: torch.Tensor, matrix: Matrix, kept: t
     layout = matrix.layout
     V = p.new_zeros((*p.shape[:-2], *kept_shape(matrix.shape(p), kept)), dtype=work_dtype(p))
     is_first = not isinstance(layout, ShardedLayout) or (
-        layout.own.area and (-2 in kept or layout.own.top == 0) and (-1 in kept or layout.own.left == 0)
+        layout.own.area
+        and (layout.is_first_replica or not layout.is_split)
+        and (-2 in kept or layout.own.top == 0)
+        and (-1 in kept or layout.own.left == 0)
     )
     if full is not None and is_first:
         first = matrix.of(full)[..., slice(None) if -2 in kept else slice(1), slice(None) if -1 in kept else slice(1)]
