@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -31,6 +31,7 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
     with_entries,
     with_names,
 )
+from emerging_optimizers.adaptive_muon.routing.replicas import replica_group_of
 from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
 from emerging_optimizers.adaptive_muon.state import checkpoint
 
@@ -125,6 +126,9 @@ class HybridAdaptiveMuon(Optimizer):
         everything tagged ``is_embedding_or_output_parameter``. :meth:`describe` has the reason for each parameter.
         The weight of Hugging Face's ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
 
+        Where ``DistributedDataParallel`` wraps the model, or Lightning's strategy "ddp" does, its ranks share the work, as
+        with ``replica_group``. :meth:`describe` says so. Pass ``share_replicas=False`` to let every rank do all of it.
+
         Args:
             model: The model.
             lr, momentum, weight_decay: As the class.
@@ -143,6 +147,7 @@ class HybridAdaptiveMuon(Optimizer):
         known, groups = of_model.by_parameter(), as_groups(model.parameters() if params is None else params)
         foreign = [tuple(p.shape) for group in groups for _, p in group["params"] if p not in known]
         require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
+        options.setdefault("replica_group", replica_group_of(model))
         optimizer = cls([in_model(known, group) for group in groups], lr, momentum, weight_decay, **options)
         optimizer._model = of_model
         return optimizer
@@ -226,11 +231,12 @@ class HybridAdaptiveMuon(Optimizer):
     def describe(self, *, each: bool = True) -> str:
         """Return a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
 
-        The line of AdamW counts the two-dimensional parameters that are not the weights of linear maps, and the
-        three-dimensional ones that may be stacks of experts: look whether they are where you want them. Parameters that
-        are frozen now have a line of their own.
+        The line of AdaptiveMuon says how many parameters are shared by how many replicas. The line of AdamW counts the
+        two-dimensional parameters that are not the weights of linear maps, and the three-dimensional ones that may be
+        stacks of experts: look whether they are where you want them. Parameters that are frozen now have a line of their
+        own.
         """
-        return _description(self.routes, self._muon.moment2_method, each=each)
+        return _description(self.routes, self._muon, each=each)
 
     @property
     def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
@@ -295,9 +301,9 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
     )
 
 
-def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, each: bool) -> str:
+def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMuon, *, each: bool) -> str:
     """Return the table that :meth:`HybridAdaptiveMuon.describe` returns."""
-    titles = {"adaptive_muon": f"AdaptiveMuon ({method})", "adamw": "AdamW", "frozen": "frozen"}
+    titles = {"adaptive_muon": f"AdaptiveMuon ({muon.moment2_method})", "adamw": "AdamW", "frozen": "frozen"}
     lines = []
     for part, title in titles.items():
         rows = [row for row in routes if part == (row[2].algorithm if row[1].requires_grad else "frozen")]
@@ -305,6 +311,9 @@ def _description(routes: list[tuple[str, torch.Tensor, Route]], method: str, *, 
         for reason, text in ((NOT_A_MAP, NOT_A_MAP), (STACK, "3-D, stacks of experts perhaps")):
             count = sum(route.reason.startswith(reason) for *_, route in rows) if part == "adamw" else 0
             line += f"; {count} of them {text}" if count else ""
+        shared = Counter(muon.replicas_of(p) for _, p, _ in rows if part == "adaptive_muon")
+        for replicas, count in sorted(shared.items()):
+            line += f"; {count} shared by {replicas} replicas" if replicas > 1 else ""
         lines.append(line)
         lines += [
             f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each

@@ -178,6 +178,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
         return params, self._plan[1]
 
+    def replicas_of(self, p: torch.Tensor) -> int:
+        """Return how many replicas of a parameter share the work on it: 1 where this rank, or its shards' ranks, do all."""
+        return self._sharding.replicas_of(p)
+
     def _functions(
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
     ) -> NewtonSchulz | list[Callable[[torch.Tensor], torch.Tensor]]:

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import mesh
 from pieces import OPTIONS, collectives, options_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
@@ -180,20 +178,6 @@ def test_state_in_the_parameters_shape(method: str, group: ProcessGroup) -> None
         assert all(torch.equal(value, optimizer.state[p][key]) for key, value in reduced.items())
 
 
-def test_a_dtensor_is_not_shared(group: ProcessGroup) -> None:
-    """Its mesh says what is replicated, and replica_group does not."""
-    whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
-    p = nn.Parameter(distribute_tensor(whole, mesh((group.size(),), ("dp",)), [Replicate()]))
-    alone, q = nn.Parameter(whole.clone()), [*params(), p]
-    one, other = AdaptiveMuon([alone], **OPTIONS), AdaptiveMuon(q, replica_group=group, **OPTIONS)
-    give_gradients(q[:-1], 0)
-    alone.grad = torch.ones(6, 4)
-    p.grad = distribute_tensor(alone.grad, p.device_mesh, [Replicate()])
-    one.step()
-    other.step()
-    torch.testing.assert_close(p.detach().to_local(), alone.detach(), atol=1e-6, rtol=1e-6)
-
-
 @pytest.mark.skipif("dist.get_world_size() == 1")
 def test_replicas_that_disagree_are_told_before_anything_changes(group: ProcessGroup) -> None:
     last = dist.get_rank() == group.size() - 1
@@ -215,26 +199,46 @@ def test_replicas_that_disagree_are_told_before_anything_changes(group: ProcessG
         optimizer.step()
 
 
-def test_with_tensor_parallelism(group: ProcessGroup) -> None:
-    """Shards go through tp_group, whole matrices through the replicas, in one optimizer. Here both are all ranks."""
-    other = dist.new_group(list(range(group.size())))
-    whole = torch.randn(16, 24, generator=torch.Generator().manual_seed(5))
-    strip = whole.tensor_split(group.size(), 0)[dist.get_rank()]
-    alone = AdaptiveMuon([nn.Parameter(whole.clone()), *params()], **options_of("namo"))
-    p = nn.Parameter(strip.clone())
-    p.partition_dim = 0  # type: ignore[attr-defined]
-    shared = AdaptiveMuon([p, *params()], tp_group=group, replica_group=other, **options_of("namo"))
-    for step in range(3):
-        give_gradients(alone.param_groups[0]["params"], step)
-        give_gradients(shared.param_groups[0]["params"][1:], step)
-        generator = torch.Generator().manual_seed(100 + step)
-        gradient = torch.randn(whole.shape, generator=generator)
-        alone.param_groups[0]["params"][0].grad = gradient
-        give_gradients(alone.param_groups[0]["params"][1:], step)
-        p.grad = gradient.tensor_split(group.size(), 0)[dist.get_rank()].clone()
-        alone.step()
-        shared.step()
-    of_rank = alone.param_groups[0]["params"][0].tensor_split(group.size(), 0)[dist.get_rank()]
-    torch.testing.assert_close(p, of_rank, atol=1e-6, rtol=1e-5)
-    for q, mine in zip(shared.param_groups[0]["params"][1:], alone.param_groups[0]["params"][1:], strict=True):
-        torch.testing.assert_close(q, mine, atol=1e-6, rtol=1e-5)
+@pytest.mark.skipif("dist.get_world_size() == 1")
+def test_ranks_with_other_weights_are_no_replicas(group: ProcessGroup) -> None:
+    """Such as expert parallelism's: they would all get the update of one. Nothing has changed when they are told."""
+    made = params()
+    with torch.no_grad():
+        made[3][1, 2] += float(dist.get_rank() == group.size() - 1)
+    optimizer = AdaptiveMuon(list(zip("abcdefghijk", made, strict=True)), replica_group=group, **OPTIONS)
+    give_gradients(made, 0)
+    before = [p.detach().clone() for p in made]
+    last = group.size() - 1
+    with pytest.raises(ValueError, match=rf"'d' differ on the ranks of a process group, got \[0, {last}\]: broadcast"):
+        optimizer.step()
+    assert all(map(torch.equal, before, made)) and not any(optimizer.state.values())
+
+
+def test_a_function_tells_the_group_of_each(group: ProcessGroup) -> None:
+    """Here every second parameter is a rank's own."""
+    of_alone, made = params(), params()
+    with torch.no_grad():
+        for p in (*of_alone[1::2], *made[1::2]):
+            p += dist.get_rank()
+    shared = {id(p) for p in made[::2]}
+    alone = AdaptiveMuon(of_alone, **OPTIONS)
+    optimizer = AdaptiveMuon(made, replica_group=lambda p: group if id(p) in shared else None, **OPTIONS)
+    walked(alone, optimizer)
+    for p, q in zip(of_alone, made, strict=True):
+        torch.testing.assert_close(q, p, atol=1e-6, rtol=1e-5)
+    assert collectives(optimizer.step) == ({} if group.size() == 1 else {"c10d::_allgather_base_": 1})
+
+
+def test_what_such_a_function_returns_is_a_group() -> None:
+    wrong: Any = lambda p: "dp"  # noqa: E731
+    with pytest.raises(ValueError, match="replica_group must return a process group or None; for parameter 0"):
+        AdaptiveMuon([nn.Parameter(torch.ones(3, 4))], replica_group=wrong, **OPTIONS)
+
+
+@each_method
+def test_sharing_is_switched_off(method: str, group: ProcessGroup) -> None:
+    optimizer = AdaptiveMuon(params(), replica_group=group, share_replicas=False, moment2_method=method, **OPTIONS)
+    for step in range(2):
+        give_gradients(optimizer.param_groups[0]["params"], step)
+        seen = collectives(optimizer.step)
+    assert not seen

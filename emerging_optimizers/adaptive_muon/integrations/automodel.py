@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo Automodel: an optimizer config that its recipes build."""
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar, override
 
 import torch
-from absl import logging
 from nemo_automodel.components.optim.optimizer import OptimizerConfig, _trainable_params_or_groups
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,6 +15,8 @@ from emerging_optimizers.adaptive_muon.options import Options
 
 
 __all__ = ["AdaptiveMuonConfig"]
+
+_logger = logging.getLogger(__name__)  # as Automodel's own modules log
 
 
 @dataclass
@@ -55,5 +57,5 @@ class AdaptiveMuonConfig(AdaptiveMuonOptions, OptimizerConfig):
             for key, multiplier in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
                 if multiplier in group and bases[key]:
                     group[multiplier] *= group[key] / bases[key]
-        logging.info("adaptive_muon: %s", optimizer.describe(each=False))
+        _logger.info("adaptive_muon: %s", optimizer.describe(each=False))
         return optimizer

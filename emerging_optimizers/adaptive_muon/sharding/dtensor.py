@@ -110,7 +110,8 @@ def shard_of(p: "DTensor", name: str, *, whole_shared: bool, shards_shared: bool
     group, rectangle = _group(mesh, sorted(splitting + replicating)), (top, top + rows, left, left + columns)
     if not replicating:
         return Piece(group, whole, rectangle)
-    return ReplicaPiece(group, whole, rectangle, replica=_place(mesh, replicating))
+    number = math.prod(mesh.size(dim) for dim in replicating)
+    return ReplicaPiece(group, whole, rectangle, replica=_place(mesh, replicating), replicas=number)
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":

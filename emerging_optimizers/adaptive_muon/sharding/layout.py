@@ -191,6 +191,7 @@ class ReplicaPiece(Piece):
     """A rectangle of a replica of a matrix; the group has the ranks of all replicas."""
 
     replica: int = 0  # its number
+    replicas: int = 1  # how many there are
 
 
 def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]:

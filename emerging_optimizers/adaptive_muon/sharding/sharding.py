@@ -13,7 +13,7 @@ from emerging_optimizers.adaptive_muon.identity import identity
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 from emerging_optimizers.adaptive_muon.sharding.agreement import gather_from_all, require_agreement, union
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ShardedLayout, Split
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ReplicaPiece, ShardedLayout, Split
 from emerging_optimizers.adaptive_muon.sharding.matrices import (
     Matrix,
     Mode,
@@ -105,6 +105,14 @@ class Sharding:
             if isinstance(split, Layout):
                 whole_matrices(p, name, self._rules.blocks(p))
 
+    def replicas_of(self, p: torch.Tensor) -> int:
+        """Return how many replicas share the work on a parameter, which :meth:`resolve` need not have seen."""
+        split = self._rules.split(p, "a parameter")
+        replicas = self._rules.replicas(p, split, "a parameter")
+        if isinstance(split, ReplicaPiece):
+            return split.replicas
+        return 1 if replicas is None else replicas.size()
+
     def matrices(self, p: torch.Tensor) -> tuple[Matrix, ...]:
         """Return the logical matrices of a parameter that :meth:`resolve` has seen."""
         return self._known[identity(p)][1]
@@ -153,8 +161,8 @@ class Sharding:
                     other, expected = first.setdefault(shard, (rank, total))
                     require(
                         total == expected,
-                        f"replicas must have the same weights; {names[p]} is another than on rank {other} of the group on rank",
-                        rank,
+                        f"replicas must have the same weights; those of {names[p]} differ on the ranks of a process group",
+                        [other, rank],
                         "broadcast the weights first, or set share_replicas=False if these are no replicas",
                     )
         self._to_compare -= {identity(p) for p in chosen}

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from absl import logging
-from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from emerging_optimizers.adaptive_muon.sharding.agreement import union
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Split
 
 
-__all__ = ["MegatronLayouts", "qkv_split_shapes", "tag_qkv"]
+__all__ = ["MegatronLayouts", "qkv_split_shapes", "replica_group_of", "tag_qkv"]
 
 
 @dataclass(eq=False)
@@ -108,12 +108,25 @@ class MegatronLayouts:
     def _union(self, tp: ProcessGroup, gtp: ProcessGroup) -> ProcessGroup:
         """Return the group of all ranks in the tensor-parallel groups of a GTP group. All of them must call."""
         if (tp, gtp) not in self._unions:
-            ranks: list[Any] = [None] * gtp.size()
-            dist.all_gather_object(ranks, dist.get_process_group_ranks(tp), group=gtp)
-            union = dist.new_group(sorted(sum(ranks, [])), use_local_synchronization=True)
-            assert isinstance(union, ProcessGroup)  # this rank belongs to it
-            self._unions[tp, gtp] = union
+            self._unions[tp, gtp] = union(gtp, tp)
         return self._unions[tp, gtp]
+
+
+def replica_group_of(
+    config: Any, model_chunks: Sequence[Any], pg_collection: Any
+) -> Callable[[torch.Tensor], ProcessGroup | None] | None:
+    """Return the function for the option ``replica_group``: the data-parallel ranks of a parameter, or of an expert's.
+
+    Return None where ranks are no replicas: Megatron's layer-wise and distributed optimizers share the work in their own
+    ways, and without its DistributedDataParallel nothing keeps gradients the same.
+    """
+    ddp = getattr(model_chunks[0], "ddp_config", None)
+    of_megatron = ("use_layer_wise_distributed_optimizer", "use_distributed_optimizer")
+    if ddp is None or any(getattr(each, name, False) for each in (config, ddp) for name in of_megatron):
+        return None
+    if str(config.optimizer).startswith("dist_"):  # Megatron's older name of the layer-wise one
+        return None
+    return lambda p: getattr(pg_collection, "dp_cp" if getattr(p, "allreduce", True) else "expt_dp", None)
 
 
 def qkv_split_shapes(model_config: Any) -> list[int]:

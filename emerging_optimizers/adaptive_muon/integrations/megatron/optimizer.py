@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Megatron-Core: AdaptiveMuon as Megatron's ``adaptive_muon``, with its configuration, layouts and checkpoints."""
 
+import logging as standard_logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -9,13 +10,19 @@ from typing import Any, Unpack, override
 import torch
 from absl import logging
 from megatron.core import package_info
+from megatron.core.utils import log_single_rank
 from torch import distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, TensorParallelModeT, WeightDecayMethodT
 from emerging_optimizers.adaptive_muon.checks import require_known
 from emerging_optimizers.adaptive_muon.integrations.megatron.arguments import from_command_line, from_config
-from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import MegatronLayouts, qkv_split_shapes, tag_qkv
+from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
+    MegatronLayouts,
+    qkv_split_shapes,
+    replica_group_of,
+    tag_qkv,
+)
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
@@ -93,7 +100,8 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with ``moment2_buffer`` in the shape of its parameter: a view of V where V is smaller."""
-        self._sharding.resolve(self.param_groups)
+        if self.state:  # else there is nothing to expand, and a rank may call alone
+            self._sharding.resolve(self.param_groups)
         state_dict = super().state_dict()
         states = {key: expand_v(state_dict["state"][key], p, self.state_format) for key, p in self._by_key(state_dict)}
         return {**state_dict, "state": states}
@@ -167,10 +175,16 @@ def register(**options: Unpack[OptionsDict]) -> None:
 
     def config_to_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
         tag_qkv(model_chunks)
+        group = replica_group_of(config, model_chunks, pg_collection)
+        arguments = {"replica_group": group, **from_config(config), **from_command_line(), **chosen}
+        if group is not None and arguments.get("share_replicas", Options.share_replicas):
+            log_single_rank(
+                standard_logging.getLogger(__name__),
+                standard_logging.INFO,
+                "adaptive_muon: data-parallel ranks share the orthogonalization; --no-adaptive-muon-share-replicas to repeat",
+            )
         return {
-            **from_config(config),
-            **from_command_line(),
-            **chosen,
+            **arguments,
             "pg_collection": pg_collection,
             "qkv_split_shapes": qkv_split_shapes(model_chunks[0].config),
         }
