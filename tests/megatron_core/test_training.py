@@ -11,8 +11,13 @@ from megatron.core.optimizer import emerging_optimizers
 from models import EXPERTS, cut, gpt, optimizer_of, parallel, seeded, train
 from side_by_side import each_method
 from torch import distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
-from emerging_optimizers.adaptive_muon.integrations.megatron.optimizer import register, warn_of_blockwise
+from emerging_optimizers.adaptive_muon.integrations.megatron.optimizer import (
+    TensorParallelAdaptiveMuon,
+    register,
+    warn_of_blockwise,
+)
 
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
@@ -96,6 +101,41 @@ def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
         assert each == pytest.approx(losses[1, 1], rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["layer_sharded", "blockwise"])
+@pytest.mark.parametrize("sizes", [{"tp": 1}, {"tp": 2}, {"expert_model_parallel_size": 2}], ids=str)
+def test_data_parallel_ranks_share_the_work(
+    sizes: dict[str, int], mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dense matrices among all ranks with the same strip, experts among those with the same experts."""
+    experts: dict[str, Any] = dict(
+        num_moe_experts=EXPERTS,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=32,
+        moe_token_dispatcher_type="allgather",
+        moe_grouped_gemm=False,
+    )
+    caplog.set_level("INFO")
+    losses, work, lines = {}, {}, {}
+    for share in (True, False):
+        register(share_replicas=share)
+        caplog.clear()
+        with parallel(**sizes):
+            model = gpt(**(experts if "tp" not in sizes else {}))
+            optimizer = optimizer_of(model, muon_tp_mode=mode)
+            losses[share] = train(model, optimizer, range(5))
+            with FlopCounterMode(display=False) as counter:
+                optimizer.step()
+        work[share] = torch.tensor(counter.get_total_flops())
+        dist.all_reduce(work[share])
+        lines[share] = [record for record in caplog.records if "share the orthogonalization" in record.getMessage()]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert bool(lines[True]) is (dist.get_rank() == 0) and not lines[False]
+    if sizes.get("tp", 1) == 1 and "tp" in sizes:
+        assert work[False] == 4 * work[True]
+    else:  # two replicas of strips, or of experts; four of dense matrices
+        assert 2 * work[True] <= work[False] <= 4 * work[True]
+
+
 @each_method
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_weights_after_the_same_gradients(method: str, bf16: bool) -> None:
@@ -124,6 +164,13 @@ def test_weights_after_the_same_gradients(method: str, bf16: bool) -> None:
                 assert p.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
+def muons_of(optimizer: Any) -> list[TensorParallelAdaptiveMuon]:
+    """Our optimizers within Megatron's."""
+    if hasattr(optimizer, "chained_optimizers"):
+        return [muon for each in optimizer.chained_optimizers for muon in muons_of(each)]
+    return [optimizer.optimizer] if isinstance(optimizer.optimizer, TensorParallelAdaptiveMuon) else []
+
+
 @each_method
 @pytest.mark.parametrize("kind", ["legacy", "layout"])
 def test_layer_wise_distributed_optimizer(method: str, kind: str) -> None:
@@ -138,3 +185,7 @@ def test_layer_wise_distributed_optimizer(method: str, kind: str) -> None:
     # Not bit for bit: a rank that has fewer of the matrices works on stacks of other sizes, whose last bits may differ,
     # and a bfloat16 weight is rounded to the next number then.
     assert losses[kind] == pytest.approx(losses[""], rel=1e-3)
+    # Megatron has dealt out the matrices.
+    assert all(
+        muon.replicas_of(p) == 1 for muon in muons_of(optimizer) for g in muon.param_groups for p in g["params"]
+    )
