@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import fsdp, full, local, models, tensor_parallel_and_fsdp, train
+from models import fsdp, full, hsdp, local, models, tensor_parallel_and_fsdp, train
 from pieces import difference, options_of
 from torch import distributed as dist
 from torch import nn
@@ -32,11 +32,14 @@ DIRECTORY = os.environ.get("CHECKPOINTS")
 SAVED_AFTER, STEPS = 3, 6
 
 
-def make(way: Callable[[nn.Module], None] | None, method: str) -> tuple[nn.Module, HybridAdaptiveMuon]:
+def make(
+    way: Callable[[nn.Module], None] | None, method: str, share_replicas: bool = True
+) -> tuple[nn.Module, HybridAdaptiveMuon]:
     """A model sharded in a way, or whole, and its optimizer."""
     whole, sharded, _ = models(way or fsdp)
     model = sharded if way else whole
     options = {**options_of(method), "weight_decay": 0.1, "scalar_lr": 1e-3, "bias_correction": True}
+    options["share_replicas"] = share_replicas
     return model, HybridAdaptiveMuon.from_model(model, **options)
 
 
@@ -51,10 +54,10 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> di
 
 @pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
-@pytest.mark.parametrize("way", [fsdp, tensor_parallel_and_fsdp])
+@pytest.mark.parametrize("way", [fsdp, hsdp, tensor_parallel_and_fsdp])
 @pytest.mark.parametrize("method", METHODS)
 def test_training_goes_on(method: str, way: Callable[[nn.Module], None], flat: bool) -> None:
-    """On fewer ranks, and on one also without any sharding."""
+    """On fewer ranks and replicas, on one also without any sharding; what two replicas share, each does alone then."""
     place = Path(DIRECTORY or "") / f"{method}-{way.__name__}-{flat}"
     if dist.get_world_size() == 4:
         model, optimizer = make(way, method)
@@ -66,15 +69,20 @@ def test_training_goes_on(method: str, way: Callable[[nn.Module], None], flat: b
             torch.save((losses, weights), place / "uninterrupted.pt")
         dist.barrier()
     losses, weights = torch.load(place / "uninterrupted.pt")
-    for chosen in (way, None)[: 2 if dist.get_world_size() == 1 else 1]:
-        model, optimizer = make(chosen, method)
+    chosen: list[tuple[Callable[[nn.Module], None] | None, bool]] = [(way, True)]
+    if way is hsdp:
+        chosen += [(hsdp, False), (fsdp, True)]
+    if dist.get_world_size() == 1:
+        chosen.append((None, True))
+    for of_loaded, share in chosen:
+        model, optimizer = make(of_loaded, method, share)
         loaded = states(model, optimizer, flat)
         dcp.load(loaded, checkpoint_id=place)
         set_model_state_dict(model, loaded["model"])  # type: ignore[arg-type]
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=options)  # type: ignore[arg-type]
         # Where the model's own products are split, their rounding differs. adamuon: see far_apart.
-        within = 1e-2 if way is not fsdp else 1e-4 if method == "adamuon" else 1e-5
+        within = 1e-2 if way is tensor_parallel_and_fsdp else 1e-4 if method == "adamuon" else 1e-5
         assert train(model, optimizer, range(SAVED_AFTER, STEPS)) == pytest.approx(losses, rel=within)
         for p, expected in zip(model.parameters(), weights, strict=True):
             assert difference(full(p), expected) <= within
