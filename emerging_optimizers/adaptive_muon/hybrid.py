@@ -311,7 +311,7 @@ def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMu
         for reason, text in ((NOT_A_MAP, NOT_A_MAP), (STACK, "3-D, stacks of experts perhaps")):
             count = sum(route.reason.startswith(reason) for *_, route in rows) if part == "adamw" else 0
             line += f"; {count} of them {text}" if count else ""
-        shared = Counter(muon.replicas_of(p) for _, p, _ in rows if part == "adaptive_muon")
+        shared = Counter(muon.state_format.sharding.replicas_of(p) for _, p, _ in rows if part == "adaptive_muon")
         for replicas, count in sorted(shared.items()):
             line += f"; {count} shared by {replicas} replicas" if replicas > 1 else ""
         lines.append(line)

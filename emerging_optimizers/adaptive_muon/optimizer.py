@@ -141,12 +141,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         params, rounds = self._plan_of()
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        lack_state = any("momentum_buffer" not in self.state.get(p, ()) for p in gradients)
-        if lack_state:
-            unchanged = state_only(self.param_groups, self.state, gradients, self._sharding)
-            params, rounds = self._plan_of(unchanged)
+        new = any("momentum_buffer" not in self.state.get(p, ()) for p in gradients)
+        if new:
+            params, rounds = self._plan_of(state_only(self.param_groups, self.state, gradients, self._sharding))
         self._sharding.compare_replicas(params, self.param_groups)
-        for group in self.param_groups if lack_state else ():
+        for group in self.param_groups if new else ():
             self._init_group(group)
         rule = StepRule(
             moment2=self.state_format.moment2,
@@ -177,10 +176,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             self._sharding.compare_gradients(self.param_groups)
             self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
         return params, self._plan[1]
-
-    def replicas_of(self, p: torch.Tensor) -> int:
-        """Return how many replicas of a parameter share the work on it: 1 where this rank, or its shards' ranks, do all."""
-        return self._sharding.replicas_of(p)
 
     def _functions(
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
