@@ -3,6 +3,8 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, SupportsIndex, Unpack, overload, override
 
 import torch
@@ -21,7 +23,7 @@ from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state, state_only
-from emerging_optimizers.adaptive_muon.update import StepRule, update_round
+from emerging_optimizers.adaptive_muon.update import StepRule, update_rounds
 from emerging_optimizers.adaptive_muon.weight_decay import WEIGHT_DECAYS
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
@@ -156,8 +158,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
             after_update=self.post_weight_update_fn_inplace,
         )
-        for one in rounds:
-            update_round(one, rule, self.param_groups, params, gradients, self.state)
+        for _, of_group in groupby(rounds, key=attrgetter("process_group")):
+            update_rounds([*of_group], rule, self.param_groups, params, gradients, self.state)
 
     def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], list[Round]]:
         """Return the parameters to update and their plan, which is kept: they rarely change."""

@@ -8,7 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
@@ -31,17 +31,8 @@ class Distributed(Mode):
     takes_functions = False
 
     @override
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
-        squares, Xs = _normalized(group, batches)
-        newton_schulz = cast(NewtonSchulz, batches[0].orthogonalize.function)
-        for coefficients in newton_schulz.coefficients:
-            Xs = _iterated(group, batches, Xs, newton_schulz, coefficients)
-        Os = [X.to(batch.momentum.dtype).view_as(batch.momentum) for X, batch in zip(Xs, batches, strict=True)]
-        observe = [i for i, batch in enumerate(batches) if batch.orthogonalize.observes_result]
-        terms = [_partial(Os[i], batches[i], batches[i].orthogonalize.kept_dims) for i in observe]
-        for i, total in zip(observe, sum_over(group, terms), strict=True):
-            squares[i].append(total)
-        return list(zip(Os, squares, strict=True))
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> Exchange:
+        return _InPlace(group, batches)
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
@@ -56,6 +47,34 @@ class Distributed(Mode):
             [tuple(each) for each in layout.rectangles],
             'use tp_mode="layer_sharded"',
         )
+
+
+class _InPlace(Exchange):
+    """A round in the mode "distributed". Its sums depend on each other, and none is on its way during other work."""
+
+    def __init__(self, group: ProcessGroup, batches: Sequence[Shards]) -> None:
+        self._group, self._batches = group, batches
+
+    @override
+    def assemble(self) -> None:
+        self._squares, self._Xs = _normalized(self._group, self._batches)
+        self._batches = [batch.released() for batch in self._batches]
+
+    @override
+    def orthogonalize(self) -> None:
+        newton_schulz = cast(NewtonSchulz, self._batches[0].orthogonalize.function)
+        for coefficients in newton_schulz.coefficients:
+            self._Xs = _iterated(self._group, self._batches, self._Xs, newton_schulz, coefficients)
+
+    @override
+    def results(self) -> list[tuple[torch.Tensor, Squares]]:
+        Xs, self._Xs = self._Xs, []
+        Os = [X.to(batch.momentum.dtype).view_as(batch.momentum) for X, batch in zip(Xs, self._batches, strict=True)]
+        observing = [i for i, batch in enumerate(self._batches) if batch.orthogonalize.observes_result]
+        terms = [_partial(Os[i], self._batches[i], self._batches[i].orthogonalize.kept_dims) for i in observing]
+        for i, total in zip(observing, sum_over(self._group, terms), strict=True):
+            self._squares[i].append(total)
+        return [*zip(Os, self._squares, strict=True)]
 
 
 def _normalized(group: ProcessGroup, batches: Sequence[Shards]) -> tuple[list[Squares], list[torch.Tensor]]:
