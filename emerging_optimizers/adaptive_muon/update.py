@@ -4,15 +4,13 @@
 A letter with an s is a list, of a tensor per parameter; a letter without is one tensor, of the whole batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from emerging_optimizers.adaptive_muon.exchange import Exchange, LocalExchange, Orthogonalize, Shards
-from emerging_optimizers.adaptive_muon.exchange.plan import Round
+from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
@@ -24,7 +22,7 @@ from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 from emerging_optimizers.adaptive_muon.weight_decay import Number, WeightDecay
 
 
-__all__ = ["BatchUpdate", "StepRule", "update_rounds"]
+__all__ = ["BatchUpdate", "StepRule"]
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,75 +52,6 @@ class StepRule:
     functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
     before_update: Callable[[torch.Tensor, torch.Tensor], None] | None
     after_update: Callable[[torch.Tensor], None]
-
-
-def update_rounds(
-    rounds: Sequence[Round],
-    rule: StepRule,
-    param_groups: Sequence[dict[str, Any]],
-    params: Sequence[torch.Tensor],
-    gradients: Mapping[torch.Tensor, torch.Tensor],
-    states: Mapping[torch.Tensor, dict[str, torch.Tensor]],
-) -> None:
-    """Update the parameters of rounds and their states in place.
-
-    While a round is orthogonalized, the shards of the next one and the results of the one before are on their way. No
-    other message is then: each is released before the next of its kind is made. All ranks send in this order.
-
-    Args:
-        rounds: The rounds, all of the same process group.
-        rule: What a step does.
-        param_groups: The optimizer's parameter groups.
-        params: The parameters of the plan, by their places in it.
-        gradients: Their gradients; of DTensors what this rank holds.
-        states: Their states.
-    """
-
-    def begun(one: Round) -> _RoundUpdate:
-        updates = []
-        for batch in one.batches:
-            members, group = [params[i] for i in batch.members], param_groups[batch.group]
-            Gs, of_members = [gradients[p] for p in members], [states[p] for p in members]
-            updates.append(BatchUpdate(rule, group, members, Gs, of_members, batch.matrices, batch.owners))
-        return _RoundUpdate(one, updates)
-
-    following: _RoundUpdate | None = None
-    previous: _RoundUpdate | None = None
-    for one, after in zip_longest(rounds, rounds[1:]):
-        current, following = following or begun(one), None
-        current.exchange.assemble()
-        if after is not None and current.exchange.sends_shards:
-            following = begun(after)
-        current.exchange.orthogonalize()
-        if previous is not None:
-            previous.finish()
-        current.exchange.send_results()
-        previous = current
-        if not current.exchange.sends_results:
-            current.finish()
-            previous = None
-        del current  # else what it holds would be kept until the next has begun
-    if previous is not None:
-        previous.finish()
-
-
-class _RoundUpdate:
-    """A round that has begun: the momentum is averaged, and shards are on their way if they are sent."""
-
-    def __init__(self, one: Round, updates: Sequence["BatchUpdate"]) -> None:
-        self._updates = updates
-        shards = [matrix for update in updates for matrix in update.begin()]
-        if one.process_group is None:
-            self.exchange: Exchange = LocalExchange(shards)
-        else:
-            assert one.mode is not None
-            self.exchange = one.mode.exchange(one.process_group, shards)
-
-    def finish(self) -> None:
-        """Wait for the results; average V, and decay and update W."""
-        results = iter(self.exchange.results())
-        for update in self._updates:
-            update.finish([next(results) for _ in update.matrices])
 
 
 class BatchUpdate:

@@ -50,7 +50,7 @@ def matrices(split: bool) -> list[nn.Parameter]:
     ranks, made = dist.get_world_size(), []
     for column in range(ROUNDS):
         for _ in range(ranks):
-            p = nn.Parameter(torch.randn(4 if split else 4 * ranks, 40 - column))
+            p = nn.Parameter(torch.randn(8 if split else 8 * ranks, 40 - column))
             p.partition_dim = 0 if split else -1  # type: ignore[attr-defined]
             p.grad = torch.randn_like(p)
             made.append(p)
@@ -74,7 +74,8 @@ def test_messages_travel_during_the_work_on_other_rounds(
 ) -> None:
     """What a rank sends, waits for and works on, in its order. A round is told by its columns, or by its bytes."""
     seen: list[str] = []
-    round_of_bytes: dict[int, int] = {}
+    # Of an owner's matrix, or of every owner's. The flags of the first message are less.
+    of_column = 4 * 8 * group.size() * (group.size() if mode == "replicas" else 1)
     sent = defaultdict[int, int](int)
 
     def note(event: str) -> None:
@@ -83,7 +84,7 @@ def test_messages_travel_during_the_work_on_other_rounds(
 
     def watch(collective: Callable[..., Any]) -> Any:
         def watched(arrived: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            index = round_of_bytes.setdefault(arrived.nbytes, len(round_of_bytes))
+            index = 40 - arrived.nbytes // of_column
             message = f"{KINDS[mode][sent[index]]} {index}"
             sent[index] += 1
             note(f"send {message}")

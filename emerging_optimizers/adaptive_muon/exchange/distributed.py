@@ -15,6 +15,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout, kept_shape
 
 
@@ -31,8 +32,8 @@ class Distributed(Mode):
     takes_functions = False
 
     @override
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> Exchange:
-        return _InPlace(group, batches)
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
+        return _InPlace(group, batches, flag)
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
@@ -52,12 +53,12 @@ class Distributed(Mode):
 class _InPlace(Exchange):
     """A round in the mode "distributed". Its sums depend on each other, and none is on its way during other work."""
 
-    def __init__(self, group: ProcessGroup, batches: Sequence[Shards]) -> None:
-        self._group, self._batches = group, batches
+    def __init__(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None) -> None:
+        self._group, self._batches, self._flag = group, batches, flag
 
     @override
     def assemble(self) -> None:
-        self._squares, self._Xs = _normalized(self._group, self._batches)
+        self._squares, self._Xs = _normalized(self._group, self._batches, self._flag)
         self._batches = [batch.released() for batch in self._batches]
 
     @override
@@ -77,7 +78,9 @@ class _InPlace(Exchange):
         return [*zip(Os, self._squares, strict=True)]
 
 
-def _normalized(group: ProcessGroup, batches: Sequence[Shards]) -> tuple[list[Squares], list[torch.Tensor]]:
+def _normalized(
+    group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None
+) -> tuple[list[Squares], list[torch.Tensor]]:
     """The whole sums of squares of each batch, and its shards, shape ``(batch, rows, columns)``, of norm 1 as a whole."""
     terms = []
     for batch in batches:
@@ -85,7 +88,12 @@ def _normalized(group: ProcessGroup, batches: Sequence[Shards]) -> tuple[list[Sq
         dims = batch.orthogonalize.kept_dims if batch.orthogonalize.scale is not None else ()
         terms.append(_partial(batch.momentum, batch, dims))
         terms += [_placed(squares, batch, batch.orthogonalize.kept_dims) for squares in batch.squares]
-    totals = iter(sum_over(group, terms))
+    if flag is not None:
+        terms.append(flag.tensor(terms[0].device))
+    sums = sum_over(group, terms)
+    if flag is not None:
+        flag.arrived([sums.pop()])
+    totals = iter(sums)
     squares, Xs = [], []
     for batch in batches:
         momentum, of_momentum = batch.momentum, next(totals)

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.exchange.messages import all_gather
 from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
 
@@ -21,8 +22,8 @@ class Duplicated(Mode):
     """One all-gather for all matrices: shards of M' with their partial sums of squares."""
 
     @override
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> Exchange:
-        return _ToAll(group, batches)
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
+        return _ToAll(group, batches, flag)
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
@@ -34,7 +35,7 @@ class _ToAll(Exchange):
 
     sends_shards = True
 
-    def __init__(self, group: ProcessGroup, batches: Sequence[Shards]) -> None:
+    def __init__(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None) -> None:
         self._everyone = [range(batch.momentum.size(0)) for batch in batches]
         members = [*zip(batches, self._everyone, strict=True)]
         outgoing = [part for batch, everyone in members for part in batch.outgoing(everyone)]
@@ -42,7 +43,7 @@ class _ToAll(Exchange):
             [part for batch, everyone in members for part in batch.incoming(everyone, rank)]
             for rank in range(group.size())
         ]
-        self._shards = all_gather(outgoing, incoming, group, batches[0].momentum.device)
+        self._shards = all_gather(outgoing, incoming, group, batches[0].momentum.device, flag)
         self._batches = [batch.released() for batch in batches]
 
     @override

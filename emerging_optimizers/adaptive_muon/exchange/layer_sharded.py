@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.exchange.messages import all_to_all
 from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards, in_order
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
 
@@ -26,8 +27,8 @@ class LayerSharded(Mode):
     has_owners = True
 
     @override
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> Exchange:
-        return _ToOwnersAndBack(group, batches)
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
+        return _ToOwnersAndBack(group, batches, flag)
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
@@ -40,7 +41,7 @@ class _ToOwnersAndBack(Exchange):
 
     sends_shards = sends_results = True
 
-    def __init__(self, group: ProcessGroup, batches: Sequence[Shards]) -> None:
+    def __init__(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None) -> None:
         self._group, self._me, self._ranks = group, group.rank(), range(group.size())
         self._device = batches[0].momentum.device
         outgoing, incoming = _lists(self._ranks), _lists(self._ranks)
@@ -49,7 +50,7 @@ class _ToOwnersAndBack(Exchange):
                 outgoing[owner] += batch.outgoing(members)
             for rank in self._ranks if self._me in batch.members else ():
                 incoming[rank] += batch.incoming(batch.members[self._me], rank)
-        self._shards = all_to_all(outgoing, incoming, group, self._device)
+        self._shards = all_to_all(outgoing, incoming, group, self._device, flag)
         self._batches = [batch.released() for batch in batches]
         self._owned = [batch for batch in self._batches if self._me in batch.members]
 

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import Part
 from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
@@ -186,12 +187,13 @@ class Mode(ABC):
     has_owners: ClassVar[bool] = False
 
     @abstractmethod
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> Exchange:
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
         """Return the exchange of a round, whose first message is on its way if it carries shards.
 
         Args:
             group: The process group, all of whose ranks call with the same batches.
             batches: The batches, at least one.
+            flag: What the first message carries to all ranks beside.
         """
 
     @abstractmethod

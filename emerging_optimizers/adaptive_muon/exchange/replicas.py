@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.exchange.messages import all_gather
 from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards, in_order
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 
 
@@ -25,8 +26,8 @@ class Replicas(Mode):
     has_owners = True
 
     @override
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> Exchange:
-        return _ToReplicas(group, batches)
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
+        return _ToReplicas(group, batches, flag)
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
@@ -39,8 +40,9 @@ class _ToReplicas(Exchange):
 
     sends_results = True
 
-    def __init__(self, group: ProcessGroup, batches: Sequence[Shards]) -> None:
-        self._group, self._batches, self._device = group, batches, batches[0].momentum.device
+    def __init__(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None) -> None:
+        self._group, self._batches, self._flag = group, batches, flag
+        self._device = batches[0].momentum.device
 
     @override
     def orthogonalize(self) -> None:
@@ -59,7 +61,7 @@ class _ToReplicas(Exchange):
             [part for batch in self._batches if rank in batch.members for part in batch.returned(batch.members[rank])]
             for rank in range(self._group.size())
         ]
-        self._results = all_gather(self._outgoing, incoming, self._group, self._device)
+        self._results = all_gather(self._outgoing, incoming, self._group, self._device, self._flag)
         del self._outgoing
 
     @override
