@@ -123,9 +123,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         Raises:
             ValueError: If a gradient is sparse or complex, a parameter is no longer a matrix or no longer of its
                 state's dtype, or the ranks that hold a matrix together are found to disagree about it. No weight and no
-                state has changed then.
-            RuntimeError: If a rank that holds a shard does not answer, or comes with other gradients than in its steps
-                before; then some may have changed.
+                state has changed then. There is an exception where gradients have come or gone on some ranks only: on a
+                CPU, momenta of a process group's first rounds have been averaged on the other ranks, and all of the
+                process groups before it. On a GPU this is found in the next step: load a checkpoint from before the last.
+            RuntimeError: If a rank that holds a shard does not answer, because it has died or has other parameters than
+                in its steps before; then some may have changed.
         """
         loss = loss_of(closure)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):

@@ -74,6 +74,10 @@ def snapshot(optimizer: AdaptiveMuon, but: str = "") -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in (*params, *states)]
 
 
+def same(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:
+    return len(before) == len(after) and all(map(torch.equal, before, after))
+
+
 def refused(step: Callable[[], Any], match: str) -> None:
     """A step raises the same error on all ranks."""
     with pytest.raises(ValueError, match=match) as error:
@@ -105,11 +109,11 @@ def test_on_one_rank(way: str, appears: bool, at_once: bool, most: int, quick: P
         give(pairs, step, without=[1] if last != appears else [])
         if at_once:
             refused(optimizer.step, match)
-            assert all(map(torch.equal, before, snapshot(optimizer, but="momentum_buffer")))
-            assert not last or all(map(torch.equal, with_momentum, snapshot(optimizer)))
+            assert same(before, snapshot(optimizer, but="momentum_buffer"))
+            assert not last or same(with_momentum, snapshot(optimizer))
         else:
             optimizer.step()
-            assert not last or all(map(torch.equal, with_momentum, snapshot(optimizer)))
+            assert not last or same(with_momentum, snapshot(optimizer))
             give(pairs, step, without=usual)
             refused(optimizer.step, rf"{match}.*the last step was wrong.*checkpoint")
     for step in (4, 5):
@@ -145,7 +149,24 @@ def test_another_one_on_each_rank(way: str, at_once: bool, quick: ProcessGroup) 
     before = snapshot(optimizer)
     give(pairs, 1, without=[min(dist.get_rank(), 1)])
     refused(optimizer.step, r"'p0' has no gradient on rank 0.*'p0' has a gradient on rank 1")
-    assert all(map(torch.equal, before, snapshot(optimizer)))
+    assert same(before, snapshot(optimizer))
+
+
+@several
+@each_reading
+@each_way
+def test_a_first_gradient_at_a_rate_of_zero_on_one_rank(way: str, at_once: bool, quick: ProcessGroup) -> None:
+    """Whether it is to get state only is asked of the others later, when they agree that there is a gradient."""
+    pairs = matrices(way)
+    optimizer = made(way, pairs, quick, lr=0.0)
+    give(pairs, 0, without=[1])
+    optimizer.step()
+    give(pairs, 1, without=[1] if dist.get_rank() else [])
+    if not at_once:
+        optimizer.step()
+        give(pairs, 2, without=[1])
+    refused(optimizer.step, r"'p1' has a gradient on rank 0.*'p1' has no gradient on rank 1")
+    assert not optimizer.state[pairs[1].piece]
 
 
 @several
