@@ -77,8 +77,8 @@ class Comparison:
 
     @property
     def is_due(self) -> bool:
-        """Whether :meth:`compare` has to be called, though no gradient may have come or gone."""
-        return None in self._agreed.values() or bool(self._changed)
+        """Whether ranks have exchanged shard infos since :meth:`compare`, which all of them then call."""
+        return None in self._agreed.values()
 
     def forget(self, group: ProcessGroup) -> None:
         """Have all ranks of a group compare their gradients next time: they have exchanged shard infos."""

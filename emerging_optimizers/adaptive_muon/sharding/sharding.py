@@ -91,7 +91,7 @@ class Sharding:
 
     @property
     def has_to_compare(self) -> bool:
-        """Whether :meth:`compare_gradients` has to be called, though no gradient may have come or gone."""
+        """Whether ranks have exchanged shard infos since :meth:`compare_gradients`, which all of them then call."""
         return self._comparison.is_due
 
     def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
