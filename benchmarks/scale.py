@@ -131,12 +131,21 @@ def owned(one: Round, ready: Sequence[Ready]) -> Iterator[tuple[ShardedLayout, i
             yield cast(ShardedLayout, ready[member].matrices[0].layout), owner
 
 
+class Load(NamedTuple):
+    """What a rank has in a round, in elements."""
+
+    shards: int = 0  # of all matrices
+    whole: int = 0  # all matrices that it owns
+    largest: int = 0  # of these
+
+
 class Busiest:
     """What the busiest rank does in a round, and in all."""
 
     def __init__(self, ranks: int) -> None:
         self.critical_path = self.temporary = 0
         self._ranks, self._sent, self._received = ranks, [0] * ranks, [0] * ranks
+        self._last = [[Load()] * ranks] * 2  # the loads of the last two rounds
 
     @property
     def sent(self) -> int:
@@ -149,11 +158,7 @@ class Busiest:
         return max(self._received)
 
     def add(self, matrices: list[tuple[ShardedLayout, int]]) -> None:
-        """Adds a round.
-
-        The temporary memory of a rank is that of messages, M' of its shards, and M' and O of its matrices, without the
-        iteration's own.
-        """
+        """Adds a round; one without matrices after the last."""
         work, whole, own, largest = ([0] * self._ranks for _ in range(4))
         shards = [0] * self._ranks
         for layout, owner in matrices:
@@ -166,13 +171,29 @@ class Busiest:
             for rank, rectangle in enumerate(layout.rectangles):
                 shards[rank] += number * rectangle.area
         self.critical_path += max(work)
-        for rank, (S, W, both, one) in enumerate(zip(shards, whole, own, largest, strict=True)):
+        for rank, (S, W, both) in enumerate(zip(shards, whole, own, strict=True)):
             self._sent[rank] += MOMENTUM * (S - both) + RESULT * (W - both)
             self._received[rank] += MOMENTUM * (W - both) + RESULT * (S - both)
-            first = 2 * MOMENTUM * S + MOMENTUM * W
-            working = MOMENTUM * (S + W + one) + RESULT * W
-            second = MOMENTUM * (S + W) + RESULT * (2 * W + S)
-            self.temporary = max(self.temporary, first, working, second)
+        loads = [Load(*each) for each in zip(shards, whole, largest, strict=True)]
+        self.temporary = max(self.temporary, *map(temporary_bytes, *self._last, loads))
+        self._last = [self._last[1], loads]
+
+
+def temporary_bytes(previous: Load, current: Load, following: Load) -> int:
+    """Returns the most temporary bytes of a rank in a round, between two others.
+
+    These are messages, M' of its shards, and M' and O of its matrices, without the iteration's own. The message with the
+    next round's shards is on its way when the round is orthogonalized, as are the results of the one before.
+    """
+    ahead, back = MOMENTUM * (following.shards + following.whole), RESULT * (previous.shards + previous.whole)
+    M, O = MOMENTUM * current.whole, RESULT * current.whole
+    return max(
+        2 * M + back,  # the matrices are assembled
+        M + back + MOMENTUM * following.shards + ahead,  # the next round's shards are sent
+        M + RESULT * current.largest + back + ahead,  # each matrix is orthogonalized
+        O + back + RESULT * previous.shards + ahead,  # the round before ends
+        O + RESULT * (current.shards + current.whole) + ahead,  # the results are sent
+    )
 
 
 def least_of_busiest(costs: Sequence[int], ranks: int) -> int:
@@ -211,6 +232,7 @@ def planned(model: ShapeSet, way: Way, ranks: int, cap: int) -> dict[str, Any]:
     busiest = Busiest(ranks)
     for one in rounds:
         busiest.add(list(owned(one, ready)))
+    busiest.add([])
     costs = [math.prod(shape) * min(shape) for shape in model.shapes]
     ideal, least = sum(costs) / ranks, least_of_busiest(costs, ranks)
     return {
@@ -249,7 +271,11 @@ def exchanged(model: ShapeSet, ranks: int) -> dict[str, Any]:
     with patch("torch.distributed.all_to_all_single"):
         for _ in range(3):
             start = time.perf_counter()
-            mode.exchange(cast(ProcessGroup, group), batches)
+            exchange = mode.exchange(cast(ProcessGroup, group), batches)
+            exchange.assemble()
+            exchange.orthogonalize()
+            exchange.send_results()
+            exchange.results()
             seconds = min(seconds, time.perf_counter() - start)
     most_owned = -(-len(small.shapes) // ranks)
     return {"model": model.title, "ranks": ranks, "owned": most_owned, "seconds_of_exchange": seconds}

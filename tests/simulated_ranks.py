@@ -66,22 +66,42 @@ class Ranks:
         return results
 
 
+class Work:
+    """A collective on its way: what it brings is in place when it has been waited for, and not before."""
+
+    def __init__(self, arrived: torch.Tensor, bring: Callable[[], torch.Tensor]) -> None:
+        self._arrived, self._bring = arrived, bring
+        arrived.fill_(0xA5)
+
+    def wait(self) -> None:
+        self._arrived.copy_(self._bring())
+
+
 @contextmanager
 def simulated_collectives() -> Iterator[None]:
     """Has :class:`Ranks` take the place of process groups in the collectives that a step calls."""
 
     def all_to_all(
-        arrived: torch.Tensor, sent: torch.Tensor, received: Sequence[int], splits: Sequence[int], *, group: Ranks
-    ) -> None:
+        arrived: torch.Tensor,
+        sent: torch.Tensor,
+        received: Sequence[int],
+        splits: Sequence[int],
+        *,
+        group: Ranks,
+        async_op: bool,
+    ) -> Work:
+        assert async_op
         assert not any(size % 16 for size in (*received, *splits)), "bytes of a message that are not aligned"
         of_ranks = group.everyones("all_to_all", torch.split(sent, list(splits)))
         to_this_rank = [parts[group.rank()] for parts in of_ranks]
         assert [len(part) for part in to_this_rank] == list(received), "another size arrives than is expected"
-        arrived.copy_(torch.cat(to_this_rank))
+        return Work(arrived, lambda: torch.cat(to_this_rank))
 
-    def all_gather(arrived: torch.Tensor, sent: torch.Tensor, *, group: Ranks) -> None:
+    def all_gather(arrived: torch.Tensor, sent: torch.Tensor, *, group: Ranks, async_op: bool) -> Work:
+        assert async_op
         assert len(sent) % 16 == 0, "bytes of a message that are not aligned"
-        arrived.copy_(torch.cat(group.everyones("all_gather", sent)))
+        of_ranks = group.everyones("all_gather", sent)
+        return Work(arrived, lambda: torch.cat(of_ranks))
 
     def all_reduce(tensor: torch.Tensor, *, group: Ranks) -> None:
         first, *others = group.everyones("all_reduce", tensor.clone())

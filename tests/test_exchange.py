@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from simulated_ranks import Ranks
 from tilings import PINWHEEL, Tiling, replicated, strips, tilings
 
-from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards, make_mode
+from emerging_optimizers.adaptive_muon.exchange import Exchange, Orthogonalize, Shards, make_mode
 from emerging_optimizers.adaptive_muon.exchange.messages import Part, all_gather, all_to_all
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
@@ -78,6 +78,14 @@ class Spec:
         return Shards(momentum, squares, layout, self.owners, orthogonalize)
 
 
+def results_of(exchange: Exchange) -> list[Result]:
+    """What a rank has when it has gone through all phases of a round."""
+    exchange.assemble()
+    exchange.orthogonalize()
+    exchange.send_results()
+    return exchange.results()
+
+
 def scale_of(squares: Sequence[torch.Tensor], members: Sequence[int]) -> torch.Tensor:
     """A scale that depends on the sums, their order and the member."""
     D = torch.tensor([1.0 + member for member in members]).view(-1, *[1] * (squares[0].ndim - 1))
@@ -124,8 +132,7 @@ def exchanged(
     def of_rank(rank: int) -> list[Result]:
         functions = [function or [*map(elementwise, range(len(spec.owners)))] for spec in batches]
         shards = [spec.shards(rank, ranks, each) for spec, each in zip(batches, functions, strict=True)]
-        results: list[Result] = exchange.exchange(ranks, shards)
-        return results
+        return results_of(exchange.exchange(ranks, shards))
 
     return ranks, batches, ranks.run(of_rank)
 
@@ -270,7 +277,7 @@ def test_all_to_all_brings_every_part_where_it_belongs(parts: list[Any]) -> None
         outgoing = [sent(rank, target) for target in everyone]
         incoming = [[Part(*part) for part in parts[source][rank]] for source in everyone]
         group: Any = ranks
-        return all_to_all(outgoing, incoming, group, torch.device("cpu"))
+        return all_to_all(outgoing, incoming, group, torch.device("cpu")).wait()
 
     for rank, from_ranks in enumerate(ranks.run(of_rank)):
         for source, arrived in enumerate(from_ranks):
@@ -291,7 +298,7 @@ def test_all_gather_brings_every_part_to_all(parts: list[Any]) -> None:
     def of_rank(rank: int) -> list[list[torch.Tensor]]:
         incoming = [[Part(*part) for part in of_source] for of_source in parts]
         group: Any = ranks
-        return all_gather(sent(rank), incoming, group, torch.device("cpu"))
+        return all_gather(sent(rank), incoming, group, torch.device("cpu")).wait()
 
     for from_ranks in ranks.run(of_rank):
         for source, arrived in enumerate(from_ranks):

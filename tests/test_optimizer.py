@@ -14,7 +14,7 @@ from side_by_side import legal, normal
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT, update
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT, pipeline
 from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.update import BatchUpdate
@@ -512,7 +512,7 @@ def test_parameters_of_one_shape_are_a_stack(method):
             p.grad = None if step < 2 and index == 1 else normal(p.shape, 10 * step + index)
             q.grad = None if p.grad is None else p.grad.clone()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(update, "BatchUpdate", lambda *args: batches.append(len(args[2])) or BatchUpdate(*args))
+            patch.setattr(pipeline, "BatchUpdate", lambda *args: batches.append(len(args[2])) or BatchUpdate(*args))
             optimizers[0].step()
         for optimizer in optimizers[1:]:
             optimizer.step()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer of matrices: momentum, orthogonalization, adaptive scale, update."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, SupportsIndex, Unpack, overload, override
 
@@ -11,17 +11,20 @@ from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable
 from emerging_optimizers.adaptive_muon.exchange import make_mode
-from emerging_optimizers.adaptive_muon.exchange.plan import Ready, Round, make_plan
+from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.modes import check_capture, loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
+from emerging_optimizers.adaptive_muon.pipeline import RoundUpdate, knock, pipelined
+from emerging_optimizers.adaptive_muon.planner import Planner
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
-from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_state, state_only
-from emerging_optimizers.adaptive_muon.update import StepRule, update_round
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
+from emerging_optimizers.adaptive_muon.update import StepRule
 from emerging_optimizers.adaptive_muon.weight_decay import WEIGHT_DECAYS
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
@@ -94,7 +97,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self._sharding = Sharding(rules, self._mode, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
-        self._plan: tuple[list[Ready], list[Round]] | None = None
+        self._planner = Planner(self.state_format, self._mode, self.max_bytes_in_flight)
         self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
         of_upstream: dict[str, Any] = {name: getattr(self.options, name) for name in _OF_UPSTREAM}
         super().__init__(params, lr, momentum, weight_decay, **of_upstream)
@@ -121,9 +124,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         Raises:
             ValueError: If a gradient is sparse or complex, a parameter is no longer a matrix or no longer of its
                 state's dtype, or the ranks that hold a matrix together are found to disagree about it. No weight and no
-                state has changed then.
-            RuntimeError: If a rank that holds a shard does not answer, or comes with other gradients than in its steps
-                before; then some may have changed.
+                state has changed then. There is an exception where gradients have come or gone on some ranks only: on a
+                CPU, momenta of a process group's first rounds have been averaged on the other ranks, and all of the
+                process groups before it. On a GPU this is found in the next step: load a checkpoint from before the last.
+            RuntimeError: If a rank that holds a shard does not answer, because it has died or has other parameters than
+                in its steps before; then some may have changed.
         """
         loss = loss_of(closure)
         with plain_modes([p for group in self.param_groups for p in group["params"]]):
@@ -137,17 +142,27 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         for group in self.param_groups:
             check_matrices(group)
             check_gradients(group, "AdaptiveMuon")
+        self._sharding.check_last_step(self.param_groups)
         self._sharding.resolve(self.param_groups)
-        params, rounds = self._plan_of()
+        plan = self._planner.plan(self.param_groups, self.state)
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        new = any("momentum_buffer" not in self.state.get(p, ()) for p in gradients)
-        if new:
-            params, rounds = self._plan_of(state_only(self.param_groups, self.state, gradients, self._sharding))
-        self._sharding.compare_replicas(params, self.param_groups)
-        for group in self.param_groups if new else ():
-            self._init_group(group)
-        rule = StepRule(
+        with_state = partial(self._planner.with_state, self.param_groups, self.state, gradients, self._init_group)
+        plan, rule = with_state(plan), self._rule()
+
+        def begun(one: Round, flag: Flag | None) -> RoundUpdate:
+            return RoundUpdate(one, flag, rule, self.param_groups, plan.params, gradients, self.state)
+
+        for process_group in plan.rounds:
+            if process_group is not None and self._sharding.has_changed(process_group):
+                if not knock(process_group, self._planner, rule, self.param_groups):
+                    continue
+                plan = with_state(self._planner.plan(self.param_groups, self.state))
+            pipelined(plan.rounds[process_group], begun, self._sharding.flag(process_group, self.param_groups))
+
+    def _rule(self) -> StepRule:
+        """Return what a step does with every batch."""
+        return StepRule(
             moment2=self.state_format.moment2,
             nesterov=self.nesterov,
             weight_decay=WEIGHT_DECAYS[self.weight_decay_method],
@@ -158,24 +173,6 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
             after_update=self.post_weight_update_fn_inplace,
         )
-        for one in rounds:
-            update_round(one, rule, self.param_groups, params, gradients, self.state)
-
-    def _plan_of(self, unchanged: Collection[torch.Tensor] = ()) -> tuple[list[torch.Tensor], list[Round]]:
-        """Return the parameters to update and their plan, which is kept: they rarely change."""
-        params, ready = [], []
-        for index, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.grad is not None and p not in unchanged and not self._sharding.is_empty(p):
-                    params.append(p)
-                    ready.append(Ready.of(p, self._sharding.matrices(p), index))
-        if self._plan is None or self._plan[0] != ready or self._sharding.has_to_compare:
-            self._plan = None  # the one before must not be taken again if something is refused now
-            for group in self.param_groups:
-                check_state(group, self.state, self.state_format)
-            self._sharding.compare_gradients(self.param_groups)
-            self._plan = ready, make_plan(ready, self._mode, self.max_bytes_in_flight)
-        return params, self._plan[1]
 
     def _functions(
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
@@ -224,11 +221,11 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             skip_non_grad_params: Whether to pass over parameters without a gradient.
         """
         for p in group["params"]:
-            state = self.state[p] if p.grad is not None or not skip_non_grad_params else None
-            if state is None or "momentum_buffer" in state:
+            if (p.grad is None and skip_non_grad_params) or "momentum_buffer" in self.state.get(p, ()):
                 continue
             self._sharding.resolve(self.param_groups)
-            state.update(self.state_format.new_state(p))
+            if not self._sharding.awaits_comparison(p):
+                self.state[p].update(self.state_format.new_state(p))
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -4,14 +4,13 @@
 A letter with an s is a list, of a tensor per parameter; a letter without is one tensor, of the whole batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
-from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
@@ -23,7 +22,7 @@ from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 from emerging_optimizers.adaptive_muon.weight_decay import Number, WeightDecay
 
 
-__all__ = ["BatchUpdate", "StepRule", "update_round"]
+__all__ = ["BatchUpdate", "StepRule"]
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -53,40 +52,6 @@ class StepRule:
     functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
     before_update: Callable[[torch.Tensor, torch.Tensor], None] | None
     after_update: Callable[[torch.Tensor], None]
-
-
-def update_round(
-    one: Round,
-    rule: StepRule,
-    param_groups: Sequence[dict[str, Any]],
-    params: Sequence[torch.Tensor],
-    gradients: Mapping[torch.Tensor, torch.Tensor],
-    states: Mapping[torch.Tensor, dict[str, torch.Tensor]],
-) -> None:
-    """Update the parameters of a round and their states in place.
-
-    Args:
-        one: The round.
-        rule: What a step does.
-        param_groups: The optimizer's parameter groups.
-        params: The parameters of the plan, by their places in it.
-        gradients: Their gradients; of DTensors what this rank holds.
-        states: Their states.
-    """
-    updates = []
-    for batch in one.batches:
-        members, group = [params[i] for i in batch.members], param_groups[batch.group]
-        Gs, of_members = [gradients[p] for p in members], [states[p] for p in members]
-        updates.append(BatchUpdate(rule, group, members, Gs, of_members, batch.matrices, batch.owners))
-    shards = [matrix for update in updates for matrix in update.begin()]
-    if one.process_group is None:
-        results = [matrix.orthogonalized() for matrix in shards]
-    else:
-        assert one.mode is not None
-        results = one.mode.exchange(one.process_group, shards)
-    of_updates = iter(results)
-    for update in updates:
-        update.finish([next(of_updates) for _ in update.matrices])
 
 
 class BatchUpdate:

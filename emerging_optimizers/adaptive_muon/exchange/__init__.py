@@ -7,11 +7,11 @@ from emerging_optimizers.adaptive_muon.checks import require_one_of
 from emerging_optimizers.adaptive_muon.exchange.distributed import Distributed
 from emerging_optimizers.adaptive_muon.exchange.duplicated import Duplicated
 from emerging_optimizers.adaptive_muon.exchange.layer_sharded import LayerSharded
-from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, LocalExchange, Mode, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize
 
 
-__all__ = ["Mode", "Orthogonalize", "Shards", "TensorParallelModeT", "make_mode"]
+__all__ = ["Exchange", "LocalExchange", "Mode", "Orthogonalize", "Shards", "TensorParallelModeT", "make_mode"]
 
 TensorParallelModeT = Literal["layer_sharded", "duplicated", "distributed", "blockwise"]
 

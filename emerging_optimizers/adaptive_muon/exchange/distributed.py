@@ -8,13 +8,14 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
-from emerging_optimizers.adaptive_muon.exchange.mode import Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout, kept_shape
 
 
@@ -31,17 +32,8 @@ class Distributed(Mode):
     takes_functions = False
 
     @override
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
-        squares, Xs = _normalized(group, batches)
-        newton_schulz = cast(NewtonSchulz, batches[0].orthogonalize.function)
-        for coefficients in newton_schulz.coefficients:
-            Xs = _iterated(group, batches, Xs, newton_schulz, coefficients)
-        Os = [X.to(batch.momentum.dtype).view_as(batch.momentum) for X, batch in zip(Xs, batches, strict=True)]
-        observe = [i for i, batch in enumerate(batches) if batch.orthogonalize.observes_result]
-        terms = [_partial(Os[i], batches[i], batches[i].orthogonalize.kept_dims) for i in observe]
-        for i, total in zip(observe, sum_over(group, terms), strict=True):
-            squares[i].append(total)
-        return list(zip(Os, squares, strict=True))
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
+        return _InPlace(group, batches, flag)
 
     @override
     def in_flight(self, layout: ShardedLayout) -> int:
@@ -58,7 +50,37 @@ class Distributed(Mode):
         )
 
 
-def _normalized(group: ProcessGroup, batches: Sequence[Shards]) -> tuple[list[Squares], list[torch.Tensor]]:
+class _InPlace(Exchange):
+    """A round in the mode "distributed". Its sums depend on each other, and none is on its way during other work."""
+
+    def __init__(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None) -> None:
+        self._group, self._batches, self._flag = group, batches, flag
+
+    @override
+    def assemble(self) -> None:
+        self._squares, self._Xs = _normalized(self._group, self._batches, self._flag)
+        self._batches = [batch.released() for batch in self._batches]
+
+    @override
+    def orthogonalize(self) -> None:
+        newton_schulz = cast(NewtonSchulz, self._batches[0].orthogonalize.function)
+        for coefficients in newton_schulz.coefficients:
+            self._Xs = _iterated(self._group, self._batches, self._Xs, newton_schulz, coefficients)
+
+    @override
+    def results(self) -> list[tuple[torch.Tensor, Squares]]:
+        Xs, self._Xs = self._Xs, []
+        Os = [X.to(batch.momentum.dtype).view_as(batch.momentum) for X, batch in zip(Xs, self._batches, strict=True)]
+        observing = [i for i, batch in enumerate(self._batches) if batch.orthogonalize.observes_result]
+        terms = [_partial(Os[i], self._batches[i], self._batches[i].orthogonalize.kept_dims) for i in observing]
+        for i, total in zip(observing, sum_over(self._group, terms), strict=True):
+            self._squares[i].append(total)
+        return [*zip(Os, self._squares, strict=True)]
+
+
+def _normalized(
+    group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None
+) -> tuple[list[Squares], list[torch.Tensor]]:
     """The whole sums of squares of each batch, and its shards, shape ``(batch, rows, columns)``, of norm 1 as a whole."""
     terms = []
     for batch in batches:
@@ -66,7 +88,12 @@ def _normalized(group: ProcessGroup, batches: Sequence[Shards]) -> tuple[list[Sq
         dims = batch.orthogonalize.kept_dims if batch.orthogonalize.scale is not None else ()
         terms.append(_partial(batch.momentum, batch, dims))
         terms += [_placed(squares, batch, batch.orthogonalize.kept_dims) for squares in batch.squares]
-    totals = iter(sum_over(group, terms))
+    if flag is not None:
+        terms.append(flag.tensor(terms[0].device))
+    sums = sum_over(group, terms)
+    if flag is not None:
+        flag.arrived([sums.pop()])
+    totals = iter(sums)
     squares, Xs = [], []
     for batch in batches:
         momentum, of_momentum = batch.momentum, next(totals)

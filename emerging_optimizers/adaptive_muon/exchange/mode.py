@@ -3,20 +3,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, override
 
 import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import Part
 from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares
+from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
-__all__ = ["Mode", "Shards", "in_order"]
+__all__ = ["Exchange", "LocalExchange", "Mode", "Shards", "in_order"]
 
 _MOMENTUM = torch.float32  # the orthogonalization's own precision
 
@@ -77,8 +78,14 @@ class Shards:
         squares = [each[index] for each in self.squares]
         return self.orthogonalize(self.momentum[index], squares, members, self.momentum.dtype)
 
-    def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, Squares]:
-        """Return O of whole matrices, and their sums of squares.
+    def released(self) -> "Shards":
+        """Return these shards without the values of M', of which the memory can be used again."""
+        return replace(self, momentum=self.momentum.new_empty(()).expand(self.momentum.shape))
+
+    def whole(
+        self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]
+    ) -> tuple[torch.Tensor, Squares, Sequence[int], torch.dtype]:
+        """Return M' of whole matrices and their sums of squares, with what else :class:`Orthogonalize` takes.
 
         Args:
             members: The members of the batch.
@@ -93,7 +100,7 @@ class Shards:
         for rectangle, (_, *partial) in sent:
             for total, squares in zip(totals, partial, strict=True):
                 rectangle.cut(total, self.orthogonalize.kept_dims).add_(squares)
-        return self.orthogonalize(momentum, totals, members, like.dtype)
+        return momentum, totals, members, like.dtype
 
     def returning(self, O: torch.Tensor, squares: Squares, rank: int) -> list[tuple[torch.Tensor, torch.dtype]]:
         """Return what an owner sends to a rank: its shards of O, and the whole sums of squares."""
@@ -128,6 +135,50 @@ class Shards:
         return self._shape(members, kept_shape(shape, self.orthogonalize.kept_dims))
 
 
+class Exchange(ABC):
+    """A round in its mode: its messages, and the work between them. Its phases are called in their order, each once.
+
+    It is made when the sums of squares are, and may send shards then. On all ranks of the group it has the same batches.
+    """
+
+    # Whether shards are sent when it is made: those of the next round then leave before this one is orthogonalized.
+    sends_shards: ClassVar[bool] = False
+    # Whether results are sent: they arrive while the next round is orthogonalized.
+    sends_results: ClassVar[bool] = False
+
+    def assemble(self) -> None:
+        """Wait for shards, and put them together."""
+        return
+
+    @abstractmethod
+    def orthogonalize(self) -> None:
+        """Orthogonalize what this rank is to orthogonalize."""
+
+    def send_results(self) -> None:
+        """Send O, and the sums of squares of the whole matrices, to the ranks that have none."""
+        return
+
+    @abstractmethod
+    def results(self) -> list[tuple[torch.Tensor, Squares]]:
+        """Return this rank's shards of O, and the sums of squares of the whole matrices, for every batch."""
+
+
+class LocalExchange(Exchange):
+    """Whole matrices, which need no messages."""
+
+    def __init__(self, batches: Sequence[Shards]) -> None:
+        self._batches = batches
+        self._results: list[tuple[torch.Tensor, Squares]] = []
+
+    @override
+    def orthogonalize(self) -> None:
+        self._results = [batch.orthogonalized() for batch in self._batches]
+
+    @override
+    def results(self) -> list[tuple[torch.Tensor, Squares]]:
+        return self._results
+
+
 class Mode(ABC):
     """A way to orthogonalize matrices of which the ranks of a group hold shards."""
 
@@ -137,12 +188,13 @@ class Mode(ABC):
     has_owners: ClassVar[bool] = False
 
     @abstractmethod
-    def exchange(self, group: ProcessGroup, batches: Sequence[Shards]) -> list[tuple[torch.Tensor, Squares]]:
-        """Return this rank's shards of O, and the sums of squares of the whole matrices, for every batch.
+    def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
+        """Return the exchange of a round, whose first message is on its way if it carries shards.
 
         Args:
             group: The process group, all of whose ranks call with the same batches.
             batches: The batches, at least one.
+            flag: What the first message carries to all ranks beside.
         """
 
     @abstractmethod

@@ -12,6 +12,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.identity import identity
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 from emerging_optimizers.adaptive_muon.sharding.agreement import gather_from_all, require_agreement, union
+from emerging_optimizers.adaptive_muon.sharding.comparison import Comparison, Flag, require_equal_replicas
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ReplicaPiece, ShardedLayout, Split
 from emerging_optimizers.adaptive_muon.sharding.matrices import (
@@ -70,9 +71,7 @@ class Sharding:
         self._rules, self._mode, self._synced_options = rules, mode, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
-        # For each process group, the parameters that had a gradient when its ranks compared them; None if the ranks
-        # have exchanged shard infos since.
-        self._compared: dict[ProcessGroup, list[Key] | None] = {}
+        self._comparison = Comparison()
         self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
         self._to_compare: set[Key] = set()  # parameters whose replicas have not been compared
 
@@ -89,7 +88,7 @@ class Sharding:
             "parameters that a process group holds together",
             "save its state_dict(), and make the optimizer anew",
         )
-        return {**vars(self), "_known": {}, "_compared": {}, "_unions": {}, "_to_compare": set()}
+        return {**vars(self), "_known": {}, "_comparison": Comparison(), "_unions": {}, "_to_compare": set()}
 
     def adopt(self, copy: torch.Tensor, p: torch.Tensor, known_by: "Sharding") -> None:
         """Take over what another registry has for a parameter, for a copy that torch made, which lacks attributes."""
@@ -125,47 +124,60 @@ class Sharding:
     @property
     def has_to_compare(self) -> bool:
         """Whether ranks have exchanged shard infos since :meth:`compare_gradients`, which all of them then call."""
-        return None in self._compared.values()
+        return self._comparison.is_due
 
     def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
         """Raise a ``ValueError`` unless all ranks that hold a parameter's shards have a gradient of it, or none has.
 
         The ranks of a process group compare only when this rank's gradients of its parameters have come or gone since
-        they last did. Gradients of other groups, and of whole parameters, may come and go on some ranks only.
+        they last did, and where all ranks know that the others do: see :meth:`Comparison.compare`. Gradients of other groups, and
+        of whole parameters, may come and go on some ranks only.
         """
+        self._comparison.compare(self.by_group(param_groups))
+
+    def by_group(self, param_groups: list[dict[str, Any]]) -> dict[ProcessGroup, dict[torch.Tensor, str]]:
+        """Return the parameters that are in shards, with their names in errors, by the process group that holds them."""
         names = dict(_named(param_groups, self._knows))
-        for group, params in self._by_group(names).items():
-            having = [identity(p) for p in params if p.grad is not None]
-            if having != self._compared.get(group):
-                lines = [f"{names[p]} has {'no' if p.grad is None else 'a'} gradient" for p in params]
-                require_agreement(
-                    gather_from_all(group, lines, "which parameters have a gradient"),
-                    "which parameters have a gradient",
-                    "let every rank take part in the backward pass",
-                )
-                self._compared[group] = having
-        self._compared = {group: compared or [] for group, compared in self._compared.items()}
+        return {group: {p: names[p] for p in params} for group, params in self._by_group(names).items()}
+
+    def has_changed(self, group: ProcessGroup | None) -> bool:
+        """Return whether this rank's gradients are others than its process group agreed about: it has to knock."""
+        return group in self._comparison.changed
+
+    def awaits_comparison(self, p: torch.Tensor) -> bool:
+        """Return whether the process group that holds a parameter is one in which this rank has to knock."""
+        layout = self.matrices(p)[0].layout
+        return isinstance(layout, ShardedLayout) and self.has_changed(layout.group)
+
+    def agreed(self, group: ProcessGroup, param_groups: list[dict[str, Any]]) -> set[torch.Tensor]:
+        """Return the parameters that had a gradient when a process group last agreed; none if one of them is gone."""
+        return {p for p in self._comparison.agreed(group, self.by_group(param_groups)[group]) if not self.is_empty(p)}
+
+    def agree(self, group: ProcessGroup, param_groups: list[dict[str, Any]]) -> None:
+        """Compare gradients with the other ranks of a process group: see :meth:`Comparison.agree`."""
+        self._comparison.agree(group, self.by_group(param_groups)[group])
+
+    def flag(self, group: ProcessGroup | None, param_groups: list[dict[str, Any]]) -> Flag | None:
+        """Return what this rank adds to its first message of a step in a process group; None where it sends none."""
+        return None if group is None else self._comparison.flag(group, lambda: self.by_group(param_groups)[group])
+
+    def check_last_step(self, param_groups: list[dict[str, Any]]) -> None:
+        """Raise a ``ValueError`` if the last step is found to have been wrong: :meth:`Comparison.check_last_step`."""
+        self._comparison.check_last_step(lambda: self.by_group(param_groups))
 
     def compare_replicas(self, params: Collection[torch.Tensor], param_groups: list[dict[str, Any]]) -> None:
         """Raise a ``ValueError`` unless parameters have the same bits on all of their replicas; done once for each.
 
         Replicas that differ would all get the update of one. All ranks that hold the parameters must call.
         """
-        chosen = {p for p in params if identity(p) in self._to_compare} if self._to_compare else set()
+        if not self._to_compare:
+            return
+        chosen = {p for p in params if identity(p) in self._to_compare and not self.awaits_comparison(p)}
         names = {p: name for p, name in _named(param_groups, chosen.__contains__)}
         for group, of_group in self._by_group(names).items():
-            shards = [(self._layouts(p)[0].own, _sum_of_bits(as_matrices(p))) for p in of_group]
-            for p, *of_ranks in zip(of_group, *gather_from_all(group, shards, "the weights of replicas"), strict=True):
-                first: dict[Any, tuple[int, int]] = {}
-                for rank, (shard, total) in enumerate(of_ranks):
-                    other, expected = first.setdefault(shard, (rank, total))
-                    require(
-                        total == expected,
-                        f"replicas must have the same weights; those of {names[p]} differ on the ranks of a process group",
-                        [other, rank],
-                        "broadcast the weights first, or set share_replicas=False if these are no replicas",
-                    )
-        self._to_compare -= {identity(p) for p in chosen}
+            layouts = {p: self._layouts(p)[0] for p in of_group}
+            require_equal_replicas(group, {names[p]: (layouts[p].own, as_matrices(p)) for p in of_group})
+        self._to_compare.difference_update(map(identity, chosen))
 
     def all_zero(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> set[torch.Tensor]:
         """Return the parameters whose gradient, of which each rank passes its own, is zero on all ranks with shards.
@@ -250,7 +262,7 @@ class Sharding:
         """Exchange shard infos of parameters in a process group, and return those of all its ranks."""
         options = [f"{name}={value!r}" for name, value in self._synced_options.items()]
         gathered = gather_from_all(group, (options, [one.info for one in params]), "its shards of the parameters")
-        self._compared[group] = None
+        self._comparison.forget(group)
         require_agreement(
             [options for options, _ in gathered], "options of the optimizer", "configure all ranks in the same way"
         )
@@ -291,9 +303,3 @@ def _named(
         for index, p in enumerate(group["params"]):
             if not is_lazy(p) and wanted(p):
                 yield p, parameter_name(group, index)
-
-
-def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """The sum of a tensor's elements, each taken for an integer with the same bits."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))

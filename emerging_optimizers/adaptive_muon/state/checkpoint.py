@@ -88,12 +88,10 @@ def attributes(optimizer: Optimizer) -> dict[str, Any]:
     """Returns what pickle and deepcopy must carry: all attributes, a subclass's too, but torch's hooks.
 
     Torch itself carries defaults, state and groups only. A scheduler leaves its wrapper of ``step`` on the optimizer,
-    which belongs to that scheduler. The plan of a step is of these very parameters.
+    which belongs to that scheduler.
     """
     return {
-        name: None if name == "_plan" else value
-        for name, value in vars(optimizer).items()
-        if name != "step" and not name.startswith("_optimizer_")
+        name: value for name, value in vars(optimizer).items() if name != "step" and not name.startswith("_optimizer_")
     }
 
 
