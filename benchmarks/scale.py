@@ -9,7 +9,6 @@ the iteration, rows x columns x min(rows, columns). The critical path is the sum
 import argparse
 import copy
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -56,13 +55,12 @@ class Way(NamedTuple):
     """A way to shard a model."""
 
     title: str
-    least_ranks: int  # that hold a matrix together
-    most_ranks: int  # further ranks are replicas, which do not share the work
-    dims: tuple[int, ...]  # along which matrices are split, in turn
+    shards: int | None  # ranks that hold a replica together; None for all
+    dims: tuple[int, ...] = (0,)  # along which matrices are split, in turn
 
-    def ranks(self, worlds: Sequence[int]) -> list[int]:
-        """Returns how many ranks hold a matrix together in worlds of these sizes; replicas repeat the same plan."""
-        return sorted({min(world, self.most_ranks) for world in worlds if world >= self.least_ranks})
+    def replicas(self, ranks: int) -> int:
+        """Returns how many replicas a number of ranks has."""
+        return 1 if self.shards is None else ranks // self.shards
 
 
 def llama(size: str, layers: int, hidden: int, key_value: int, inner: int) -> ShapeSet:
@@ -91,9 +89,11 @@ MODELS = {
     "deepseek-v3": deepseek(),
 }
 WAYS = {
-    "fsdp2": Way("FSDP2", 1, sys.maxsize, (0,)),
-    "tp8": Way("TP 8", 8, 8, (0, 1)),
-    "hsdp8": Way("HSDP 8", 8, 8, (0,)),
+    "fsdp2": Way("FSDP2", None),
+    "tp8": Way("TP 8, replicas", 8, (0, 1)),
+    "hsdp8": Way("HSDP 8", 8),
+    "hsdp64": Way("HSDP 64", 64),
+    "ddp": Way("DDP", 1),
 }
 
 
@@ -111,8 +111,10 @@ def sharded(model: ShapeSet, way: Way, group: Group) -> list[Ready]:
 
     @cache
     def of(shape: tuple[int, int], dim: int) -> tuple[ShardedLayout, ShardShapes]:
-        strips = rectangles(shape, dim, group.size())
-        layout = ShardedLayout(cast(ProcessGroup, group), group.rank(), shape, strips)
+        number = way.replicas(group.size())
+        strips = rectangles(shape, dim, group.size() // number) * number
+        replicas = tuple(rank * number // group.size() for rank in range(group.size())) if number > 1 else ()
+        layout = ShardedLayout(cast(ProcessGroup, group), group.rank(), shape, strips, replicas)
         return layout, ShardShapes(None, tuple(strip.shape for strip in strips))
 
     ready = []
@@ -134,15 +136,18 @@ def owned(one: Round, ready: Sequence[Ready]) -> Iterator[tuple[ShardedLayout, i
 class Load(NamedTuple):
     """What a rank has in a round, in elements."""
 
-    shards: int = 0  # of all matrices
+    sent: int = 0  # shards of matrices that its replica owns
+    held: int = 0  # shards of all matrices
     whole: int = 0  # all matrices that it owns
+    copies: int = 0  # of these, that it sends: one for each replica that is in shards
     largest: int = 0  # of these
 
 
 class Busiest:
     """What the busiest rank does in a round, and in all."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, replicas: int) -> None:
+        self._replicas = replicas
         self.critical_path = self.temporary = 0
         self._ranks, self._sent, self._received = ranks, [0] * ranks, [0] * ranks
         self._last = [[Load()] * ranks] * 2  # the loads of the last two rounds
@@ -159,22 +164,26 @@ class Busiest:
 
     def add(self, matrices: list[tuple[ShardedLayout, int]]) -> None:
         """Adds a round; one without matrices after the last."""
-        work, whole, own, largest = ([0] * self._ranks for _ in range(4))
-        shards = [0] * self._ranks
+        work, whole, own, largest, sent, held, copies = ([0] * self._ranks for _ in range(7))
         for layout, owner in matrices:
             area = math.prod(layout.whole)
             work[owner] += area * min(layout.whole)
             whole[owner] += area
+            copies[owner] += area * (self._replicas if layout.is_split else 1)
             own[owner] += layout.rectangles[owner].area
             largest[owner] = max(largest[owner], area)
-        for layout, number in Counter(layout for layout, _ in matrices).items():
+        of_replica = self._ranks // self._replicas
+        for (layout, replica), number in Counter((layout, owner // of_replica) for layout, owner in matrices).items():
             for rank, rectangle in enumerate(layout.rectangles):
-                shards[rank] += number * rectangle.area
+                held[rank] += number * rectangle.area
+                if layout.is_split and rank // of_replica == replica:
+                    sent[rank] += number * rectangle.area
         self.critical_path += max(work)
-        for rank, (S, W, both) in enumerate(zip(shards, whole, own, strict=True)):
-            self._sent[rank] += MOMENTUM * (S - both) + RESULT * (W - both)
-            self._received[rank] += MOMENTUM * (W - both) + RESULT * (S - both)
-        loads = [Load(*each) for each in zip(shards, whole, largest, strict=True)]
+        whole_in_messages = whole if any(sent) else [0] * self._ranks
+        for rank, (S, H, W, C, both) in enumerate(zip(sent, held, whole_in_messages, copies, own, strict=True)):
+            self._sent[rank] += MOMENTUM * max(S - both, 0) + RESULT * (C - both)
+            self._received[rank] += MOMENTUM * max(W - both, 0) + RESULT * (H - both)
+        loads = [Load(*each) for each in zip(sent, held, whole, copies, largest, strict=True)]
         self.temporary = max(self.temporary, *map(temporary_bytes, *self._last, loads))
         self._last = [self._last[1], loads]
 
@@ -185,14 +194,15 @@ def temporary_bytes(previous: Load, current: Load, following: Load) -> int:
     These are messages, M' of its shards, and M' and O of its matrices, without the iteration's own. The message with the
     next round's shards is on its way when the round is orthogonalized, as are the results of the one before.
     """
-    ahead, back = MOMENTUM * (following.shards + following.whole), RESULT * (previous.shards + previous.whole)
+    ahead = MOMENTUM * (following.sent + following.whole) if following.sent else 0
+    back = RESULT * (previous.held + previous.copies)
     M, O = MOMENTUM * current.whole, RESULT * current.whole
     return max(
         2 * M + back,  # the matrices are assembled
-        M + back + MOMENTUM * following.shards + ahead,  # the next round's shards are sent
+        M + back + MOMENTUM * following.sent + ahead,  # the next round's shards are sent
         M + RESULT * current.largest + back + ahead,  # each matrix is orthogonalized
-        O + back + RESULT * previous.shards + ahead,  # the round before ends
-        O + RESULT * (current.shards + current.whole) + ahead,  # the results are sent
+        O + back + RESULT * previous.held + ahead,  # the round before ends
+        O + RESULT * (current.held + current.copies) + ahead,  # the results are sent
     )
 
 
@@ -229,7 +239,7 @@ def planned(model: ShapeSet, way: Way, ranks: int, cap: int) -> dict[str, Any]:
         start = time.perf_counter()
         rounds = make_plan(ready, make_mode("layer_sharded"), cap)
         seconds = min(seconds, time.perf_counter() - start)
-    busiest = Busiest(ranks)
+    busiest = Busiest(ranks, way.replicas(ranks))
     for one in rounds:
         busiest.add(list(owned(one, ready)))
     busiest.add([])
@@ -297,7 +307,8 @@ def main() -> None:
         planned(MODELS[model], WAYS[way], ranks, args.cap)
         for model in args.models
         for way in args.ways
-        for ranks in WAYS[way].ranks(args.worlds)
+        for ranks in args.worlds
+        if ranks >= (WAYS[way].shards or 1)
     ]
     exchanges = [exchanged(MODELS[args.exchange_model], ranks) for ranks in args.exchanges]
     report(plans, exchanges)

@@ -11,9 +11,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from simulated_ranks import Ranks
-from tilings import PINWHEEL, Tiling, replicated, strips, tilings
+from tilings import PINWHEEL, Tiling, alike, replicated, strips, tilings
 
-from emerging_optimizers.adaptive_muon.exchange import Exchange, Orthogonalize, Shards, make_mode
+from emerging_optimizers.adaptive_muon.exchange import Exchange, Mode, Orthogonalize, Shards, make_mode
+from emerging_optimizers.adaptive_muon.exchange.layer_sharded import Relayed
 from emerging_optimizers.adaptive_muon.exchange.messages import Part, all_gather, all_to_all
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
@@ -22,6 +23,7 @@ from emerging_optimizers.adaptive_muon.sharding.layout import Rectangle, Sharded
 
 KEPT_DIMS = [(), (-2,), (-1,), (-2, -1)]
 DTYPES = [torch.float32, torch.float64]
+RELAYED = Relayed()
 CALLS = [("layer_sharded", {"all_to_all": 2}), ("duplicated", {"all_gather": 1})]
 NEWTON_SCHULZ = NewtonSchulz("quintic", 5, False, "standard", "highest")
 
@@ -83,6 +85,7 @@ def results_of(exchange: Exchange) -> list[Result]:
     exchange.assemble()
     exchange.orthogonalize()
     exchange.send_results()
+    exchange.relay()
     return exchange.results()
 
 
@@ -122,12 +125,12 @@ def specs(draw: st.DrawFn, shards: st.SearchStrategy[Tiling]) -> Spec:
 
 
 def exchanged(
-    mode: str, batches: Sequence[Spec], function: Any = None
+    mode: str | Mode, batches: Sequence[Spec], function: Any = None
 ) -> tuple[Ranks, list[Spec], list[list[Result]]]:
     """The ranks, the batches with a shard for each, and for each rank its result of every batch."""
     number = max(len(spec.tiling.rectangles) for spec in batches)
     ranks, batches = Ranks(number), [spec.with_ranks(number) for spec in batches]
-    exchange: Any = make_mode(mode)
+    exchange: Any = make_mode(mode) if isinstance(mode, str) else mode
 
     def of_rank(rank: int) -> list[Result]:
         functions = [function or [*map(elementwise, range(len(spec.owners)))] for spec in batches]
@@ -181,7 +184,13 @@ def test_every_replica_gets_its_part_of_one_result(batches: list[Spec]) -> None:
     check_parts(*CALLS[0], batches)
 
 
-def check_parts(mode: str, calls: dict[str, int], batches: Sequence[Spec]) -> None:
+@settings(max_examples=80)
+@given(alike().flatmap(lambda tiling: st.lists(specs(st.just(tiling)), min_size=1, max_size=3)))
+def test_replicas_hand_on_what_an_owner_has_sent_to_one(batches: list[Spec]) -> None:
+    check_parts(RELAYED, {"all_to_all": 3}, batches)
+
+
+def check_parts(mode: str | Mode, calls: dict[str, int], batches: Sequence[Spec]) -> None:
     ranks, batches, results = exchanged(mode, batches)
     for spec, (O, squares) in zip(batches, checked(batches, results), strict=True):
         M = spec.tensors[0].float()

@@ -50,6 +50,17 @@ def tilings(draw: st.DrawFn) -> Tiling:
 
 
 @st.composite
+def alike(draw: st.DrawFn) -> Tiling:
+    """Two or three replicas, cut alike; a rank of each in turn, or one replica after the other."""
+    whole, rectangles, _ = draw(tilings())
+    number, in_turn = draw(st.integers(2, 3)), draw(st.booleans())
+    holders = [(each, replica) for replica in range(number) for each in rectangles]
+    if in_turn:
+        holders = [(each, replica) for each in rectangles for replica in range(number)]
+    return Tiling(whole, tuple(each for each, _ in holders), tuple(replica for _, replica in holders))
+
+
+@st.composite
 def replicated(draw: st.DrawFn) -> Tiling:
     """One to three replicas, cut alike or one of them whole, in any order of the ranks."""
     whole, rectangles, _ = draw(tilings())

@@ -90,6 +90,8 @@ def pipelined(
         current.exchange.assemble()
         if after is not None and current.exchange.sends_shards:
             following = begun(after, None)
+        if previous is not None:
+            previous.exchange.relay()
         current.exchange.orthogonalize()
         if previous is not None:
             previous.finish()
@@ -100,6 +102,7 @@ def pipelined(
             previous = None
         del current  # else what it holds would be kept until the next has begun
     if previous is not None:
+        previous.exchange.relay()
         previous.finish()
 
 

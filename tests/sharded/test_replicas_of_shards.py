@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import hsdp, models, set_gradients_of_both
 from models import mesh as mesh_of
 from pieces import OPTIONS, Pair, collectives, far_apart, gathered, options_of, walk
 from torch import distributed as dist
@@ -117,11 +116,14 @@ def test_dtensors_step_as_the_whole(method: str, placed: tuple[str, tuple[Placem
         assert same_on_replicas(shared, replica_group)
 
 
+@pytest.mark.parametrize("most", [2**30, 1], ids=["copies", "relayed"])
 @pytest.mark.parametrize("placed", PLACEMENTS[:3], ids=str)
 @each_method
-def test_one_matrix_at_a_time_has_the_same_bits(method: str, placed: tuple[str, tuple[Placement, ...]]) -> None:
+def test_one_matrix_at_a_time_has_the_same_bits(
+    method: str, placed: tuple[str, tuple[Placement, ...]], most: int
+) -> None:
     """ "standard" takes one matrix at a time, so that any owner meets the same operations."""
-    _, shared, unshared = walked(method, 2, placed, ns_algorithm="standard")
+    _, shared, unshared = walked(method, 2, placed, ns_algorithm="standard", max_bytes_in_flight=most)
     for p, q in zip(*(each.param_groups[0]["params"] for each in (shared, unshared)), strict=True):
         assert torch.equal(p.to_local(), q.to_local())
         for key, value in unshared.state[q].items():
@@ -129,17 +131,18 @@ def test_one_matrix_at_a_time_has_the_same_bits(method: str, placed: tuple[str, 
 
 
 @needs_replicas
-@pytest.mark.parametrize(("share", "seen"), [(True, 2), (False, 2)])
-def test_two_messages(share: bool, seen: int) -> None:
-    """Of HSDP: one all-to-all there, one back. Where nothing is split, one all-gather."""
-    _, sharded, places = models(hsdp)
-    params = [p for p in sharded.parameters() if p.ndim == 2]
-    optimizer = AdaptiveMuon(params, share_replicas=share, **OPTIONS)
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(("share", "most", "seen"), [(True, 2**30, 2), (True, 1000, 3), (False, 2**30, 2)])
+def test_two_messages(share: bool, most: int, seen: int) -> None:
+    """One all-to-all there, one back, and one between replicas where an owner's copies of O are beyond the cap."""
+    params = [distributed(torch.randn(24, 16), "unnamed", (Replicate(), Shard(0))) for _ in range(4)]
+    for p in params:  # the same on all ranks
+        p.to_local().detach().fill_(1.0)
+    optimizer = AdaptiveMuon(params, share_replicas=share, max_bytes_in_flight=most, **OPTIONS)
     for _ in range(2):
-        set_gradients_of_both([(nn.Parameter(torch.empty(p.shape)), p) for p in params], places, generator)
+        for p in params:
+            p.grad = torch.ones_like(p)
         counted = collectives(optimizer.step)
-    assert sum(counted.values()) == seen and set(counted) == {"c10d::alltoall_base_"}
+    assert counted == {"c10d::alltoall_base_": seen}
 
 
 @needs_replicas

@@ -158,6 +158,10 @@ class Exchange(ABC):
         """Send O, and the sums of squares of the whole matrices, to the ranks that have none."""
         return
 
+    def relay(self) -> None:
+        """Send on what has arrived of the results to ranks that have none yet."""
+        return
+
     @abstractmethod
     def results(self) -> list[tuple[torch.Tensor, Squares]]:
         """Return this rank's shards of O, and the sums of squares of the whole matrices, for every batch."""

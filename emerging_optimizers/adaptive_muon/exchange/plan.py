@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch.distributed import ProcessGroup
 
+from emerging_optimizers.adaptive_muon.exchange.layer_sharded import Relayed
 from emerging_optimizers.adaptive_muon.exchange.mode import Mode
 from emerging_optimizers.adaptive_muon.exchange.replicas import Replicas
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
@@ -20,7 +21,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
 __all__ = ["Batch", "Ready", "Round", "make_plan"]
 
-_REPLICAS = Replicas()
+_REPLICAS, _RELAYED = Replicas(), Relayed()
 _BYTES = 4  # shards travel in float32
 _NEAR = 1.01  # times the least work is near enough
 
@@ -74,7 +75,8 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
             one matrix for every owner, or one parameter with blocks, is more, a round has that much.
     """
     whole: dict[int, Ready] = {}
-    together: dict[tuple[ProcessGroup, Mode], dict[int, Ready]] = {}
+    ways: dict[ShardedLayout, tuple[Mode, tuple[int, ...]]] = {}  # many matrices have equal layouts
+    together: dict[tuple[ProcessGroup, Mode, tuple[int, ...]], dict[int, Ready]] = {}
     for index, one in enumerate(ready):
         layout = one.matrices[
             0
@@ -82,16 +84,27 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
         if not isinstance(layout, ShardedLayout):
             whole[index] = one
             continue
-        of_layout = mode if layout.is_split or not layout.replicas else _REPLICAS
-        assert of_layout is not None
-        together.setdefault((layout.group, of_layout), {})[index] = one
+        if layout not in ways:
+            ways[layout] = _way(layout, mode, max_bytes_in_flight)
+        together.setdefault((layout.group, *ways[layout]), {})[index] = one
     rounds = [Round(None, None, [batch]) for batch in _batches(whole, {})]
-    for (group, of_group), members in together.items():
+    for (group, of_group, _), members in together.items():
         ranks = group.size() if of_group.has_owners else 1
         for indices, owners in _rounds(_loads(members, of_group), ranks, max_bytes_in_flight):
             batches = _batches({index: members[index] for index in indices}, owners)
             rounds.append(Round(group, of_group, batches))
     return rounds
+
+
+def _way(layout: ShardedLayout, mode: Mode | None, max_bytes_in_flight: int) -> tuple[Mode, tuple[int, ...]]:
+    """The mode in which replicas, or shards, are orthogonalized; and the replicas, where they must be those of a round."""
+    if layout.replicas and not layout.is_split:
+        return _REPLICAS, ()
+    assert mode is not None
+    copies = _BYTES * len(layout.rectangles) * layout.largest_shard
+    if layout.replicas and copies > max_bytes_in_flight and layout.counterparts:
+        return _RELAYED, layout.replicas
+    return mode, ()
 
 
 def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[Batch]:

@@ -114,11 +114,28 @@ class ShardedLayout(Layout):
     @cached_property
     def peers(self) -> tuple[int, ...]:
         """The ranks that hold this rank's replica of the matrix together, this rank among them."""
-        return tuple(filter(self.is_peer, range(len(self.rectangles))))
+        return self.peers_of(self.rank)
+
+    def peers_of(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that hold a rank's replica together."""
+        ranks = range(len(self.rectangles))
+        return tuple(each for each in ranks if not self.replicas or self.replicas[each] == self.replicas[rank])
 
     def is_peer(self, rank: int) -> bool:
         """Return whether a rank is one of them."""
         return not self.replicas or self.replicas[rank] == self.replicas[self.rank]
+
+    @cached_property
+    def counterparts(self) -> tuple[int, ...]:
+        """The ranks with the same shard, one in each other replica; empty where replicas are not cut in the same way."""
+        ranks_of: dict[int, list[int]] = {}
+        for rank, replica in enumerate(self.replicas):
+            ranks_of.setdefault(replica, []).append(rank)
+        cuts = {tuple(self.rectangles[rank] for rank in ranks) for ranks in ranks_of.values()}
+        if len(cuts) != 1:
+            return ()
+        place = self.peers.index(self.rank)
+        return tuple(ranks[place] for ranks in ranks_of.values() if ranks[place] != self.rank)
 
     @property
     def is_first_replica(self) -> bool:
