@@ -26,6 +26,7 @@ from shapes import SETS, ShapeSet
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards, make_mode
+from emerging_optimizers.adaptive_muon.exchange.layer_sharded import Relayed
 from emerging_optimizers.adaptive_muon.exchange.plan import Ready, Round, make_plan
 from emerging_optimizers.adaptive_muon.options import Options
 from emerging_optimizers.adaptive_muon.sharding.layout import Rectangle, ShardedLayout
@@ -139,7 +140,7 @@ class Load(NamedTuple):
     sent: int = 0  # shards of matrices that its replica owns
     held: int = 0  # shards of all matrices
     whole: int = 0  # all matrices that it owns
-    copies: int = 0  # of these, that it sends: one for each replica that is in shards
+    copies: int = 0  # of results, that it sends
     largest: int = 0  # of these
 
 
@@ -162,8 +163,8 @@ class Busiest:
         """The bytes from other ranks that the busiest receiver gets."""
         return max(self._received)
 
-    def add(self, matrices: list[tuple[ShardedLayout, int]]) -> None:
-        """Adds a round; one without matrices after the last."""
+    def add(self, matrices: list[tuple[ShardedLayout, int]], *, relayed: bool = False) -> None:
+        """Adds a round; one without matrices after the last. Results are relayed, or an owner sends a copy to each replica."""
         work, whole, own, largest, sent, held, copies = ([0] * self._ranks for _ in range(7))
         for layout, owner in matrices:
             area = math.prod(layout.whole)
@@ -178,6 +179,8 @@ class Busiest:
                 held[rank] += number * rectangle.area
                 if layout.is_split and rank // of_replica == replica:
                     sent[rank] += number * rectangle.area
+        if relayed:
+            copies = [W + S * (self._replicas - 1) for W, S in zip(whole, sent, strict=True)]
         self.critical_path += max(work)
         whole_in_messages = whole if any(sent) else [0] * self._ranks
         for rank, (S, H, W, C, both) in enumerate(zip(sent, held, whole_in_messages, copies, own, strict=True)):
@@ -241,7 +244,7 @@ def planned(model: ShapeSet, way: Way, ranks: int, cap: int) -> dict[str, Any]:
         seconds = min(seconds, time.perf_counter() - start)
     busiest = Busiest(ranks, way.replicas(ranks))
     for one in rounds:
-        busiest.add(list(owned(one, ready)))
+        busiest.add(list(owned(one, ready)), relayed=isinstance(one.mode, Relayed))
     busiest.add([])
     costs = [math.prod(shape) * min(shape) for shape in model.shapes]
     ideal, least = sum(costs) / ranks, least_of_busiest(costs, ranks)

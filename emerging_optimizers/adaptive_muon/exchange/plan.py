@@ -2,7 +2,7 @@
 """Who orthogonalizes what, and how much at a time."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heapreplace
 from typing import NamedTuple, cast
@@ -75,36 +75,45 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
             one matrix for every owner, or one parameter with blocks, is more, a round has that much.
     """
     whole: dict[int, Ready] = {}
-    ways: dict[ShardedLayout, tuple[Mode, tuple[int, ...]]] = {}  # many matrices have equal layouts
-    together: dict[tuple[ProcessGroup, Mode, tuple[int, ...]], dict[int, Ready]] = {}
+    alike: dict[tuple[ProcessGroup, tuple[int, ...], bool], dict[int, Ready]] = {}
     for index, one in enumerate(ready):
         layout = one.matrices[
             0
         ].layout  # those of the parameter's other matrices have the same group and are split alike
-        if not isinstance(layout, ShardedLayout):
+        if isinstance(layout, ShardedLayout):
+            alike.setdefault((layout.group, layout.replicas, layout.is_split), {})[index] = one
+        else:
             whole[index] = one
-            continue
-        if layout not in ways:
-            ways[layout] = _way(layout, mode, max_bytes_in_flight)
-        together.setdefault((layout.group, *ways[layout]), {})[index] = one
     rounds = [Round(None, None, [batch]) for batch in _batches(whole, {})]
+    together: dict[tuple[ProcessGroup, Mode, tuple[int, ...]], dict[int, Ready]] = {}
+    for (group, replicas, _), members in alike.items():
+        of_members = _mode_of(members.values(), mode, max_bytes_in_flight)
+        key = group, of_members, replicas if of_members is _RELAYED else ()
+        together.setdefault(key, {}).update(members)
     for (group, of_group, _), members in together.items():
-        ranks = group.size() if of_group.has_owners else 1
+        ranks = _owners(_layout(next(iter(members.values())))) if of_group.has_owners else [0]
+        members = dict(sorted(members.items()))  # in the order of the parameters
         for indices, owners in _rounds(_loads(members, of_group), ranks, max_bytes_in_flight):
             batches = _batches({index: members[index] for index in indices}, owners)
             rounds.append(Round(group, of_group, batches))
     return rounds
 
 
-def _way(layout: ShardedLayout, mode: Mode | None, max_bytes_in_flight: int) -> tuple[Mode, tuple[int, ...]]:
-    """The mode in which replicas, or shards, are orthogonalized; and the replicas, where they must be those of a round."""
-    if layout.replicas and not layout.is_split:
-        return _REPLICAS, ()
+def _layout(one: Ready) -> ShardedLayout:
+    """The layout of a parameter that is held together with other ranks, or of its first block."""
+    return cast(ShardedLayout, one.matrices[0].layout)
+
+
+def _mode_of(members: Iterable[Ready], mode: Mode | None, max_bytes_in_flight: int) -> Mode:
+    """How parameters are orthogonalized that the ranks of a group hold in the same replicas."""
+    layouts = {_layout(one) for one in members}
+    first = next(iter(layouts))
+    if first.replicas and not first.is_split:
+        return _REPLICAS
     assert mode is not None
-    copies = _BYTES * len(layout.rectangles) * layout.largest_shard
-    if layout.replicas and copies > max_bytes_in_flight and layout.counterparts:
-        return _RELAYED, layout.replicas
-    return mode, ()
+    copies = max(_BYTES * len(layout.rectangles) * layout.largest_shard for layout in layouts)
+    relay = first.replicas and copies > max_bytes_in_flight and all(layout.counterparts for layout in layouts)
+    return _RELAYED if relay else mode
 
 
 def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[Batch]:
@@ -153,17 +162,29 @@ def _loads(members: Mapping[int, Ready], mode: Mode) -> dict[int, list[_Load]]:
     return dict(sorted(loads.items(), key=lambda item: -item[1][0].cost))
 
 
-def _rounds(loads: Mapping[int, list[_Load]], ranks: int, most: int) -> list[tuple[list[int], dict[Matrix, int]]]:
-    """The parameters of each round, and the owner of each of its matrices.
+def _owners(layout: ShardedLayout) -> list[int]:
+    """The ranks in the order in which they become owners: one of each replica in turn, so that all replicas have their share."""
+    seen: dict[int, int] = {}
+    places = []
+    for rank, replica in enumerate(layout.replicas or [0] * len(layout.rectangles)):
+        seen[replica] = seen.get(replica, 0) + 1
+        places.append((seen[replica], rank))
+    return [rank for _, rank in sorted(places)]
+
+
+def _rounds(
+    loads: Mapping[int, list[_Load]], ranks: Sequence[int], most: int
+) -> list[tuple[list[int], dict[Matrix, int]]]:
+    """The parameters of each round, and the owner of each of its matrices, of these ranks.
 
     The first parameter that does not fit in a round begins the next.
     """
     rounds: list[_RoundToFill] = []
     for index, of_matrices in loads.items():
         if not rounds or not rounds[-1].take(index, of_matrices):
-            rounds.append(_RoundToFill(ranks, most))
+            rounds.append(_RoundToFill(len(ranks), most))
             rounds[-1].take(index, of_matrices)
-    return [(one.indices, one.balanced()) for one in rounds]
+    return [(one.indices, {matrix: ranks[owner] for matrix, owner in one.balanced().items()}) for one in rounds]
 
 
 class _RoundToFill:
