@@ -58,6 +58,7 @@ class Way(NamedTuple):
     title: str
     shards: int | None  # ranks that hold a replica together; None for all
     dims: tuple[int, ...] = (0,)  # along which matrices are split, in turn
+    most_elements: float = math.inf  # of a model for which it is planned
 
     def replicas(self, ranks: int) -> int:
         """Returns how many replicas a number of ranks has."""
@@ -94,7 +95,7 @@ WAYS = {
     "tp8": Way("TP 8, replicas", 8, (0, 1)),
     "hsdp8": Way("HSDP 8", 8),
     "hsdp64": Way("HSDP 64", 64),
-    "ddp": Way("DDP", 1),
+    "ddp": Way("DDP", 1, most_elements=1e10),
 }
 
 
@@ -174,11 +175,12 @@ class Busiest:
             own[owner] += layout.rectangles[owner].area
             largest[owner] = max(largest[owner], area)
         of_replica = self._ranks // self._replicas
-        for (layout, replica), number in Counter((layout, owner // of_replica) for layout, owner in matrices).items():
+        for layout, number in Counter(layout for layout, _ in matrices).items():
             for rank, rectangle in enumerate(layout.rectangles):
                 held[rank] += number * rectangle.area
-                if layout.is_split and rank // of_replica == replica:
-                    sent[rank] += number * rectangle.area
+        for (layout, replica), number in Counter((layout, owner // of_replica) for layout, owner in matrices).items():
+            for rank in range(replica * of_replica, (replica + 1) * of_replica) if layout.is_split else ():
+                sent[rank] += number * layout.rectangles[rank].area
         if relayed:
             copies = [W + S * (self._replicas - 1) for W, S in zip(whole, sent, strict=True)]
         self.critical_path += max(work)
@@ -311,7 +313,7 @@ def main() -> None:
         for model in args.models
         for way in args.ways
         for ranks in args.worlds
-        if ranks >= (WAYS[way].shards or 1)
+        if ranks >= (WAYS[way].shards or 1) and sum(map(math.prod, MODELS[model].shapes)) <= WAYS[way].most_elements
     ]
     exchanges = [exchanged(MODELS[args.exchange_model], ranks) for ranks in args.exchanges]
     report(plans, exchanges)
@@ -361,7 +363,7 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
     right.set(ylabel="GiB of temporary memory of a rank", yscale="log")
     for axis in (left, right):
         _with_ranks(axis, sorted({each["ranks"] for each in shown}))
-    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
