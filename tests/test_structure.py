@@ -25,7 +25,7 @@ LEVELS = (
     {"passes", "exchange", "state"},
     {"sharding", "orthogonalize", "moment2"},
     {"parameters", "modes", "identity", "weight_decay"},
-    {"checks", "kernels"},
+    {"checks", "kernels", "versions"},
 )
 # These parts may import less than the levels allow.
 ONLY = {"routing": {"parameters", "identity", "checks"}, "moment2": set[str]()}

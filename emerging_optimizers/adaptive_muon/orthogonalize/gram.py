@@ -22,7 +22,6 @@ from itertools import batched
 
 import torch
 
-from emerging_optimizers.adaptive_muon.kernels.normalize import divide_on_cuda
 from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 
@@ -93,6 +92,8 @@ def iterate(matrices: torch.Tensor, step_groups: Iterable[Sequence[Coefficients]
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp_min_(MIN_NORM)
     on_gpu = kernels_usable(X.device)
     if on_gpu and matrices.is_contiguous():
+        from emerging_optimizers.adaptive_muon.kernels.normalize import divide_on_cuda
+
         divide_on_cuda(matrices, norms, X)
     else:
         torch.div(matrices, norms, out=X)
