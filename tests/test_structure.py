@@ -24,7 +24,7 @@ LEVELS = (
     {"update"},
     {"passes", "exchange", "state"},
     {"sharding", "orthogonalize", "moment2"},
-    {"parameters", "modes", "identity", "weight_decay"},
+    {"parameters", "modes", "identity", "weight_decay", "hooks"},
     {"checks", "kernels", "versions"},
 )
 # These parts may import less than the levels allow.
