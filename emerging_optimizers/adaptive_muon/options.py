@@ -173,7 +173,7 @@ class Options:
     )
     coefficient_type: NSCoeffT = option_field(
         "quintic",
-        "Coefficients of the Newton-Schulz iteration.",
+        'Coefficients of the Newton-Schulz iteration. "cubic5" (Emerging-Optimizers 0.4) takes exactly 5 steps.',
         names=[name for name in get_args(NSCoeffT) if name != "custom"],  # which is for a function of upstream's
         megatron_field="muon_coefficient_type",
     )

@@ -18,7 +18,9 @@ from emerging_optimizers.adaptive_muon import AdaptiveMuon, TensorParallelModeT,
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
-REFUSED = r"with weight_update_hook, which takes norms of whole matrices, parameter 'w' must be held whole .*got .*None"
+REFUSED = (
+    r"with weight_update_hook, which takes norms of whole matrices, parameter 'w' must be held whole .*got .*None"
+)
 
 
 @pytest.fixture(autouse=True)
