@@ -43,7 +43,7 @@ NEIGHBOURS = {
         # The other neighbours' tests, and what is not the package.
         without=(
             *("test_automodel", "test_megatron", "test_nemo"),
-            *("test_docs", "test_examples", "test_experiments", "test_written_files"),
+            *("test_against", "test_docs", "test_examples", "test_experiments", "test_written_files"),
         ),
         checkout_in="UPSTREAM_CHECKOUT",
     ),
