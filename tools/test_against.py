@@ -65,7 +65,7 @@ def run(neighbour: Neighbour, checkout: Path, arguments: Sequence[str]) -> int:
     if not (checkout / neighbour.package).is_dir():
         sys.exit(f"the checkout must have the folder {neighbour.package}, got {checkout}: pass the repository's root")
     tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem not in neighbour.without]
-    if any((ROOT / argument.partition("::")[0]).is_file() for argument in arguments):
+    if any(map(names_tests, ["", *arguments], arguments)):
         tests = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / neighbour.package).symlink_to(checkout.resolve() / neighbour.package)
@@ -79,6 +79,11 @@ def run(neighbour: Neighbour, checkout: Path, arguments: Sequence[str]) -> int:
         print(f"{neighbour.module} {version} of {checkout}, at {described(checkout)}", flush=True)
         command = [sys.executable, "-m", "pytest", *arguments, *map(str, tests)]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def names_tests(before: str, argument: str) -> bool:
+    """Return whether an argument of pytest is a file of tests, and not the value of an option that leaves some out."""
+    return before not in ("--deselect", "--ignore") and (ROOT / argument.partition("::")[0]).is_file()
 
 
 def branch(checkout: Path) -> str:
