@@ -4,6 +4,7 @@
 # make bench-scale: the plan of a step on up to 4096 ranks, from shapes alone.
 # make gpu: all that only a GPU can say, without .venv and network.
 # make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
+# make test-upstream UPSTREAM=path: tests against a checkout of emerging_optimizers in place of the release.
 # CONTRIBUTING.md has all others.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -12,7 +13,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long lint docs option-tables links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long test-upstream lint docs option-tables links release-check clean
 
 venv: $(STAMP)
 
@@ -79,6 +80,10 @@ test: lint
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long $(or $(ARGS),$(SIDE_BY_SIDE))
+
+# What concerns upstream: the core's, the sharded and the pull request's tests.
+test-upstream: $(STAMP)
+	$(BIN)/python tools/test_against.py upstream $(UPSTREAM) $(or $(ARGS),$(SIDE_BY_SIDE))
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -59,7 +59,7 @@ setup(
         ]
     },
     package_data={"emerging_optimizers.adaptive_muon": ["py.typed"]},
-    install_requires=["torch>=2.6", "absl-py", "emerging-optimizers>=0.3,<1"],
+    install_requires=["torch>=2.6", "absl-py", "emerging-optimizers>=0.3,<0.6"],
     extras_require={
         "megatron": MEGATRON,
         "nemo": NEMO,

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from emerging_optimizers.adaptive_muon.kernels import addresses, apply, average, normalize, usable
+from emerging_optimizers.adaptive_muon.kernels import addresses, apply, average, normalize, trial
 from emerging_optimizers.adaptive_muon.orthogonalize import symmetric_kernel
 
 
@@ -122,4 +122,4 @@ def test_fits_and_spills_nothing(case: str, arch: int) -> None:
 def test_the_small_ones_compile(arch: int) -> None:
     numbers = {f"p{i}": "i64" for i in range(16)}
     compiled(addresses.store_kernel, {"out": "*i64", **numbers}, set(), {}, arch, num_warps=1)
-    compiled(usable.set_one_kernel, {"out": "*fp32"}, set(), {}, arch)
+    compiled(trial.set_one_kernel, {"out": "*fp32"}, set(), {}, arch)

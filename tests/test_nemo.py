@@ -301,6 +301,7 @@ def test_params_have_the_constructors_options_and_defaults():
         "replica_group",
         "layout_fn",
         "blocks_fn",
+        "weight_update_hook",
         "capturable",
     ):
         arguments.pop(not_for_yaml, None)

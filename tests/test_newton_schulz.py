@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from emerging_optimizers.adaptive_muon.orthogonalize import batches, cpu
+from emerging_optimizers.adaptive_muon.orthogonalize import batches, cpu, gram
 from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz as module
 from emerging_optimizers.adaptive_muon.orthogonalize.gram import iterate
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT
@@ -225,11 +225,65 @@ def test_a_stack_is_its_matrices(shape: tuple[int, ...], algorithm: Any, precisi
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("steps", range(1, 13))
 def test_steps_are_upstreams(name: Any, steps: int) -> None:
-    """Also beyond the end of a set, where some sets begin again and others repeat their last."""
+    """Also beyond the end of a set, where some sets begin again, others repeat their last, and others are refused."""
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    gram = NewtonSchulz(name, steps, False, "gram", "highest")
     with fp32_matmul_precision("highest"):
-        torch.testing.assert_close(gram(x), newton_schulz(x, steps, name), atol=1e-4, rtol=1e-3)
+        try:
+            should = newton_schulz(x, steps, name)
+        except ValueError:
+            should = None
+    for algorithm in get_args(NSAlgorithmT):
+        if should is None:
+            with pytest.raises(ValueError, match=f'must be .* with coefficient_type="{name}".*, got {steps}: pass'):
+                NewtonSchulz(name, steps, False, algorithm, "highest")
+        else:
+            found = NewtonSchulz(name, steps, False, algorithm, "highest")(x)
+            torch.testing.assert_close(found, should, atol=1e-4, rtol=1e-3)
+
+
+CUBIC = [(3.0, -2.5, 0.0), (2.5, -1.5, 0.0), (2.5, -1.5, 0.0), (2.25, -1.25, 0.0), (1.5, -0.5, 0.0)]
+
+
+@pytest.mark.parametrize("algorithm", get_args(NSAlgorithmT))
+def test_a_set_of_fixed_length_is_refused_with_other_numbers_of_steps(monkeypatch: Any, algorithm: Any) -> None:
+    """Upstream's cubic5, also where the installed release does not have it yet."""
+    monkeypatch.setitem(_COEFFICIENT_SETS, "cubic5", CUBIC)
+    NewtonSchulz("cubic5", 5, algorithm=algorithm)  # type: ignore[arg-type]
+    for steps in (4, 6):
+        with pytest.raises(ValueError, match=f'num_ns_steps must be 5 with .*="cubic5".*, got {steps}: pass 5, or'):
+            NewtonSchulz("cubic5", steps, algorithm=algorithm)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("at_once", [[1] * 5, [2, 2, 1], [3, 2], [5]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)], ids=str)
+def test_a_zero_coefficient_saves_its_product(
+    monkeypatch: Any, shape: tuple[int, int], dtype: torch.dtype, at_once: list[int]
+) -> None:
+    """A set may have it in some steps only, in any place of a group. The result is the same."""
+    if dtype == torch.bfloat16 and max(at_once) > 1:
+        pytest.skip("several steps at once are not taken in bfloat16")
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    counted: list[int] = []
+    monkeypatch.setattr(
+        gram, "symmetric_product", lambda *given, **named: counted.append(1) or symmetric_product(*given, **named)
+    )
+    products = []
+    for zeros in ([], [0], [1], [4], [0, 3], [0, 1, 2, 3, 4]):
+        steps = [(a, b, 0.0 if index in zeros else 0.25) for index, (a, b, _) in enumerate(CUBIC)]
+        parts, rest = [], iter(steps)
+        for count in at_once:
+            parts.append([next(rest) for _ in range(count)])
+        result = iterate(x, parts, dtype)
+        X = x.double() / x.double().norm(dim=(-2, -1), keepdim=True)
+        for a, b, c in steps:
+            A = X @ X.mT
+            X = a * X + (b * A + c * A @ A) @ X
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+        assert (result - X).norm() <= tolerance * X.norm(), zeros
+        products.append((len(counted), len(zeros)))
+        counted.clear()
+    assert [count + zeros for count, zeros in products] == [products[0][0]] * len(products)
 
 
 @pytest.mark.parametrize("n", [1, 2, 95, 192, 512, 513, 576, 770])
@@ -247,6 +301,16 @@ def test_symmetric_products(n: int, stack: int) -> None:
         torch.testing.assert_close(out, expected)
     symmetric_product(X, X.mT, plus=out, out=out)  # in place of P
     torch.testing.assert_close(out, expected + X @ X.mT)
+
+
+@pytest.mark.parametrize(("c", "diagonal"), [(0.0, 0.0), (0.0, 3.0), (0.5, 0.0), (0.5, 3.0)])
+def test_polynomials_of_a_gram_matrix(c: float, diagonal: float) -> None:
+    X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    A = X @ X.mT
+    before, out = A.clone(), torch.full_like(A, torch.nan)
+    F, f = gram.polynomial(A, -2.0, c, out, diagonal)
+    torch.testing.assert_close(f * F, -2 * A + c * A @ A + diagonal * torch.eye(6, dtype=torch.float64))
+    assert torch.equal(A, before) and (F is A) == (c == diagonal == 0.0)
 
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -65,7 +65,7 @@ def test_wheel_metadata(wheel):
     (metadata,) = (text.decode() for name, text in wheel.items() if name.endswith("METADATA"))
     assert "Name: emerging-optimizers-adaptive-muon\n" in metadata
     required = set(re.findall(r"Requires-Dist: ([^;\n]+)\n", metadata))
-    assert required == {"torch>=2.6", "absl-py", "emerging-optimizers<1,>=0.3"}
+    assert required == {"torch>=2.6", "absl-py", "emerging-optimizers<0.6,>=0.3"}
     assert {"megatron", "nemo", "automodel", "test", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", metadata))
 
 
@@ -110,6 +110,68 @@ def test_import_pulls_in_no_framework():
     names = ("megatron", "nemo", "lightning", "pytorch_lightning", "transformers", "matplotlib")
     code = f"import sys, emerging_optimizers.adaptive_muon; print([n for n in {names} if n in sys.modules])"
     assert run_python(code) == "[]"
+
+
+@pytest.mark.parametrize("version", ["0.2.9", "0.6.0a0", "0.10.1", "1.0", None])
+def test_an_unsupported_upstream_is_refused_by_its_number(version):
+    """Before anything else is imported; pip is asked for the same versions, see above."""
+    code = "import sys, emerging_optimizers as upstream\n"
+    code += f"upstream.__version__ = {version!r}\n" if version else "del upstream.__version__\n"
+    code += "try:\n    import emerging_optimizers.adaptive_muon\nexcept ImportError as error:\n    print(error)\n"
+    code += "assert 'torch' not in sys.modules"
+    should = f'must be >= 0.3 and < 0.6, got {version or "none"}: install "emerging-optimizers>=0.3,<0.6"'
+    assert run_python(code) == f"emerging-optimizers {should}"
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "0.3.99", "0.4.0", "0.5.0a0", "0.5.2.post1"])
+def test_a_supported_upstream_is_not(version):
+    code = "import emerging_optimizers as upstream\n"
+    code += f"upstream.__version__ = {version!r}\n"
+    assert (
+        run_python(code + "from emerging_optimizers.adaptive_muon.versions import *\nrequire_supported_upstream()")
+        == ""
+    )
+
+
+WITHOUT_TRITON = """
+import sys, types
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, Blocked())
+try:
+    import emerging_optimizers.triton_kernels
+except ModuleNotFoundError:  # before 0.4.0, which has what follows
+    kernels = sys.modules["emerging_optimizers.triton_kernels"] = types.ModuleType("triton_kernels")
+    kernels.HAS_TRITON_340 = False
+
+import torch
+from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+for method in METHODS:
+    for algorithm in ("auto", "gram", "standard"):
+        model = torch.nn.Sequential(torch.nn.Linear(400, 200), torch.nn.Linear(200, 400))
+        optimizer = HybridAdaptiveMuon.from_model(
+            model, lr=1e-3, moment2_method=method, ns_algorithm=algorithm, use_syrk=True, routes={"*weight": "adaptive_muon"}
+        )
+        before = [p.detach().clone() for p in model.parameters()]
+        model(torch.ones(2, 400)).square().sum().backward()
+        optimizer.step()
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+torch.version.cuda, torch.cuda.get_device_capability = "13.0", lambda index: (9, 0)
+assert not kernels_usable(torch.device("cuda", 0))
+print("triton" in sys.modules)
+"""
+
+
+def test_all_but_the_kernels_works_without_triton():
+    """Upstream needs it no more since 0.4.0."""
+    assert run_python(WITHOUT_TRITON) == "False"
 
 
 OURS = "import emerging_optimizers.adaptive_muon as ours"

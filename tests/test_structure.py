@@ -25,8 +25,8 @@ LEVELS = (
     {"planner", "update"},
     {"passes", "exchange", "state"},
     {"sharding", "orthogonalize", "moment2"},
-    {"parameters", "modes", "identity", "weight_decay"},
-    {"checks", "kernels"},
+    {"parameters", "modes", "identity", "weight_decay", "hooks"},
+    {"checks", "kernels", "versions"},
 )
 # These parts may import less than the levels allow.
 ONLY = {"routing": {"parameters", "identity", "checks"}, "moment2": set[str]()}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from interpreted import DEVICE, run_in_the_interpreter, runs_kernels, starts_the_interpreter
 
-from emerging_optimizers.adaptive_muon.orthogonalize import symmetric
+from emerging_optimizers.adaptive_muon.orthogonalize import symmetric, symmetric_kernel
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
 
@@ -76,7 +76,7 @@ def test_is_used_where_it_saves(monkeypatch, batch, n, k, dtype, usable, has_plu
     """Here the kernel only listens."""
     asked = []
     monkeypatch.setattr(symmetric, "kernels_usable", lambda device: usable)
-    monkeypatch.setattr(symmetric, "symmetric_product_on_cuda", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(symmetric_kernel, "symmetric_product_on_cuda", lambda *arguments: asked.append(arguments))
     X, out = torch.ones(batch, n, k, dtype=dtype), torch.zeros(batch, n, n, dtype=dtype)
     symmetric_product(X, X.mT, plus=out.clone() if has_plus else None, out=out)
     assert bool(asked) is taken and bool(out.any()) is not taken

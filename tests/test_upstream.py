@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Side by side with upstream's own AdaptiveMuon: the same arguments, path, extension points and checkpoints."""
 
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from inspect import signature
@@ -10,9 +11,13 @@ import pytest
 import torch
 
 import oracle
+from emerging_optimizers import triton_kernels
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz as orthogonalize
 from emerging_optimizers.mixin import WeightDecayT
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
+from emerging_optimizers.orthogonalized_optimizers import muon_utils
+from emerging_optimizers.orthogonalized_optimizers.muon import Muon
 
 
 METHODS = get_args(upstream.Moment2MethodT)
@@ -71,6 +76,30 @@ def test_same_path_at_the_default_precision(method: str) -> None:
     assert torch.get_float32_matmul_precision() == "highest"  # as it was
 
 
+# The least norm that upstream divides by: 1e-7 in 0.3, 1e-15 since 0.4.
+LEAST_NORM = signature(muon_utils.newton_schulz).parameters["eps"].default
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("algorithm", get_args(orthogonalize.NSAlgorithmT))
+@pytest.mark.parametrize("scale", [1e-6, 1e-12])
+@pytest.mark.parametrize("method", ["normuon", "adamuon"])
+def test_tiny_gradients_move_as_far(method: str, scale: float, algorithm: str, precision: Any) -> None:
+    """As after a clipped loss spike: by all algorithms, beside any release; and as 0.4 does. 0.3 stalls."""
+    initial, gradients = problem((24, 40), steps=2)
+    hyper = {"moment2_method": method, "fp32_matmul_prec": precision, "weight_decay": 0.0, "eps": 1e-3}
+    tiny = [scale * gradient for gradient in gradients]
+    usual = oracle.walk(new(AdaptiveMuon, initial, ns_algorithm=algorithm, **hyper), gradients)[-1]
+    ours = oracle.walk(new(AdaptiveMuon, initial, ns_algorithm=algorithm, **hyper), tiny)[-1]
+    theirs = oracle.walk(new(upstream.AdaptiveMuon, initial, **hyper), tiny)[-1]
+    gone = torch.linalg.norm(usual - initial)
+    assert torch.linalg.norm(ours - usual) <= (1e-3 if precision == "highest" else 0.05) * gone
+    if LEAST_NORM == 1e-15:
+        assert torch.linalg.norm(ours - theirs) <= (1e-3 if precision == "highest" else 0.05) * gone
+    elif scale == 1e-12 and method == "normuon":
+        assert torch.linalg.norm(theirs - initial) < 0.1 * gone
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_upstream_checkpoint_goes_on(method: str) -> None:
     initial, gradients = problem((24, 40), steps=6)
@@ -97,6 +126,41 @@ def test_every_upstream_argument_is_here() -> None:
 
 def test_is_an_upstream_adaptive_muon() -> None:
     assert isinstance(AdaptiveMuon([torch.zeros(2, 3)]), upstream.AdaptiveMuon)
+
+
+def test_upstreams_options_are_left_to_upstream() -> None:
+    """Since 0.5 upstream's Muon has them as properties that cannot be set; its AdaptiveMuon may follow."""
+    options = signature(upstream.AdaptiveMuon).parameters.keys() | signature(Muon).parameters.keys()
+    assert {"scale_mode", "num_ns_steps", "extra_scale_factor"} <= options
+
+    class ReadOnly(AdaptiveMuon):
+        def __setattr__(self, name: str, value: Any) -> None:
+            code = sys._getframe(1).f_code
+            assert name not in options or "emerging_optimizers/adaptive_muon/" not in code.co_filename, (
+                f"{code.co_name} sets {name}"
+            )
+            super().__setattr__(name, value)
+
+    initial, gradients = problem((4, 6), steps=1)
+    optimizer = new(ReadOnly, initial)
+    oracle.walk(optimizer, gradients)
+    resumed = new(ReadOnly, initial)
+    resumed.load_state_dict(optimizer.state_dict())
+    deepcopy(resumed).step()
+
+
+@pytest.mark.parametrize("has_triton", [True, False])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (10, 1), (10, 3), (12, 0), None])
+def test_syrk_is_used_where_upstream_uses_it(monkeypatch: Any, capability: Any, has_triton: bool) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for module in (triton_kernels, orthogonalize):
+        monkeypatch.setattr(module, "HAS_TRITON_340", has_triton)
+    monkeypatch.setattr(muon_utils, "newton_schulz", lambda grad, use_syrk, **_: seen.append(use_syrk) or grad)
+    Muon([torch.ones(8, 8)], use_syrk=True).scaled_orthogonalize_fn(torch.ones(8, 8))
+    [theirs] = seen
+    assert AdaptiveMuon([torch.ones(8, 8)], use_syrk=True).options.use_syrk is theirs
 
 
 # ---------------------------------------------------------------------------------------- the same extension points

@@ -1,4 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from emerging_optimizers.adaptive_muon.versions import require_supported_upstream
+
+
+require_supported_upstream()  # before an import that another version may not have
+
+# isort: split
+
 from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.hybrid import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT

@@ -52,10 +52,10 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
       of the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
-    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.3.0, except where the
-    norm of the momentum is below 1e-7. There the steps of 0.3.0 vanish. This class, like 0.4.0, divides by the norm down
-    to 1e-15. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True,
-    weight_decay_method="adaptive", coefficient_type="simple", extra_scale_factor=0.2``.
+    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.4, which is that of 0.3
+    except where the norm of the momentum is below 1e-7 and the steps of 0.3 vanish. The paper's NAMO and NAMO-D are
+    ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive", coefficient_type="simple",
+    extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
     (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
@@ -92,8 +92,12 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
         placement = {name: getattr(self.options, name) for name in _OF_RULES}
-        has_owners = self._mode is not None and self._mode.has_owners
-        rules = Rules(**placement, blockwise=self._mode is None, has_owners=has_owners)
+        rules = Rules(
+            **placement,
+            blockwise=self._mode is None,
+            has_owners=self._mode is not None and self._mode.has_owners,
+            hooked=self.options.weight_update_hook is not None,
+        )
         self._sharding = Sharding(rules, self._mode, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
@@ -172,6 +176,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             functions=self._functions,
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
             after_update=self.post_weight_update_fn_inplace,
+            hook=self.options.weight_update_hook,
         )
 
     def _functions(

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, require_known, require_one_of, require_picklable, within
 from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
+from emerging_optimizers.adaptive_muon.hooks import WeightUpdateHook, check_upstream_has_hooks, is_hook
 from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2, Moment2MethodT, make_moment2
 from emerging_optimizers.adaptive_muon.moment2.namo_d import NamoD
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, NSAlgorithmT, syrk_is_usable
@@ -109,19 +110,18 @@ _PROCESS_GROUP = "a torch.distributed.ProcessGroup that this process belongs to"
 
 _AT_LEAST_0 = partial(within, low=0)
 _BELOW_1 = partial(within, low=0, high=1)
+_HOOK = Rule(
+    "a hook with the methods pre_weight_update_inplace and post_weight_update_inplace",
+    _or_none(is_hook),
+    "pass an object, such as emerging_optimizers.weight_update_hooks.RelativeUpdateHook(), or None",
+)
 # A smaller eps is zero, or has no inverse, in float32.
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid.
-
-    ``use_syrk`` is False where the kernels cannot be used.
-
-    Raises:
-        ValueError: If a value breaks its rule.
-    """
+class MatrixOptions:
+    """The options of a step on whole matrices; :class:`Options` has those of shards and replicas too, and checks all."""
 
     lr: float = option_field(
         3e-4,
@@ -162,7 +162,7 @@ class Options:
     )
     coefficient_type: NSCoeffT = option_field(
         "quintic",
-        "Coefficients of the Newton-Schulz iteration.",
+        'Coefficients of the Newton-Schulz iteration. "cubic5" (Emerging-Optimizers 0.4) takes exactly 5 steps.',
         names=[name for name in get_args(NSCoeffT) if name != "custom"],  # which is for a function of upstream's
         megatron_field="muon_coefficient_type",
     )
@@ -226,6 +226,15 @@ class Options:
         "paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.",
         flag=True,
     )
+    weight_update_hook: WeightUpdateHook | None = option_field(
+        None,
+        "Hook around the weight update, such as HyperballHook, RadialBrakeHook and RelativeUpdateHook of "
+        "emerging_optimizers.weight_update_hooks. It needs Emerging-Optimizers 0.5. It is called with every parameter, and "
+        "of a stack with every matrix. Parameters must be whole, or matrices in DTensors.",
+        rule=_HOOK,
+        scope="rank",
+        in_files=False,
+    )
     use_syrk: bool = option_field(
         False,
         'Whether ns_algorithm "standard" uses upstream\'s Triton kernel for symmetric products, on CUDA at "medium" precision. '
@@ -233,6 +242,18 @@ class Options:
         megatron_field="muon_use_syrk",
         flag=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MatrixOptions):
+    """All options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`, valid.
+
+    ``use_syrk`` is False where the kernels cannot be used.
+
+    Raises:
+        ValueError: If a value breaks its rule.
+    """
+
     tp_group: ProcessGroup | None = option_field(
         None,
         "Process group over which parameters with the attribute partition_dim are split, in the order of its ranks: 0 "
@@ -313,6 +334,7 @@ class Options:
         object.__setattr__(self, "use_syrk", self.use_syrk and syrk_is_usable())
         _ = self.moment2, self.newton_schulz  # which check the rest
         _check_decay_method(self)
+        check_upstream_has_hooks(self.weight_update_hook)
 
     @classmethod
     def of(cls, **given: Any) -> Self:
@@ -344,9 +366,13 @@ class Options:
 
     @property
     def synced(self) -> dict[str, Any]:
-        """The values that must be the same on all ranks, by name."""
+        """The values that must be the same on all ranks, by name. Of a hook that is its class."""
         shared = [option.name for option in options_of(type(self)) if option.scope == "shared"]
-        return {name: getattr(self, name) for name in shared} | {"bias_correction": self.corrects_bias}
+        values: dict[str, Any] = {name: getattr(self, name) for name in shared} | {
+            "bias_correction": self.corrects_bias
+        }
+        hook = self.weight_update_hook
+        return values | {"weight_update_hook": None if hook is None else type(hook).__qualname__}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the record itself: it is frozen, and process groups cannot be copied."""
@@ -376,6 +402,7 @@ class OptionsDict(TypedDict, total=False):
     eps: float
     bias_correction: bool | None
     namo_d_clamp: float
+    weight_update_hook: WeightUpdateHook | None
     use_syrk: bool
     tp_group: ProcessGroup | None
     replica_group: ReplicaGroup

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import increment_version
 
-from emerging_optimizers.adaptive_muon.kernels.apply import apply_on_cuda
-from emerging_optimizers.adaptive_muon.kernels.average import average_on_cuda
 from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
@@ -46,6 +44,8 @@ def average(
         M', shape ``(batch, ..., rows, columns)``, which may be M itself, and the sums of squares.
     """
     if _taken(Ms) and Ms[0].dtype == torch.float32 and _taken(Gs) and not (observed and len(kept_dims) == 2):
+        from emerging_optimizers.adaptive_muon.kernels.average import average_on_cuda
+
         kept = kept_dims if observed else None
         M_prime, sums = average_on_cuda(Ms, Gs, momentum=momentum, nesterov=nesterov, kept_dims=kept)
         _changed(Ms)
@@ -69,6 +69,8 @@ def apply(Ws: list[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float
         decay: The share of itself that a weight loses: a number, or a tensor broadcastable to O.
     """
     if _taken(Ws) and O.dtype in _DTYPES and D.dtype == torch.float32:
+        from emerging_optimizers.adaptive_muon.kernels.apply import apply_on_cuda
+
         apply_on_cuda(Ws, O, D, lr=lr, decay=decay)
         _changed(Ws)
         return

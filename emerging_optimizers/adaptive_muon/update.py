@@ -4,7 +4,8 @@
 A letter with an s is a list, of a tensor per parameter; a letter without is one tensor, of the whole batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 
 from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
+from emerging_optimizers.adaptive_muon.hooks import WeightUpdateHook
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, work_dtype
 from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, wrapped_like
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, local_of, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 from emerging_optimizers.adaptive_muon.weight_decay import Number, WeightDecay
@@ -41,6 +43,7 @@ class StepRule:
         functions: Returns the iteration for parameters of a group, or for each parameter a user's function in its place.
         before_update: Called with a parameter and its update, both of which it may change; or None.
         after_update: Called with a parameter that has been updated.
+        hook: Called around both, or None.
     """
 
     moment2: Moment2
@@ -52,6 +55,7 @@ class StepRule:
     functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
     before_update: Callable[[torch.Tensor, torch.Tensor], None] | None
     after_update: Callable[[torch.Tensor], None]
+    hook: WeightUpdateHook | None
 
 
 class BatchUpdate:
@@ -108,14 +112,14 @@ class BatchUpdate:
         for D, scale in zip(Ds, self._scales, strict=True):
             D.mul_(rule.shape_factor(*scale.shape))
         Os = [O for O, _ in results]
-        if rule.before_update is not None:
-            self._apply_with_hook(rule.before_update, Os, Ds, decays)
-        else:
-            if isinstance(lr, torch.Tensor):
-                Ds, lr = [D * lr for D in Ds], 1.0
-            for matrix, O, D, decay in zip(self.matrices, Os, Ds, decays, strict=True):
-                with matrix.in_place(self._Ws) as Ws:
-                    apply(Ws, O, D, lr=lr, decay=decay)
+        if rule.before_update is not None or rule.hook is not None:
+            self._apply_one_by_one(Os, Ds, decays)
+            return
+        if isinstance(lr, torch.Tensor):
+            Ds, lr = [D * lr for D in Ds], 1.0
+        for matrix, O, D, decay in zip(self.matrices, Os, Ds, decays, strict=True):
+            with matrix.in_place(self._Ws) as Ws:
+                apply(Ws, O, D, lr=lr, decay=decay)
         for p in self.params:
             rule.after_update(p)
 
@@ -143,22 +147,36 @@ class BatchUpdate:
         for D in Ds:
             torch._foreach_mul_(D.unbind(0), corrections)
 
-    def _apply_with_hook(
-        self,
-        hook: Callable[[torch.Tensor, torch.Tensor], None],
-        Os: Sequence[torch.Tensor],
-        Ds: Sequence[torch.Tensor],
-        decays: Sequence[Number],
+    def _apply_one_by_one(
+        self, Os: Sequence[torch.Tensor], Ds: Sequence[torch.Tensor], decays: Sequence[Number]
     ) -> None:
-        """Decay W, call a function that may change the update and the weight, and update W."""
+        """Decay W; then update each W between functions that may change it and its update, in upstream's order."""
+        rule = self._rule
         for matrix, decay in zip(self.matrices, decays, strict=True):
             with matrix.in_place(self._Ws) as Ws:
                 decay_weights(Ws, decay)
         updates = [D * O for D, O in zip(Ds, Os, strict=True)]
         merged = merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape))
         for p, W, U in zip(self.params, self._Ws, merged, strict=True):
-            hook(p, wrapped_like(p, U.mT if is_transposed(p) else U))
-            W.copy_(in_work_dtype(W) - self._group["lr"] * U)
+            update = wrapped_like(p, U.mT if is_transposed(p) else U)
+            if rule.before_update is not None:
+                rule.before_update(p, update)
+            with _within(rule.hook, p, update):
+                W.copy_(in_work_dtype(W) - self._group["lr"] * U)
+                rule.after_update(p)
+
+
+@contextmanager
+def _within(hook: WeightUpdateHook | None, p: torch.Tensor, update: torch.Tensor) -> Iterator[None]:
+    """Call a hook before and after what is done inside: for a parameter, or for each matrix of a stack."""
+    pairs = [(p, update)]
+    if p.ndim > 2:
+        pairs = [*zip(local_of(p).detach().unbind(0), local_of(update).unbind(0), strict=True)]
+    states = [] if hook is None else [hook.pre_weight_update_inplace(*pair) for pair in pairs]
+    yield
+    if hook is not None:
+        for (W, _), state in zip(pairs, states, strict=True):
+            hook.post_weight_update_inplace(W, state)
 
 
 class _Scale:

@@ -11,7 +11,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
-from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM
+from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM, polynomial
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
@@ -123,10 +123,9 @@ def _iterated(
         with newton_schulz.products(X.dtype):
             symmetric_product(*(X.mT, X) if rows_are_split else (X, X.mT), out=grams[-1])
     for X, A, rows_are_split in zip(Xs, sum_over(group, grams), by_rows, strict=True):
-        B = torch.empty_like(A)
         with newton_schulz.products(X.dtype):
-            symmetric_product(A, A, plus=A, beta=b, alpha=c, out=B)
-            results.append(torch.baddbmm(X, *(X, B) if rows_are_split else (B, X), beta=a))
+            F, f = polynomial(A, b, c, out=torch.empty_like(A))
+            results.append(torch.baddbmm(X, *(X, F) if rows_are_split else (F, X), beta=a, alpha=f))
     return results
 
 

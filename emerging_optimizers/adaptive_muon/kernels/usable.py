@@ -5,8 +5,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from absl import logging
 
 
@@ -17,7 +15,10 @@ _OLDEST = (8, 0)
 
 
 def kernels_usable(device: torch.device) -> bool:
-    """Return whether the Triton kernels of this package run on a device; the first call for a GPU tries one there."""
+    """Return whether the Triton kernels of this package run on a device; the first call for a GPU tries one there.
+
+    No module that defines kernels may be imported before: an environment may be without Triton.
+    """
     return device.type == "cuda" and _runs_on(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -26,16 +27,13 @@ def _runs_on(index: int) -> bool:
     """Whether a kernel that does next to nothing compiles and runs. Triton needs a C compiler at hand, for one."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _OLDEST:
         return False
-    kernel: Any = set_one_kernel
     try:
+        from emerging_optimizers.adaptive_muon.kernels.trial import set_one_kernel
+
+        kernel: Any = set_one_kernel
         with torch.cuda.device(index):
             kernel[1,](torch.zeros(1, device="cuda"))
     except Exception as error:  # whatever a toolchain may raise
         logging.warning("Triton kernels cannot be used on GPU %d; going on with torch's: %s", index, error)
         return False
     return True
-
-
-@triton.jit
-def set_one_kernel(out):
-    tl.store(out, 1.0)

@@ -34,6 +34,11 @@ NSAlgorithmT = Literal["standard", "gram", "auto"]
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
+# The sets that repeat their last coefficients after the end, where others begin again, and those that have no other number
+# of steps than their own. Upstream's function has these rules in its code; no table says them.
+_REPEAT_LAST = ("polar_express", "cans", "deepseekv4")
+_FIXED = ("cubic5",)  # since 0.4.0
+
 # The GPU generations for which upstream's Muon vouches for its Triton kernel.
 _SYRK_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
@@ -65,7 +70,8 @@ class NewtonSchulz:
             :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon`.
 
     Raises:
-        ValueError: If ``num_steps`` is not a positive whole number, or the precision is unknown.
+        ValueError: If ``num_steps`` is not a positive whole number, or not that of a set of fixed length, or the precision
+            is unknown.
     """
 
     coefficient_type: NSCoeffT
@@ -81,6 +87,14 @@ class NewtonSchulz:
             "num_ns_steps must be a whole number >= 1",
             self.num_steps,
             "upstream's default is 5",
+        )
+        fixed = len(_sets(self.coefficient_type)) if self.coefficient_type in _FIXED else self.num_steps
+        require(
+            self.num_steps == fixed,
+            f'num_ns_steps must be {fixed} with coefficient_type="{self.coefficient_type}", whose coefficients are of so '
+            "many steps",
+            self.num_steps,
+            f"pass {fixed}, or take another set",
         )
         require_one_of("fp32_matmul_prec", self.precision, get_args(FP32MatmulPrecT))
 
@@ -175,10 +189,14 @@ def at_precision(function: Function, precision: FP32MatmulPrecT) -> Function:
 @cache
 def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficients, ...]:
     """Upstream's coefficients for this number of steps; what follows the last of a set is upstream's rule too."""
-    repeats_last = coefficient_type in ("polar_express", "cans", "deepseekv4")
-    mode: CoeffIterMode = "repeat_last" if repeats_last else "cycle"
-    sets = muon_utils._COEFFICIENT_SETS[coefficient_type]
-    return tuple(muon_utils.get_coefficient_iterator(num_steps, sets, mode=mode))
+    mode: CoeffIterMode = "repeat_last" if coefficient_type in _REPEAT_LAST else "cycle"
+    return tuple(muon_utils.get_coefficient_iterator(num_steps, _sets(coefficient_type), mode=mode))
+
+
+def _sets(coefficient_type: NSCoeffT) -> Sequence[Coefficients]:
+    """A coefficient set of upstream's table."""
+    coefficients: Sequence[Coefficients] = muon_utils._COEFFICIENT_SETS[coefficient_type]
+    return coefficients
 
 
 def _is_faster_in_bfloat16(shape: Sequence[int]) -> bool:

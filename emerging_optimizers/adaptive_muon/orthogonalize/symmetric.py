@@ -7,7 +7,7 @@ import torch
 
 from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.orthogonalize import cpu
-from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import lower_tiles, symmetric_product_on_cuda
+from emerging_optimizers.adaptive_muon.orthogonalize.tiles import lower_tiles
 
 
 __all__ = ["symmetric_product"]
@@ -45,6 +45,8 @@ def symmetric_product(
         diagonal: d, which is added to the diagonal.
     """
     if S.dtype == torch.float16 and _kernel_pays(S.shape, plus is not None) and kernels_usable(S.device):
+        from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import symmetric_product_on_cuda
+
         symmetric_product_on_cuda(S, T, plus, out, beta, alpha, diagonal)
         return
     plus, beta = (out, 0.0) if plus is None else (plus, beta)  # torch does not read what has the factor zero

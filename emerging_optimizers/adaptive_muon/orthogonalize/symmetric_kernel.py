@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 
 from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
+from emerging_optimizers.adaptive_muon.orthogonalize.tiles import TILE, lower_tiles
 
 
-__all__ = ["lower_tiles", "symmetric_product_on_cuda"]
+__all__ = ["symmetric_product_on_cuda"]
 
 # The depth of a tile and the stages, measured on an H100: for left factors with adjacent columns, and for others, which are
 # transposed. Nothing but the layout and the kind of GPU may choose: tiles decide how results are rounded, and replicas that
 # found other ones the fastest would drift apart.
-_BLOCK = 128
 BY_ROWS = {"BLOCK_K": 64, "num_stages": 3}
 BY_COLUMNS = {"BLOCK_K": 32, "num_stages": 4}
 
@@ -76,12 +76,6 @@ def product_kernel(
         tl.store(mirrored, tl.trans(result), mask=in_columns[:, None] & in_rows[None, :])
 
 
-def lower_tiles(n: int) -> int:
-    """Return the number of tiles on and below the diagonal of a matrix with n rows."""
-    across = -(-n // _BLOCK)
-    return across * (across + 1) // 2
-
-
 def symmetric_product_on_cuda(
     S: torch.Tensor,
     T: torch.Tensor,
@@ -109,9 +103,9 @@ def symmetric_product_on_cuda(
         (S, T, added, out, n, k, lower, float(alpha), float(beta), float(diagonal), *strides),
         {
             "HAS_PLUS": plus is not None,
-            "EVEN": n % _BLOCK == 0 and k % tiles["BLOCK_K"] == 0,
+            "EVEN": n % TILE == 0 and k % tiles["BLOCK_K"] == 0,
             "INDEX": tl.int32 if farthest < 2**30 else tl.int64,
-            "BLOCK": _BLOCK,
+            "BLOCK": TILE,
             "BLOCK_K": tiles["BLOCK_K"],
         },
         num_warps=_warps(S.device),

@@ -26,7 +26,8 @@ class Rules:
     """The rules by which a parameter's split and blocks are found.
 
     The first five fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
-    ``has_owners`` says whether a matrix in shards is orthogonalized by one rank.
+    ``has_owners`` says whether a matrix in shards is orthogonalized by one rank. ``hooked`` refuses shards that a hook
+    around the weight update could not take the norm of.
     """
 
     tp_group: ProcessGroup | None
@@ -36,13 +37,30 @@ class Rules:
     blocks_fn: BlocksFn | None
     blockwise: bool
     has_owners: bool
+    hooked: bool = False
 
     def split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """Return how the matrix (out, in) of a parameter is split; ``Layout()`` where it is whole.
 
         Raises:
-            ValueError: If the split contradicts the parameter's shape, or a shard has no group; it has the name.
+            ValueError: If the split contradicts the parameter's shape, a shard has no group, or a hook would see a part of
+                a matrix; it has the name.
         """
+        split = self._valid_split(p, name)
+        require(
+            not self.hooked
+            or isinstance(split, Layout)
+            or (isinstance(split, Piece) and split.is_whole)
+            or (is_dtensor(p) and p.ndim == 2),
+            f"with weight_update_hook, which takes norms of whole matrices, {name} must be held whole or be a matrix in a "
+            "DTensor, which sums over its ranks; it is split",
+            split,
+            "shard it as a DTensor (FSDP2), or pass weight_update_hook=None",
+        )
+        return split
+
+    def _valid_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
+        """How a parameter is split, which its shape does not contradict."""
         split = _transposed_if_tagged(p, self._stored_split(p, name), name)
         if isinstance(split, Layout) or (split.group.size() == 1 and not getattr(split, "padding", 0)):
             return Layout()
