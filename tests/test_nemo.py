@@ -734,6 +734,7 @@ def test_script_with_hydra_overrides_in_two_processes(config, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "AdaptiveMuon (namo_d): 19 parameters" in done.stdout + done.stderr
+    assert "; 19 shared by 2 replicas" in done.stdout + done.stderr
     assert "distributed_backend=gloo" in done.stdout + done.stderr
     (saved,) = tmp_path.rglob("*last.ckpt")
     loaded = torch.load(saved, weights_only=False)

@@ -81,6 +81,23 @@ def test_fsdp2_equals_the_whole_model(method):
         assert moved > 0 and off <= (2e-3 if method == "adamuon" else 1e-4) * moved, name
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_hsdps_replicas_share_the_work(method, caplog):
+    """Two replicas of one shard: on by itself, as the log says, and off by a key."""
+    caplog.set_level("INFO")
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
+    made = []
+    for options in ({}, {"share_replicas": False}):
+        caplog.clear()
+        model = fully_shard(llama(), mesh=mesh)
+        train(model, yaml(moment2_method=method, lr=RATES.get(method, 4e-3), scalar_lr=1e-3, **options))
+        lines = [record.getMessage() for record in caplog.records if "adaptive_muon" in record.name]
+        assert len(lines) == 1 and ("; 14 shared by 2 replicas" in lines[0]) is not bool(options)
+        made.append(model)
+    for (name, p), q in zip(made[0].named_parameters(), made[1].parameters(), strict=True):
+        torch.testing.assert_close(full(p), full(q), atol=1e-4 if method == "adamuon" else 1e-6, rtol=1e-4, msg=name)
+
+
 def test_yaml_names_it_and_routes_it():
     config = yaml(moment2_method="namo_d", betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1, scalar_lr=1e-3)
     (optimizer,) = config.build(sharded(llama()))
