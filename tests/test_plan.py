@@ -218,6 +218,65 @@ def test_owners_fit_together_better_than_by_the_least_work(thin: bool, most: int
     assert len(rounds) == 1 and max(shares.values()) == busiest
 
 
+def replicated(group: Group, shapes: Sequence[tuple[int, int]], shards: int, rank: int = 0) -> list[Ready]:
+    """Matrices in replicas of some strips of rows each, one replica after the other; whole where that is one strip."""
+    made = []
+    for shape in shapes:
+        of_replica = strips(shape, 0, [1] * shards)
+        rectangles = of_replica * (group.size() // shards)
+        layout = ShardedLayout(group, rank, shape, rectangles, tuple(each // shards for each in range(group.size())))
+        shapes_of_shards = ShardShapes(None, tuple(each.shape for each in rectangles))
+        made.append(Ready((Matrix(layout, shard_shapes=shapes_of_shards),), 0, *ANY, torch.Size(layout.own.shape)))
+    return made
+
+
+ANY = torch.float32, torch.device("cpu")
+LARGE, SMALL = (400, 400), (8, 8)
+
+
+@pytest.mark.parametrize(("shards", "owners"), [(2, [0, 2, 4, 1]), (1, [0, 1, 2, 3]), (3, [0, 3, 1, 4])])
+def test_owners_are_of_all_replicas_in_turn(shards: int, owners: list[int]) -> None:
+    """So that no replica has to send on more than the others."""
+    [one] = make_plan(replicated(Group(6), [(48, 24)] * 4, shards), LAYER_SHARDED, NO_LIMIT)
+    found = {m: owner for batch in one.batches for m, owner in zip(batch.members, batch.owners[0], strict=True)}
+    assert [found[member] for member in range(4)] == owners
+
+
+@pytest.mark.parametrize(
+    ("shapes", "most", "kinds"),
+    [
+        ([SMALL, SMALL], NO_LIMIT, ["LayerSharded"]),
+        ([SMALL, LARGE], 2 * 4 * 160_000, ["LayerSharded"]),  # two copies in float32
+        ([SMALL, LARGE], 2 * 4 * 160_000 - 1, ["Relayed"]),  # the small one too: a round holds both
+    ],
+)
+def test_results_are_relayed_where_copies_are_beyond_the_cap(
+    shapes: list[tuple[int, int]], most: int, kinds: list[str]
+) -> None:
+    for rank in range(4):
+        rounds = make_plan(replicated(Group(4), shapes, 2, rank), LAYER_SHARDED, most)
+        assert [type(each.mode).__name__ for each in rounds] == kinds
+
+
+def test_replicas_that_are_cut_differently_are_not_relayed() -> None:
+    """Nobody there has just the shard of a rank here."""
+    halves, whole = strips(LARGE, 0, [1, 1]), strips(LARGE, 0, [1])
+    layout = ShardedLayout(Group(3), 0, LARGE, halves + whole, (0, 0, 1))
+    shapes = ShardShapes(None, tuple(each.shape for each in layout.rectangles))
+    matrix = Ready((Matrix(layout, shard_shapes=shapes),), 0, *ANY, torch.Size(layout.own.shape))
+    [one] = make_plan([matrix], LAYER_SHARDED, 1)
+    assert one.mode is LAYER_SHARDED
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replicas_of_whole_matrices_have_a_round_of_their_own(mode: Mode) -> None:
+    group = Group(2)
+    sharded = ready(made(group, [([(6, 4)], 0, [1, 1], ())]))
+    rounds = make_plan([*sharded, *replicated(group, [(6, 4)], 1)], mode, NO_LIMIT)
+    assert [type(each.mode).__name__ for each in rounds] == [type(mode).__name__, "Replicas"]
+    assert all(each.process_group is group for each in rounds)
+
+
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(ranks_and_specs, modes, st.sampled_from([1000, NO_LIMIT]))
 def test_the_same_on_all_ranks_and_every_time(drawn: tuple[int, list[Any]], mode: Mode, most: int) -> None:
