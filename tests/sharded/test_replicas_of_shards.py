@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replicas of sharded matrices share the work: along a mesh's dimensions that replicate, and in replica_group."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -22,7 +23,7 @@ from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 SHAPES = [(24, 64), (64, 24), (32, 32), (33, 40), (40, 33), (3, 18), (18, 3)]
 each_method = pytest.mark.parametrize("method", METHODS)
-needs_replicas = pytest.mark.skipif("dist.get_world_size() < 4")
+needs_replicas = pytest.mark.skipif(int(os.environ["WORLD_SIZE"]) < 4, reason="two replicas of two shards")
 
 
 @cache
@@ -302,3 +303,27 @@ def test_a_strip_for_one_replica_and_whole_for_the_other_is_told() -> None:
     with pytest.raises(ValueError, match="parameters, in their order, and their shapes"):
         optimizer.step()
     assert torch.equal(p, torch.ones(4, 6))
+
+
+@needs_replicas
+@pytest.mark.parametrize("plain", [False, True], ids=["DTensor", "plain"])
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("nesterov", (True, False)), ("share_replicas", (True, False)), ("tp_mode", ("layer_sharded", "duplicated"))],
+    ids=str,
+)
+def test_replicas_that_disagree_about_options_are_told(option: str, values: tuple[Any, Any], plain: bool) -> None:
+    """Also about the option that says whether they exchange anything at all."""
+    tp, replicas = groups()
+    p = distributed(torch.ones(16, 24), "unnamed", (Replicate(), Shard(0)))
+    options: dict[str, Any] = {**OPTIONS, option: values[dist.get_rank() == 3]}
+    if plain:
+        p = nn.Parameter(torch.ones(8, 24))
+        p.partition_dim = 0  # type: ignore[attr-defined]
+        options |= {"tp_group": tp, "replica_group": replicas}
+    optimizer = AdaptiveMuon([p], **options)
+    p.grad = torch.ones_like(p)
+    with pytest.raises((ValueError, RuntimeError), match=option) as raised:
+        optimizer.step()
+    assert isinstance(raised.value, ValueError)
+    assert torch.equal(p.to_local() if isinstance(p, DTensor) else p, torch.ones(8, 24))

@@ -67,7 +67,7 @@ def gradient_of(p: torch.Tensor) -> torch.Tensor:
     return local_of(grad)
 
 
-def shard_of(p: "DTensor", name: str, *, whole_shared: bool, shards_shared: bool) -> Layout | Piece:
+def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
     """Return which shard of its matrix this process holds of a DTensor.
 
     Mesh dimensions that shard a stack of matrices along its first dimension keep matrices whole. Mesh dimensions that
@@ -76,8 +76,7 @@ def shard_of(p: "DTensor", name: str, *, whole_shared: bool, shards_shared: bool
     Args:
         p: The parameter.
         name: Its name in errors.
-        whole_shared: Whether replicas of a whole matrix belong together, in one group.
-        shards_shared: Whether replicas of a matrix in shards do.
+        apart: Whether a replica in shards has a group of its own beside that of all replicas.
 
     Raises:
         ValueError: If its placements are not contiguous shards and replicas.
@@ -93,8 +92,6 @@ def shard_of(p: "DTensor", name: str, *, whole_shared: bool, shards_shared: bool
     )
     splitting = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
     replicating = [index for index, dim in enumerate(dims) if dim is None and mesh.size(index) > 1]
-    if not (shards_shared if splitting else whole_shared):
-        replicating = []
     if not splitting and not replicating:
         return Layout()
     shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
@@ -110,8 +107,14 @@ def shard_of(p: "DTensor", name: str, *, whole_shared: bool, shards_shared: bool
     group, rectangle = _group(mesh, sorted(splitting + replicating)), (top, top + rows, left, left + columns)
     if not replicating:
         return Piece(group, whole, rectangle)
-    number = math.prod(mesh.size(dim) for dim in replicating)
-    return ReplicaPiece(group, whole, rectangle, replica=_place(mesh, replicating), replicas=number)
+    return ReplicaPiece(
+        group,
+        whole,
+        rectangle,
+        replica=_place(mesh, replicating),
+        replicas=math.prod(mesh.size(dim) for dim in replicating),
+        shards=_group(mesh, splitting) if apart and splitting else None,
+    )
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":

@@ -209,6 +209,7 @@ class ReplicaPiece(Piece):
 
     replica: int = 0  # its number
     replicas: int = 1  # how many there are
+    shards: ProcessGroup | None = field(default=None, repr=False)  # the ranks of this one, where replicas stay apart
 
 
 def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]:

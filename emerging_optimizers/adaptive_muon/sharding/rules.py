@@ -82,14 +82,18 @@ class Rules:
         )
         return split
 
+    def shares(self, split: Layout | Split | Piece) -> bool:
+        """Return whether replicas of a parameter that is split in this way share the work."""
+        is_whole = isinstance(split, Layout) or (isinstance(split, Piece) and split.is_whole)
+        return self.share_replicas and (is_whole or self.has_owners or self.blockwise)
+
     def replicas(self, p: torch.Tensor, split: Layout | Split | Piece, name: str) -> ProcessGroup | None:
-        """Return the ranks with the same shard of a parameter that is no DTensor, if they share the work; else None.
+        """Return the ranks with the same shard of a parameter; None where there are no others, or it is a DTensor.
 
         Raises:
-            ValueError: If these ranks are none; it has the name.
+            ValueError: If these ranks cannot be replicas; it has the name.
         """
-        is_shared = isinstance(split, Layout) or self.has_owners or self.blockwise
-        if not self.share_replicas or not is_shared or is_dtensor(p):
+        if is_dtensor(p):
             return None
         group = self.replica_group
         if not isinstance(group, ProcessGroup | None):
@@ -130,9 +134,7 @@ class Rules:
             )
             return split
         if is_dtensor(p):
-            split = shard_of(
-                p, name, whole_shared=self.share_replicas, shards_shared=self.share_replicas and self.has_owners
-            )
+            split = shard_of(p, name, apart=not (self.share_replicas and self.has_owners))
             require(
                 not self.blockwise or isinstance(split, Layout) or split.is_whole,
                 f"the shards of a DTensor are no matrices of their own; {name} is one, with tp_mode",

@@ -41,7 +41,8 @@ class Found(NamedTuple):
     name: str
     group: int  # the number of its parameter group
     split: Layout | Split | Piece
-    replicas: ProcessGroup | None  # the ranks with the same shard, if it is no DTensor and they share the work
+    replicas: ProcessGroup | None  # the ranks with the same shard, if it is no DTensor
+    shares: bool  # whether replicas share the work
     blocks: Any
 
     @property
@@ -62,12 +63,7 @@ class Sharding:
     the same on all ranks. ``rules`` find how a parameter is split.
     """
 
-    def __init__(
-        self,
-        rules: Rules,
-        mode: Mode | None,
-        synced_options: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, rules: Rules, mode: Mode | None, synced_options: Mapping[str, Any]) -> None:
         self._rules, self._mode, self._synced_options = rules, mode, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
@@ -107,6 +103,8 @@ class Sharding:
     def replicas_of(self, p: torch.Tensor) -> int:
         """Return how many replicas share the work on a parameter, which :meth:`resolve` need not have seen."""
         split = self._rules.split(p, "a parameter")
+        if not self._rules.shares(split):
+            return 1
         replicas = self._rules.replicas(p, split, "a parameter")
         if isinstance(split, ReplicaPiece):
             return split.replicas
@@ -206,13 +204,15 @@ class Sharding:
         """
         present = {identity(p) for group in param_groups for p in group["params"]}
         self._known = {key: known for key, known in self._known.items() if key in present}
+        new = [*_named(param_groups, lambda p: not self._knows(p))]
+        if not new:
+            return
         numbers = {p: number for number, group in enumerate(param_groups) for p in group["params"]}
         found = []
-        for p, name in _named(param_groups, lambda p: not self._knows(p)):
+        for p, name in new:
             split = self._rules.split(p, name)
-            found.append(
-                Found(p, name, numbers[p], split, self._rules.replicas(p, split, name), self._rules.blocks(p))
-            )
+            replicas, shares = self._rules.replicas(p, split, name), self._rules.shares(split)
+            found.append(Found(p, name, numbers[p], split, replicas, shares, self._rules.blocks(p)))
         for p, matrices in self._resolved(found).items():
             self._known[identity(p)] = as_matrices(p).shape, matrices
             if any(layout.replicas for layout in self._layouts(p)):
@@ -220,61 +220,72 @@ class Sharding:
 
     def _resolved(self, found: Sequence[Found]) -> dict[torch.Tensor, tuple[Matrix, ...]]:
         """Return the matrices of parameters, which the ranks that hold them have compared."""
-        comparing: dict[ProcessGroup, list[Found]] = {}
         tp_group = self._rules.tp_group
-        if tp_group is not None and found:
-            comparing[tp_group] = []
+        comparing: dict[ProcessGroup, list[Found]] = {} if tp_group is None else {tp_group: []}
         for one in found:
             # A parameter that is whole for one rank may be a shard for another: the ranks of tp_group compare all.
             for group in (one.holders or tp_group, one.replicas):
                 if group is not None:
                     comparing.setdefault(group, []).append(one)
         infos: dict[tuple[torch.Tensor, ProcessGroup], list[ShardInfo]] = {}
+        failure = ""  # is told in the other groups too, whose ranks would wait else
         for group, params in comparing.items():
-            infos |= self._exchanged(group, params)
-        # Only now do all ranks that hold a parameter agree how, and that there are replicas.
+            try:
+                infos |= self._exchanged(group, params, failure)
+            except ValueError as error:
+                failure = str(error)
+        if failure:
+            raise ValueError(failure)
+        # Only now do all ranks that hold a parameter agree how, and whether replicas share the work.
+        groups = {one.p: self._group(one) for one in found}
         together: dict[ProcessGroup, list[Found]] = {}
-        groups: dict[torch.Tensor, ProcessGroup | None] = {}
         for one in found:
-            group = one.holders or one.replicas
-            if one.holders is not None and one.replicas is not None and self._mode is not None:
-                group = self._union(one.replicas, one.holders)
+            group = groups[one.p]
+            if group is not None and (one.p, group) not in infos:
                 together.setdefault(group, []).append(one)
-            groups[one.p] = group
         for group, params in together.items():
             infos |= self._exchanged(group, params)
         return {
-            one.p: whole_matrices(one.p, one.name, one.blocks)
+            p: whole_matrices(p, one.name, one.blocks)
             if group is None
-            else sharded_matrices(one.p, one.name, group, infos[one.p, group], self._mode, one.replicas)
-            for one, group in zip(found, groups.values(), strict=True)
+            else sharded_matrices(
+                p, one.name, group, infos[p, group], self._mode, one.replicas if one.shares else None
+            )
+            for one, (p, group) in zip(found, groups.items(), strict=True)
         }
 
-    def _union(self, replicas: ProcessGroup, holders: ProcessGroup) -> ProcessGroup:
-        """Return the group of all ranks that hold a matrix of which the one have the same shard, the others a replica."""
-        if (replicas, holders) not in self._unions:
-            self._unions[replicas, holders] = union(replicas, holders)
-        return self._unions[replicas, holders]
+    def _group(self, one: Found) -> ProcessGroup | None:
+        """Return the group that holds a parameter together; None where this rank has all of it by itself."""
+        if isinstance(one.split, ReplicaPiece) and not one.shares:
+            return one.split.shards
+        if one.replicas is None or not one.shares or (one.holders is not None and self._mode is None):
+            return one.holders
+        if one.holders is None:
+            return one.replicas
+        if (one.replicas, one.holders) not in self._unions:
+            self._unions[one.replicas, one.holders] = union(one.replicas, one.holders)
+        return self._unions[one.replicas, one.holders]
 
     def _exchanged(
-        self, group: ProcessGroup, params: Sequence[Found]
+        self, group: ProcessGroup, params: Sequence[Found], failure: str = ""
     ) -> dict[tuple[torch.Tensor, ProcessGroup], list[ShardInfo]]:
-        """Exchange shard infos of parameters in a process group, and return those of all its ranks."""
-        options = [f"{name}={value!r}" for name, value in self._synced_options.items()]
-        gathered = gather_from_all(group, (options, [one.info for one in params]), "its shards of the parameters")
-        self._comparison.forget(group)
-        require_agreement(
-            [options for options, _ in gathered], "options of the optimizer", "configure all ranks in the same way"
+        """Exchange shard infos of parameters, or a failure, in a process group, and return the infos of all its ranks."""
+        own = (
+            failure,
+            [f"{name}={value!r}" for name, value in self._synced_options.items()],
+            [one.info for one in params],
         )
+        failures, options, infos = zip(*gather_from_all(group, own, "its shards of the parameters"), strict=True)
+        self._comparison.forget(group)
+        if any(failures):
+            raise ValueError(next(filter(None, failures)))
+        require_agreement([*options], "options of the optimizer", "configure all ranks in the same way")
         require_agreement(
-            [[info.common() for info in infos] for _, infos in gathered],
+            [[info.common() for info in of_rank] for of_rank in infos],
             "parameters, in their order, and their shapes but for a split dimension (*)",
             "give every rank its shard of the same matrices; partition_dim -1 is a whole matrix",
         )
-        return {
-            (one.p, group): list(of_ranks)
-            for one, *of_ranks in zip(params, *(infos for _, infos in gathered), strict=True)
-        }
+        return {(one.p, group): list(of_ranks) for one, *of_ranks in zip(params, *infos, strict=True)}
 
     def _layouts(self, p: torch.Tensor) -> list[ShardedLayout]:
         """The layouts of a parameter's matrices; empty where this rank has whole matrices by itself."""
