@@ -363,7 +363,7 @@ def draw(plans: Sequence[dict[str, Any]], path: Path) -> None:
     right.set(ylabel="GiB of temporary memory of a rank", yscale="log")
     for axis in (left, right):
         _with_ranks(axis, sorted({each["ranks"] for each in shown}))
-    right.legend(fontsize=8, loc="lower left")
+    left.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
