@@ -29,7 +29,7 @@ class AnyLayout:
 
 
 def resolved(params: list[nn.Parameter], group: ProcessGroup, layout_fn: Any = None) -> Sharding:
-    sharding = Sharding(Rules(group, None, layout_fn, None, blockwise=False), AnyLayout(), {})
+    sharding = Sharding(Rules(group, None, True, layout_fn, None, blockwise=False, has_owners=True), AnyLayout(), {})
     sharding.resolve([{"params": params}])
     return sharding
 
