@@ -54,13 +54,16 @@ def test_training_under_ddp(method: str) -> None:
 
 
 @several
-def test_the_work_is_shared_and_described() -> None:
+def test_the_work_is_shared_described_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The matrices: 8 x 12, 12 x 6, 6 x 16 and 16 x 3."""
+    caplog.set_level("INFO", "absl")
     size = dist.get_world_size()
     shared, alone = (optimizer_of(DistributedDataParallel(model()), share_replicas=share) for share in (True, False))
     assert f"; 4 shared by {size} replicas" in shared.describe(each=False).splitlines()[0]
     assert "shared" not in alone.describe()
     assert stepped(shared) == {"c10d::_allgather_base_": 1} and not stepped(alone)
+    lines = [record.getMessage() for record in caplog.records if "shared by" in record.getMessage()]
+    assert lines == [f"adaptive_muon: 4 parameters are shared by {size} replicas"]
     work = []
     for optimizer in (shared, alone):
         with FlopCounterMode(display=False) as counter:

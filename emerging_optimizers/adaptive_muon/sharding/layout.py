@@ -125,6 +125,11 @@ class ShardedLayout(Layout):
         """Return whether a rank is one of them."""
         return not self.replicas or self.replicas[rank] == self.replicas[self.rank]
 
+    @property
+    def number_of_replicas(self) -> int:
+        """How many replicas there are: 1 where no two ranks hold the same."""
+        return len({*self.replicas}) or 1
+
     @cached_property
     def counterparts(self) -> tuple[int, ...]:
         """The ranks with the same shard, one in each other replica; empty where replicas are not cut in the same way."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The logical matrices of all parameters of an optimizer, and what the ranks that hold them in shards compare."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, override
 
 import torch
+from absl import logging
 from torch.distributed import ProcessGroup
 from torch.nn.parameter import is_lazy
 
@@ -215,8 +217,10 @@ class Sharding:
             found.append(Found(p, name, numbers[p], split, replicas, shares, self._rules.blocks(p)))
         for p, matrices in self._resolved(found).items():
             self._known[identity(p)] = as_matrices(p).shape, matrices
-            if any(layout.replicas for layout in self._layouts(p)):
-                self._to_compare.add(identity(p))
+        shared = {p: layout.number_of_replicas for p, _ in new for layout in self._layouts(p)[:1] if layout.replicas}
+        self._to_compare.update(map(identity, shared))
+        for of_replicas, number in Counter(shared.values()).items():
+            logging.info("adaptive_muon: %d parameters are shared by %d replicas", number, of_replicas)
 
     def _resolved(self, found: Sequence[Found]) -> dict[torch.Tensor, tuple[Matrix, ...]]:
         """Return the matrices of parameters, which the ranks that hold them have compared."""
