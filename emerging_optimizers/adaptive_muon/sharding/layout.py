@@ -128,7 +128,7 @@ class ShardedLayout(Layout):
     @property
     def number_of_replicas(self) -> int:
         """How many replicas there are: 1 where no two ranks hold the same."""
-        return len({*self.replicas}) or 1
+        return _number_of(self.replicas)
 
     @cached_property
     def counterparts(self) -> tuple[int, ...]:
@@ -221,6 +221,12 @@ def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]
     """Return a matrix's ``(rows, columns)`` with 1 for each of the dimensions -2 and -1 that is not kept."""
     rows, columns = shape
     return rows if -2 in dims else 1, columns if -1 in dims else 1
+
+
+@cache
+def _number_of(replicas: tuple[int, ...]) -> int:
+    """How many replicas there are; many matrices of a model have the same."""
+    return len({*replicas}) or 1
 
 
 @cache
