@@ -42,12 +42,13 @@ def replica_group_of(model: nn.Module) -> Callable[[torch.Tensor], ProcessGroup 
         wrappers += [wrapped] if isinstance(wrapped, DistributedDataParallel) else []
     groups = WeakTensorKeyDictionary()
     for wrapper in wrappers:
-        if all(_leaves_gradients_the_same(hook) for hook, _ in wrapper._comm_hooks):
+        if wrapper.process_group.size() > 1 and all(map(_leaves_gradients_the_same, wrapper._comm_hooks)):
             for name, p in wrapper.module.named_parameters():
                 if name not in wrapper.parameters_to_ignore:
                     groups[p] = wrapper.process_group
     return groups.get if groups else None
 
 
-def _leaves_gradients_the_same(hook: Callable[..., object]) -> bool:
+def _leaves_gradients_the_same(hook_and_state: tuple[Callable[..., object], object]) -> bool:
+    hook, _ = hook_and_state
     return getattr(hook, "__name__", "") in _SAME_GRADIENTS.get(getattr(hook, "__module__", ""), ())
