@@ -104,7 +104,7 @@ def traffic(method, mode):
 
     They are of matrices of 96 x 40 and 24 x 96 on two ranks, with sums of squares in float64.
     """
-    moment2, sent = METHODS[method](), 0
+    moment2, sent = METHODS[method](), {"distributed": 8, "blockwise": 0}.get(mode, 16)  # the flag
     after = "orthogonalized" in moment2.observed
     before = len(moment2.observed) - after
     for rows, columns, split in ((96, 40, -2), (24, 96, -1)):
