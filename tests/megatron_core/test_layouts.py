@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which matrices Megatron's parameters hold, where its layers cannot say so on a CPU: generalized tensor parallelism."""
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,6 +19,10 @@ from emerging_optimizers.adaptive_muon.integrations.megatron import TensorParall
 
 SHAPES = (20, 12), (10, 24), (6, 8), (24, 16)  # of whole matrices; the last is a fused attention weight
 QKV = [8, 2, 2]
+has_gtp = pytest.mark.skipif(
+    "gtp_remat_size" not in signature(parallel_state.initialize_model_parallel).parameters,
+    reason="this Megatron has no generalized tensor parallelism",
+)
 OPTIONS = dict(lr=1e-2, weight_decay=0.1, fp32_matmul_prec="highest", nesterov=True)
 
 
@@ -28,6 +34,7 @@ def held(whole: torch.Tensor, dim: int, tp: Any, gtp: Any) -> tuple[torch.Tensor
     return padded.chunk(gtp.size())[gtp.rank()], padding
 
 
+@has_gtp
 @each_method
 @pytest.mark.parametrize("mode", ["layer_sharded", "duplicated"])
 @pytest.mark.parametrize("dim", [-1, 0, 1])
@@ -37,6 +44,7 @@ def test_gtp(method: str, mode: str, dim: int, tp: int, gtp: int, of_experts: bo
     check_gtp(method, mode, dim, tp, gtp, of_experts)
 
 
+@has_gtp
 @pytest.mark.parametrize("dim", [-1, 0, 1])
 @pytest.mark.parametrize("keep", [False, True], ids=["lost", "kept"])
 def test_gtp_whether_or_not_main_parameters_keep_their_padding(keep: bool, dim: int) -> None:
@@ -106,6 +114,7 @@ def check_gtp(method: str, mode: str, dim: int, tp: int, gtp: int, of_experts: b
         )
 
 
+@has_gtp
 def test_blockwise_keeps_what_gtp_cuts_together() -> None:
     with parallel(2, gtp_remat_size=2):
         groups = ProcessGroupCollection.use_mpu_process_groups()
