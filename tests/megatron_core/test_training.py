@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import package_info
 from megatron.core.optimizer import OptimizerConfig, emerging_optimizers, get_megatron_optimizer
 from models import EXPERTS, cut, gpt, optimizer_of, parallel, seeded, train
 from side_by_side import each_method
@@ -101,13 +100,7 @@ def test_use_muon_of_a_parameter(mode: dict[str, str]) -> None:
 
 def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
     losses = {}
-    sizes = [(1, 1), (2, 1), (2, 2)]
-    if (package_info.MAJOR, package_info.MINOR) > (
-        0,
-        18,
-    ):  # 0.18.2 makes no second instance of experts for this one, and its losses differ
-        sizes.append((1, 2))
-    for ep, expert_tp in sizes:
+    for ep, expert_tp in (1, 1), (2, 1), (2, 2), (1, 2):
         with parallel(expert_model_parallel_size=ep, expert_tensor_parallel_size=expert_tp):
             model = gpt(
                 num_moe_experts=EXPERTS,
@@ -117,8 +110,11 @@ def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
                 moe_grouped_gemm=False,
             )
             optimizer = optimizer_of(model)
-            if ep > 1:  # Megatron makes a second instance for experts, 0.19 also with expert tensor parallelism
-                assert len(optimizer.chained_optimizers) == 3
+            # Megatron makes a second instance for experts. 0.18.2 does not for the last of these, whose losses differ.
+            of_experts = len(optimizer.chained_optimizers) == 3
+            assert of_experts is (ep > 1) or (ep, expert_tp) == (1, 2)
+            if (ep, expert_tp) == (1, 2) and not of_experts:
+                continue
             losses[ep, expert_tp] = train(model, optimizer, range(10))
     for each in losses.values():
         assert each == pytest.approx(losses[1, 1], rel=1e-5)

@@ -240,7 +240,7 @@ def _require_emerging_optimizers(of_megatron: ModuleType) -> None:
         except ImportError as error:
             reasons.append(f" ({error})")
     raise RuntimeError(
-        f"megatron-core {package_info.__shortversion__} must be able to import emerging-optimizers, but could not, "
-        f"got version {upstream_version()}{''.join(reasons[:1])}, and makes none of its optimizers: "
-        'install "emerging-optimizers>=0.3,<0.5", and start Python anew'
+        f"megatron-core {package_info.__shortversion__} must find all that it imports of emerging-optimizers to build its "
+        f"optimizers, got version {upstream_version()}{''.join(reasons[:1])}: "
+        'install "emerging-optimizers>=0.3,<0.5" and restart Python'
     )
