@@ -109,12 +109,14 @@ def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
                 moe_token_dispatcher_type="allgather",
                 moe_grouped_gemm=False,
             )
-            optimizer = optimizer_of(model)
-            # Megatron makes a second instance for experts. 0.18.2 does not for the last of these, whose losses differ.
-            of_experts = len(optimizer.chained_optimizers) == 3
-            assert of_experts is (ep > 1) or (ep, expert_tp) == (1, 2)
-            if (ep, expert_tp) == (1, 2) and not of_experts:
+            if ep < expert_tp and all(getattr(p, "allreduce", True) for p in model.parameters()):
+                # 0.18.2 does not tag experts here, and averages the gradients of different shards.
+                with pytest.raises(ValueError, match="must have this rank in common only"):
+                    optimizer_of(model)
                 continue
+            optimizer = optimizer_of(model)
+            if ep > 1:  # Megatron makes a second instance for experts, 0.19 also with expert tensor parallelism
+                assert len(optimizer.chained_optimizers) == 3
             losses[ep, expert_tp] = train(model, optimizer, range(10))
     for each in losses.values():
         assert each == pytest.approx(losses[1, 1], rel=1e-5)
