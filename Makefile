@@ -5,6 +5,7 @@
 # make gpu: all that only a GPU can say, without .venv and network.
 # make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
 # make test-upstream UPSTREAM=path: tests against a checkout of emerging_optimizers in place of the release.
+# make test-megatron MEGATRON=path: tests against a checkout of Megatron-LM in place of the release.
 # CONTRIBUTING.md has all others.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -13,7 +14,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long test-upstream lint docs option-tables links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long test-upstream test-megatron lint docs option-tables links release-check clean
 
 venv: $(STAMP)
 
@@ -84,6 +85,10 @@ test-long: $(STAMP)
 # What concerns upstream: the core's, the sharded and the pull request's tests.
 test-upstream: $(STAMP)
 	$(BIN)/python tools/test_against.py upstream $(UPSTREAM) $(or $(ARGS),$(SIDE_BY_SIDE))
+
+# What concerns Megatron-Core: tests/test_megatron.py, and those of tests/megatron_core that it starts.
+test-megatron: $(STAMP)
+	$(BIN)/python tools/test_against.py megatron $(MEGATRON) $(ARGS)
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make test-upstream``: tests run against a checkout in place of the installed release."""
+"""``make test-upstream`` and ``make test-megatron``: tests run against a checkout in place of the installed release."""
 
 import shutil
 import subprocess
@@ -55,6 +55,20 @@ def test_all_tests_that_concern_upstream_are_run_by_default(checkout: Path) -> N
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert "in_processes[2]" in done.stdout and "in_processes[4]" not in done.stdout
     assert files == {"tests/test_hooks.py", "tests/test_sharded.py"}, done.stdout + done.stderr
+
+
+def test_megatron(tmp_path: Path) -> None:
+    package = tmp_path / "checkout" / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "0.20.99"\n')
+    test = tmp_path / "test_it.py"
+    test.write_text(
+        'def test_is_run():\n    import megatron.core\n    assert megatron.core.__version__ == "0.20.99"\n'
+    )
+    done = run("megatron", tmp_path / "checkout", "-q", "-p", "no:cacheprovider", test)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"megatron.core 0.20.99 of {tmp_path / 'checkout'}, at ")
+    assert "1 passed" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 To run some of those by hand: ``torchrun --nproc_per_node 4 -m pytest -x tests/megatron_core -k layer_wise``.
 """
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ pytest.importorskip("megatron.core", reason="needs pip install '.[megatron]'")
 
 from megatron.core import package_info
 from megatron.core.optimizer import OptimizerConfig, emerging_optimizers
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import arguments, global_vars
 from megatron.training.training import get_megatron_optimizer_config
 
+from emerging_optimizers.adaptive_muon import options as options_module
 from emerging_optimizers.adaptive_muon.integrations.megatron import (
     TensorParallelAdaptiveMuon,
     add_adaptive_muon_args,
@@ -31,6 +34,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron import (
 )
 from emerging_optimizers.adaptive_muon.integrations.megatron.arguments import CONFIG_FIELDS
 from emerging_optimizers.adaptive_muon.options import Options, options_of
+from emerging_optimizers.adaptive_muon.versions import upstream_version
 
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
@@ -96,20 +100,20 @@ def test_register_replaces_one_entry_in_place_and_keeps_its_routing() -> None:
     assert entry.init_state_fn is STOCK.init_state_fn
 
 
-@pytest.mark.parametrize("version", [(0, 18, 2), (0, 19, 0), (0, 19, 9)])
+@pytest.mark.parametrize("version", [(0, 18, 2), (0, 19, 0), (0, 19, 9), (0, 20, 0)])
 def test_supported_versions(version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(("MAJOR", "MINOR", "PATCH"), version, strict=True):
         monkeypatch.setattr(package_info, name, value)
     register()
 
 
-@pytest.mark.parametrize("version", [(0, 17, 1), (0, 18, 1), (0, 20, 0), (1, 0, 0)])
+@pytest.mark.parametrize("version", [(0, 17, 1), (0, 18, 1), (0, 21, 0), (1, 0, 0)])
 def test_other_versions_are_refused(version: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in zip(("MAJOR", "MINOR", "PATCH"), version, strict=True):
         monkeypatch.setattr(package_info, name, value)
     number = ".".join(map(str, version))
     monkeypatch.setattr(package_info, "__shortversion__", number)
-    with pytest.raises(RuntimeError, match=rf">= 0\.18\.2 and < 0\.20\.0, got {number}: install"):
+    with pytest.raises(RuntimeError, match=rf">= 0\.18\.2 and < 0\.21\.0, got {number}: install"):
         register()
     assert TABLE["adaptive_muon"] is STOCK
 
@@ -220,7 +224,9 @@ NAMO_D = OptimizerConfig(optimizer="adaptive_muon", lr=0.5, adaptive_muon_moment
 def test_options_that_the_config_lacks() -> None:
     register()
     plain = built(NAMO_D)
-    assert plain.options.tp_mode == "layer_sharded"  # of the blockwise config: whole but for TP strips
+    of_config = OptimizerConfig().muon_tp_mode
+    # Of a blockwise config, Megatron's before 0.20: whole but for TP strips.
+    assert plain.options.tp_mode == ("layer_sharded" if of_config == "blockwise" else of_config)
     assert plain.bias_correction and plain.weight_decay_method == "decoupled"
     register(
         tp_mode="duplicated",
@@ -290,7 +296,77 @@ def test_defaults_of_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         parsed(monkeypatch, "--optimizer", "adaptive_muon", "--muon-tp-mode", "blockwise").muon_tp_mode == "blockwise"
     )
-    assert parsed(monkeypatch, "--optimizer", "muon").muon_tp_mode == "blockwise"  # Megatron's, for its own Muon
+    assert parsed(monkeypatch, "--optimizer", "muon").muon_tp_mode == defaults.muon_tp_mode  # Megatron's, for its own
+
+
+@pytest.mark.parametrize("default", ["duplicated", "layer_sharded"])
+def test_a_layer_sharded_mode_of_megatrons_own(default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its flag keeps its choices, its help and, for other optimizers, its default; here it is the mode of this package."""
+    for optimizer in "adaptive_muon", "muon":
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "--optimizer", optimizer])
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--optimizer")
+        choices = ["blockwise", "duplicated", "distributed", "layer_sharded"]
+        action = parser.add_argument("--muon-tp-mode", default=default, choices=choices, help="Megatron's own")
+        add_adaptive_muon_args(parser)
+        assert list(action.choices) == choices and action.help == "Megatron's own"
+        expected = "layer_sharded" if optimizer == "adaptive_muon" else default
+        assert parser.parse_args().muon_tp_mode == expected
+    register()
+    optimizer = built(OptimizerConfig(optimizer="adaptive_muon", lr=0.5, muon_tp_mode="layer_sharded"))
+    assert optimizer.options.tp_mode == "layer_sharded" and type(optimizer) is TensorParallelAdaptiveMuon
+
+
+def test_use_syrk_where_megatron_has_a_field_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(optimizer="adaptive_muon", lr=0.5)
+    monkeypatch.setattr(options_module, "syrk_is_usable", lambda: True)
+    register()
+    for value in False, True:
+        fields_of_main = SimpleNamespace(**{**vars(config), "muon_use_syrk": value})
+        assert built(fields_of_main).options.use_syrk is value
+    if hasattr(config, "muon_use_syrk"):  # 0.20
+        args = parsed(monkeypatch, "--optimizer", "adaptive_muon", "--muon-use-syrk")
+        global_vars._GLOBAL_ARGS = args
+        assert built(get_megatron_optimizer_config(args)[0]).options.use_syrk
+        args = parsed(monkeypatch, *"--optimizer adaptive_muon --muon-use-syrk --no-adaptive-muon-use-syrk".split())
+        global_vars._GLOBAL_ARGS = args
+        assert not built(get_megatron_optimizer_config(args)[0]).options.use_syrk
+
+
+def test_optimizer_cuda_graph_makes_it_capturable() -> None:
+    """A graph has the rate in a tensor, which Megatron's scheduler fills; also after a checkpoint was loaded."""
+    register()
+    plain, captured = (
+        built(OptimizerConfig(optimizer="adaptive_muon", lr=0.5, optimizer_cuda_graph=graph))
+        for graph in (False, True)
+    )
+    assert not plain.capturable and captured.capturable
+    for _ in range(2):
+        for optimizer in plain, captured:
+            [group] = optimizer.param_groups
+            scheduler = OptimizerParamScheduler(
+                optimizer,
+                0.0,
+                0.25,
+                0.25,
+                0,
+                10,
+                "constant",
+                0.01,
+                0.01,
+                10,
+                "constant",
+                use_checkpoint_opt_param_scheduler=False,
+                override_opt_param_scheduler=True,
+            )
+            scheduler.step(1)
+            assert isinstance(group["lr"], torch.Tensor) is optimizer.capturable and float(group["lr"]) == 0.25
+            group["params"][0].grad = torch.eye(4, 8)
+            optimizer.step()
+        torch.testing.assert_close(captured.param_groups[0]["params"], plain.param_groups[0]["params"])
+        saved = captured.state_dict()
+        saved["param_groups"][0]["lr"] = 0.125
+        captured.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +385,27 @@ def test_flags_are_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the launcher and by the script, or by a Megatron that has them."""
     args = parsed(monkeypatch, provider=lambda parser: add_adaptive_muon_args(add_adaptive_muon_args(parser)))
     assert args.adaptive_muon_moment2_method == "adamuon"
+
+
+def test_a_megatron_without_emerging_optimizers_is_refused() -> None:
+    """Its import fails as with the main branch of emerging-optimizers, which has no module ``soap``."""
+    script = """
+import sys
+sys.modules["emerging_optimizers.soap"] = None
+from emerging_optimizers.adaptive_muon.integrations.megatron import register
+register()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 1 and "RuntimeError: megatron-core" in done.stderr
+    assert "emerging_optimizers.soap" in done.stderr and 'install "emerging-optimizers>=0.3,<0.5"' in done.stderr
+    assert f"got version {upstream_version()} (" in done.stderr
+
+
+def test_a_megatron_without_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TABLE, "adaptive_muon")
+    with pytest.raises(RuntimeError, match="must find all that it imports of .*, got version .*: install"):
+        register()
+    assert "adaptive_muon" not in TABLE
 
 
 SCRIPT = """

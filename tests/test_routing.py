@@ -145,6 +145,57 @@ def test_a_tag_that_says_no_is_no_tag():
     assert route_parameter(p).algorithm == "adaptive_muon"
 
 
+def test_use_muon_of_a_parameter_decides_before_the_model():
+    class Tagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.in_proj, self.lm_head = (nn.Linear(4, 6) for _ in range(3))
+            self.embedding, self.latents = nn.Embedding(8, 4), nn.Parameter(torch.ones(4, 6))
+            self.column = nn.Linear(1, 6)
+
+    def algorithms(**tags):
+        model = Tagged()
+        for name, use_muon in tags.items():
+            model.get_parameter(name.replace("__", ".")).use_muon = use_muon
+        routed = {name: route for name, _, route in route_model(model)}
+        optimizer = HybridAdaptiveMuon.from_model(model)
+        to_muon = {name for name, route in routed.items() if route.algorithm == "adaptive_muon"}
+        assert to_muon == names_of(optimizer, True)
+        return to_muon, routed
+
+    assert algorithms()[0] == {"hidden.weight", "in_proj.weight"}
+    to_muon, routed = algorithms(in_proj__weight=False, hidden__bias=False, hidden__weight=None)
+    assert to_muon == {"hidden.weight"} and routed["in_proj.weight"].reason == "its attribute use_muon=False"
+    tags = {
+        name: True for name in ("lm_head__weight", "embedding__weight", "latents", "hidden__bias", "column__weight")
+    }
+    to_muon, routed = algorithms(**tags)
+    assert to_muon == {"hidden.weight", "in_proj.weight", "lm_head.weight", "embedding.weight", "latents"}
+    assert routed["latents"].reason == "its attribute use_muon=True"
+    assert routed["hidden.bias"].reason == "1-D, not a matrix"
+    assert routed["column.weight"].reason == "a single row or column"
+
+
+def test_names_and_groups_win_over_use_muon_of_a_parameter():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight.use_muon, model[1].weight.use_muon = True, False
+    routes = {"0.*": "adamw", "1.*": "adaptive_muon"}
+    assert [route.algorithm for *_, route in route_model(model)] == ["adaptive_muon", "adamw", "adaptive_muon"]
+    assert [route.algorithm for *_, route in route_model(model, routes)] == ["adamw", "adaptive_muon", "adaptive_muon"]
+    for use_muon in True, False:
+        group = {"params": [model[0].weight, model[1].weight], "use_muon": use_muon}
+        assert [g["use_muon"] for g in HybridAdaptiveMuon([group]).param_groups] == [use_muon]
+
+
+def test_use_muon_without_a_model():
+    p, q, head = (nn.Parameter(torch.ones(4, 4)) for _ in range(3))
+    p.use_muon, head.use_muon = False, True
+    assert [g["use_muon"] for g in HybridAdaptiveMuon([p, q]).param_groups] == [True, False]
+    assert route_parameter(head, "lm_head.weight").algorithm == "adaptive_muon"
+    head.is_embedding_or_output_parameter = True  # which is a guess of Megatron's; the other was set for this
+    assert route_parameter(head).algorithm == "adaptive_muon"
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "DataParallel"])
 def test_wrapping_changes_no_route_and_no_name(wrap):
     model = Model()

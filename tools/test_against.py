@@ -2,6 +2,7 @@
 """Runs tests against a checkout of a neighbour, in place of its installed release.
 
     python tools/test_against.py upstream ../Emerging-Optimizers [arguments of pytest]
+    python tools/test_against.py megatron ../Megatron-LM [arguments of pytest]
 
 Without a file of tests among the arguments, those that concern the neighbour are run. The checkout stays as it is. Only its package is put before the installed one, by a link in a temporary folder. Our own
 package is found through the editable install of this repository.
@@ -26,14 +27,16 @@ class Neighbour:
     Args:
         package: The folder of the checkout that Python imports.
         module: The module that has ``__version__``.
-        without: The files of tests that do not concern it, without their endings.
+        tests: A pattern of the files of tests that concern it.
+        without: The files among them that do not, without their endings.
         checkout_in: The environment variable by which tests find the checkout itself, where its branch is main.
     """
 
     package: str
     module: str
-    without: Sequence[str]
-    checkout_in: str
+    tests: str = "test_*.py"
+    without: Sequence[str] = ()
+    checkout_in: str | None = None
 
 
 NEIGHBOURS = {
@@ -47,6 +50,8 @@ NEIGHBOURS = {
         ),
         checkout_in="UPSTREAM_CHECKOUT",
     ),
+    # It starts those of tests/megatron_core.
+    "megatron": Neighbour(package="megatron", module="megatron.core", tests="test_megatron.py"),
 }
 
 
@@ -64,14 +69,14 @@ def run(neighbour: Neighbour, checkout: Path, arguments: Sequence[str]) -> int:
     """Run the tests that concern a neighbour against a checkout of it, and return pytest's exit code."""
     if not (checkout / neighbour.package).is_dir():
         sys.exit(f"the checkout must have the folder {neighbour.package}, got {checkout}: pass the repository's root")
-    tests = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem not in neighbour.without]
+    tests = [path for path in sorted((ROOT / "tests").glob(neighbour.tests)) if path.stem not in neighbour.without]
     if any(map(names_tests, ["", *arguments], arguments)):
         tests = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / neighbour.package).symlink_to(checkout.resolve() / neighbour.package)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        if branch(checkout) == "main":
+        if neighbour.checkout_in and branch(checkout) == "main":
             environment[neighbour.checkout_in] = str(checkout.resolve())
         version, file = found(neighbour.module, environment)
         if not file.is_relative_to(folder):

@@ -50,7 +50,10 @@ class HybridAdaptiveMuon(Optimizer):
     other than two dimensions (except stacks of matrices tagged ``muon_stacked``), those with a single row or column, and
     dtypes that AdaptiveMuon does not take. Given names (``model.named_parameters()``), it also sends output heads, norms
     and embeddings there by their names, and matrices without a weight's name. It cannot recognize an embedding without
-    a tag or such a name: set ``use_muon`` to False in its group.
+    a tag or such a name: set ``use_muon`` to False in its group, or as an attribute of the parameter.
+
+    A parameter's attribute ``use_muon`` decides before these rules: False sends it to AdamW, and True to AdaptiveMuon if
+    that can take it. A group's ``use_muon`` and ``routes`` decide before the attribute.
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
@@ -123,7 +126,8 @@ class HybridAdaptiveMuon(Optimizer):
         AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
         last linear layers if they have the shape of an embedding, and modules by the words of their names), norms,
         biases, recurrent weights, everything that has not two dimensions, all other two-dimensional parameters, and
-        everything tagged ``is_embedding_or_output_parameter``. :meth:`describe` has the reason for each parameter.
+        everything tagged ``is_embedding_or_output_parameter``. The attribute ``use_muon`` of a parameter decides before these
+        rules: False sends it to AdamW, and True to AdaptiveMuon if that can take it. :meth:`describe` has the reason for each parameter.
         The weight of Hugging Face's ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
 
         Where ``DistributedDataParallel`` wraps the model, or Lightning's strategy "ddp" does, its ranks share the work, as

@@ -324,6 +324,7 @@ class Options(MatrixOptions):
     capturable: bool = option_field(
         False,
         "Whether a CUDA graph may capture the step. The step count is then on the device, and lr may be a tensor there.",
+        megatron_field="optimizer_cuda_graph",
         in_files=False,
     )
 

@@ -91,7 +91,8 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
     """Route a parameter by itself: by its tag, its shape and dtype and, where there is one, its name.
 
     Args:
-        p: The parameter. ``p.is_embedding_or_output_parameter``, Megatron's tag, sends it to AdamW.
+        p: The parameter. ``p.use_muon`` decides before all else, where AdaptiveMuon can take the parameter.
+            ``p.is_embedding_or_output_parameter`` sends it to AdamW. Both are Megatron's tags.
         name: Its dotted name in the model. A matrix that has a name goes to AdaptiveMuon only if it is called as the
             weight of a linear map is: ``weight``, ``weight0``, ``in_proj_weight``, ``lora_A``.
 
@@ -99,7 +100,7 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
         ValueError: If the parameter has no shape yet (a lazy module before its first forward), or no rows and columns
             any more (FSDP1, ZeRO stage 3).
     """
-    route = _route_by_itself(p, [name])
+    route = _route_by_choice(p) or _route_by_itself(p, [name])
     if route is not None:
         return route
     table = table_by_name(name.split(".")[:-1])
@@ -255,7 +256,10 @@ def _route_in_model(
     tables: Collection[torch.Tensor],
     networks: Collection[tuple[str, ...]],
 ) -> Route:
-    """Return the route that the modules around a parameter decide or, where they do not, its tags and shape."""
+    """Return the route that its ``use_muon``, the modules around a parameter or else its other tags and shape decide."""
+    chosen = _route_by_choice(p)
+    if chosen is not None:
+        return chosen
     for use in places:
         reason = _reason_of_place(use, heads, tables, networks)
         if reason:
@@ -299,6 +303,14 @@ def _reason_of_place(
     return None
 
 
+def _route_by_choice(p: torch.Tensor) -> Route | None:
+    """Return the route that the attribute ``use_muon`` decides; None without it, or where AdaptiveMuon cannot do it."""
+    use_muon = getattr(p, "use_muon", None)
+    if use_muon is None or (use_muon and (is_lazy(p) or _why_unusable(p))):
+        return None
+    return Route("adaptive_muon" if use_muon else "adamw", f"its attribute use_muon={use_muon}")
+
+
 def _route_by_itself(
     p: torch.Tensor, names: Sequence[str], networks: Collection[tuple[str, ...]] = (), *, may_be_stack: bool = True
 ) -> Route | None:
@@ -312,18 +324,25 @@ def _route_by_itself(
     check_rows_and_columns(p, names[0] or "a parameter")
     if getattr(p, "is_embedding_or_output_parameter", False):
         return Route("adamw", "tagged as embedding or output")
-    if not is_matrix(p):
-        is_stack = may_be_stack and p.ndim == 3 and min(p.shape) > 1
-        return Route("adamw", f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix")
-    if not has_usable_dtype(p):
-        reason = p.dtype if p.layout == torch.strided else p.layout
-        return Route("adamw", f"{reason}, which AdaptiveMuon does not take")
-    # Of a dimension that is split, the size at hand says nothing.
-    if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
-        return Route("adamw", "a single row or column")
+    reason = _why_unusable(p, may_be_stack=may_be_stack)
+    if reason:
+        return Route("adamw", reason)
     paths = (name.split(".")[:-1] for name in names)
     head = next(filter(None, (head_by_name(path, networks=networks) for path in paths)), None)
     return Route("adamw", f"output head by its name, {head!r}") if head else None
+
+
+def _why_unusable(p: torch.Tensor, *, may_be_stack: bool = True) -> str | None:
+    """Return the reason for which AdaptiveMuon cannot take a parameter, if there is one."""
+    if not is_matrix(p):
+        is_stack = may_be_stack and p.ndim == 3 and min(p.shape) > 1
+        return f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix"
+    if not has_usable_dtype(p):
+        return f"{p.dtype if p.layout == torch.strided else p.layout}, which AdaptiveMuon does not take"
+    # Of a dimension that is split, the size at hand says nothing.
+    if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
+        return "a single row or column"
+    return None
 
 
 def _is_tagged(p: torch.Tensor) -> bool:

@@ -5,6 +5,8 @@ import logging as standard_logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Unpack, override
 
 import torch
@@ -25,11 +27,18 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
 )
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
+from emerging_optimizers.adaptive_muon.versions import upstream_version
 
 
 __all__ = ["TensorParallelAdaptiveMuon", "register", "warn_of_blockwise"]
 
-_SUPPORTED = (0, 18, 2), (0, 20, 0)
+_SUPPORTED = (0, 18, 2), (0, 21, 0)
+
+# What Megatron imports all at once, and does without all of if one is missing. "soap" is gone in emerging-optimizers 0.5.
+_NEEDED = [
+    f"emerging_optimizers.{name}"
+    for name in ("registry", "orthogonalized_optimizers.muon_utils", "scalar_optimizers", "soap")
+]
 
 
 class TensorParallelAdaptiveMuon(AdaptiveMuon):
@@ -47,8 +56,8 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         is_qkv_fn: Returns whether a parameter is a fused attention weight. Default: its attribute ``is_qkv``.
         qkv_split_shapes: Rows of each block within one query group, for fused parameters without that attribute.
         pg_collection: Megatron's ``ProcessGroupCollection``. Without one every parameter must be whole.
-        tp_mode: As AdaptiveMuon's. "blockwise", Megatron's default, takes every tensor-parallel strip for a matrix of
-            its own, and its result depends on the number of ranks.
+        tp_mode: As AdaptiveMuon's. "blockwise", the default of Megatron 0.18 and 0.19, takes every tensor-parallel strip
+            for a matrix of its own, and its result depends on the number of ranks.
         weight_decay_method: As AdaptiveMuon's. It overrides ``use_decoupled_weight_decay``.
         **options: Further options of AdaptiveMuon, by name.
 
@@ -96,6 +105,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
             blocks_fn=layouts.blocks if split_qkv else None,
             **options,
         )
+        self._put_rates_on_devices()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +132,15 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         reduced = reduce_v([states[key] for key, _ in pairs], [p for _, p in pairs], self.state_format)
         states.update(zip((key for key, _ in pairs), reduced, strict=True))
         super().load_state_dict({**state_dict, "state": states})
+        self._put_rates_on_devices()
+
+    def _put_rates_on_devices(self) -> None:
+        """Make each group's lr a tensor, if a CUDA graph may capture the step: Megatron's scheduler then fills it in place."""
+        for group in self.param_groups if self.capturable else ():
+            if group["params"]:
+                group["lr"] = torch.as_tensor(
+                    group["lr"], dtype=torch.float32, device=group["params"][0].device
+                ).clone()
 
     def _by_key(self, state_dict: dict[str, Any]) -> list[tuple[Any, torch.Tensor]]:
         """Return the keys of a state dict under which there is state, and their parameters."""
@@ -156,7 +175,8 @@ def register(**options: Unpack[OptionsDict]) -> None:
             groups, by name. None leaves an option to the command line, if that was parsed, and else to its default.
 
     Raises:
-        RuntimeError: If the installed megatron-core is not one of the supported versions.
+        RuntimeError: If the installed megatron-core is not one of the supported versions, or could not import what it
+            needs of emerging-optimizers.
         TypeError: If an option is unknown.
         ValueError: If a value breaks its option's rule.
     """
@@ -164,6 +184,7 @@ def register(**options: Unpack[OptionsDict]) -> None:
     # Versions without this module are refused above, so it is imported here.
     from megatron.core.optimizer import emerging_optimizers
 
+    _require_emerging_optimizers(emerging_optimizers)
     shared = {option.name: option for option in options_of(Options) if option.scope == "shared"}
     require_known(options, shared)
     chosen = {name: value for name, value in options.items() if value is not None}
@@ -205,3 +226,21 @@ def _require_supported_version() -> None:
             f"megatron-core must be >= {lowest} and < {beyond}, got {package_info.__shortversion__}: "
             f'install "megatron-core>={lowest},<{beyond}"'
         )
+
+
+def _require_emerging_optimizers(of_megatron: ModuleType) -> None:
+    """Raise a ``RuntimeError`` if Megatron's module of emerging optimizers has failed to import what it needs."""
+    table = getattr(of_megatron, "_EMERGING_OPTIMIZERS", {})
+    if getattr(of_megatron, "HAVE_EMERGING_OPTIMIZERS", False) and "adaptive_muon" in table:
+        return
+    reasons = []
+    for name in _NEEDED:
+        try:
+            import_module(name)
+        except ImportError as error:
+            reasons.append(f" ({error})")
+    raise RuntimeError(
+        f"megatron-core {package_info.__shortversion__} must find all that it imports of emerging-optimizers to build its "
+        f"optimizers, got version {upstream_version()}{''.join(reasons[:1])}: "
+        'install "emerging-optimizers>=0.3,<0.5" and restart Python'
+    )
