@@ -111,6 +111,20 @@ def set_gradients_of_both(
         local(q.grad).copy_(p.grad.flatten()[places[q]])
 
 
+def step_both(
+    optimizers: Iterable[torch.optim.Optimizer],
+    pairs: Iterable[tuple[nn.Parameter, nn.Parameter]],
+    places: dict[nn.Parameter, torch.Tensor],
+    steps: int,
+) -> None:
+    """Steps of the optimizers of whole parameters and of their sharded twins, on the same gradients."""
+    optimizers, pairs, generator = [*optimizers], [*pairs], torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        set_gradients_of_both(pairs, places, generator)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
     """Trains on a batch of its own for each step, and returns the losses."""
     losses = []

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import WAYS, fsdp, full, hsdp, models, set_gradients_of_both, train
+from models import WAYS, fsdp, full, hsdp, models, step_both, train
 from models import mesh as mesh_of
 from pieces import OPTIONS, difference, far_apart, options_of
 from torch import distributed as dist
@@ -33,11 +33,7 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
         AdaptiveMuon([p for p, _ in pairs], **options),
         AdaptiveMuon([q for _, q in pairs], tp_mode=mode, **options),
     )
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        set_gradients_of_both(pairs, places, generator)
-        for optimizer in optimizers:
-            optimizer.step()
+    step_both(optimizers, pairs, places, 4)
     for p, q in pairs:
         seen = {"W": difference(full(q), p.detach())}
         state, other = optimizers[0].state[p], optimizers[1].state[q]

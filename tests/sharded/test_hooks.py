@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from hooks import HOOKS, Restrained
-from models import WAYS, full, mesh, models, set_gradients_of_both
+from models import WAYS, full, mesh, models, step_both
 from pieces import difference, grid, options_of
 from torch import distributed as dist
 from torch import nn
@@ -43,11 +43,7 @@ def test_dtensors_go_the_way_of_whole_matrices(method: str, way: Callable[[nn.Mo
     pairs = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True) if p.ndim == 2]
     options = {**options_of(method), "weight_decay": 0.1, "weight_update_hook": HOOKS[name]}
     optimizers = [AdaptiveMuon(list(params), **options) for params in zip(*pairs, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        set_gradients_of_both(pairs, places, generator)
-        for optimizer in optimizers:
-            optimizer.step()
+    step_both(optimizers, pairs, places, 3)
     for p, q in pairs:
         assert difference(full(q), p.detach()) <= (1e-4 if method == "adamuon" else 1e-5)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import WAYS, full, models, set_gradients_of_both
+from models import WAYS, full, models, step_both
 from pieces import Pair, difference, far_apart, fused_layers, grid, options_of, stack, strips, walk
 from scaled_momentum import SCALED, registered
 from torch import nn
@@ -63,11 +63,7 @@ def test_dtensors(method: str, way: Callable[[nn.Module], None], mode: str) -> N
     pairs = [(p, q) for p, q in zip(whole.parameters(), sharded.parameters(), strict=True) if p.ndim == 2]
     same = {**options_of(method), **options(method)}
     optimizers = [AdaptiveMuon([*params], tp_mode=mode, **same) for params in zip(*pairs, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        set_gradients_of_both(pairs, places, generator)
-        for optimizer in optimizers:
-            optimizer.step()
+    step_both(optimizers, pairs, places, 3)
     for p, q in pairs:
         seen = {"W": difference(full(q), p.detach())}
         for key, value in optimizers[0].state[p].items():
