@@ -126,9 +126,9 @@ class HybridAdaptiveMuon(Optimizer):
         AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
         last linear layers if they have the shape of an embedding, and modules by the words of their names), norms,
         biases, recurrent weights, everything that has not two dimensions, all other two-dimensional parameters, and
-        everything tagged ``is_embedding_or_output_parameter``. The attribute ``use_muon`` of a parameter decides before these
-        rules: False sends it to AdamW, and True to AdaptiveMuon if that can take it. :meth:`describe` has the reason for each parameter.
-        The weight of Hugging Face's ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
+        everything tagged ``is_embedding_or_output_parameter``. The attribute ``use_muon`` of a parameter decides before
+        these rules, as the class says. :meth:`describe` has the reason for each parameter. The weight of Hugging Face's
+        ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
 
         Where ``DistributedDataParallel`` wraps the model, or Lightning's strategy "ddp" does, its ranks share the work, as
         with ``replica_group``. :meth:`describe` says so. Pass ``share_replicas=False`` to let every rank do all of it.

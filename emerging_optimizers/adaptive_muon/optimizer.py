@@ -92,13 +92,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         self.max_bytes_in_flight = self.options.max_bytes_in_flight
         self._mode = make_mode(self.options.tp_mode)
         placement = {name: getattr(self.options, name) for name in _OF_RULES}
-        rules = Rules(
-            **placement,
-            blockwise=self._mode is None,
-            has_owners=self._mode is not None and self._mode.has_owners,
-            hooked=self.options.weight_update_hook is not None,
-        )
-        self._sharding = Sharding(rules, self._mode, self.options.synced)
+        rules = Rules(**placement, mode=self._mode, hooked=self.options.weight_update_hook is not None)
+        self._sharding = Sharding(rules, self.options.synced)
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
         self._planner = Planner(self.state_format, self._mode, self.max_bytes_in_flight)

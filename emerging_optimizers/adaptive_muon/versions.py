@@ -6,7 +6,7 @@ import re
 import emerging_optimizers
 
 
-__all__ = ["require_supported_upstream", "upstream_version"]
+__all__ = ["require_supported", "require_supported_upstream", "upstream_version"]
 
 # From the first, to below the second. setup.py asks pip for the same.
 _SUPPORTED = (0, 3), (0, 6)
@@ -20,10 +20,29 @@ def upstream_version() -> str:
 def require_supported_upstream() -> None:
     """Raise an ``ImportError`` unless the version of emerging-optimizers is supported."""
     found = upstream_version()
-    low, high = _SUPPORTED
-    if not low <= tuple(map(int, re.findall(r"\d+", found)[:2])) < high:
-        lowest, beyond = (".".join(map(str, version)) for version in (low, high))
-        raise ImportError(
-            f"emerging-optimizers must be >= {lowest} and < {beyond}, got {found}: "
-            f'install "emerging-optimizers>={lowest},<{beyond}"'
+    version = tuple(map(int, re.findall(r"\d+", found)[:2]))
+    require_supported("emerging-optimizers", version, found, _SUPPORTED, ImportError)
+
+
+def require_supported(
+    package: str,
+    version: tuple[int, ...],
+    found: str,
+    supported: tuple[tuple[int, ...], tuple[int, ...]],
+    kind: type[Exception],
+) -> None:
+    """Raise an error of a kind, with the remedy, unless a package's version is supported.
+
+    Args:
+        package: Its name on the index.
+        version: Its version, as numbers.
+        found: The same as its own text.
+        supported: The first version, and the one below which it ends.
+        kind: The kind of error.
+    """
+    low, high = supported
+    if not low <= version < high:
+        lowest, beyond = (".".join(map(str, each)) for each in supported)
+        raise kind(
+            f'{package} must be >= {lowest} and < {beyond}, got {found}: install "{package}>={lowest},<{beyond}"'
         )

@@ -24,12 +24,14 @@ from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 class AnyLayout:
     """A mode that can orthogonalize every matrix."""
 
+    has_owners = True
+
     def check(self, layout: ShardedLayout, name: str) -> None:
         pass
 
 
 def resolved(params: list[nn.Parameter], group: ProcessGroup, layout_fn: Any = None) -> Sharding:
-    sharding = Sharding(Rules(group, None, True, layout_fn, None, blockwise=False, has_owners=True), AnyLayout(), {})
+    sharding = Sharding(Rules(group, None, True, layout_fn, None, AnyLayout()), {})
     sharding.resolve([{"params": params}])
     return sharding
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import all_gather
-from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards
+from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards, in_turn
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
@@ -56,8 +56,7 @@ class _ToAll(Exchange):
 
     @override
     def orthogonalize(self) -> None:
-        self._whole.reverse()  # each is released when it has been orthogonalized
-        self._orthogonalized = [batch.orthogonalize(*self._whole.pop()) for batch in self._batches]
+        self._orthogonalized = in_turn(self._batches, self._whole)
 
     @override
     def results(self) -> list[tuple[torch.Tensor, Squares]]:

@@ -9,7 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.messages import Message, Part, all_to_all
-from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards, in_order
+from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards, in_order, in_turn
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
@@ -85,8 +85,7 @@ class _ToOwnersAndBack(Exchange):
 
     @override
     def orthogonalize(self) -> None:
-        self._whole.reverse()  # each is released when it has been orthogonalized
-        self._orthogonalized = [batch.orthogonalize(*self._whole.pop()) for batch in self._owned]
+        self._orthogonalized = in_turn(self._owned, self._whole)
 
     @override
     def send_results(self) -> None:

@@ -17,7 +17,7 @@ from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
-__all__ = ["Exchange", "LocalExchange", "Mode", "Shards", "in_order"]
+__all__ = ["Exchange", "LocalExchange", "Mode", "Shards", "in_order", "in_turn"]
 
 _MOMENTUM = torch.float32  # the orthogonalization's own precision
 
@@ -31,11 +31,6 @@ class Shards:
     layout: Layout
     owners: Sequence[int]  # for each member of the batch, the rank that orthogonalizes it in "layer_sharded"
     orthogonalize: Orthogonalize  # of whole matrices of the batch
-
-    def orthogonalized(self) -> tuple[torch.Tensor, Squares]:
-        """Return O of matrices that are held whole, and their sums of squares."""
-        momentum = self.momentum
-        return self.orthogonalize(momentum, self.squares, range(momentum.size(0)), momentum.dtype)
 
     @property
     def sharded(self) -> ShardedLayout:
@@ -176,7 +171,7 @@ class LocalExchange(Exchange):
 
     @override
     def orthogonalize(self) -> None:
-        self._results = [batch.orthogonalized() for batch in self._batches]
+        self._results = [batch.held(range(batch.momentum.size(0))) for batch in self._batches]
 
     @override
     def results(self) -> list[tuple[torch.Tensor, Squares]]:
@@ -211,6 +206,14 @@ class Mode(ABC):
     def check(self, layout: ShardedLayout, name: str) -> None:
         """Raise a ``ValueError`` if a matrix cannot be orthogonalized in this mode."""
         return
+
+
+def in_turn(
+    batches: Sequence[Shards], whole: list[tuple[torch.Tensor, Squares, Sequence[int], torch.dtype]]
+) -> list[tuple[torch.Tensor, Squares]]:
+    """Return O of whole matrices, and the sums of squares, for every batch; what is in the list is released on the way."""
+    whole.reverse()
+    return [batch.orthogonalize(*whole.pop()) for batch in batches]
 
 
 def in_order(

@@ -9,9 +9,10 @@ times X. All polynomials of A commute, so the step turns A into :math:`(a I + B)
     B_1 = b_1 A + c_1 A^2, \\quad A' = (a_1 I + B_1) A (a_1 I + B_1), \\quad B_2 = b_2 A' + c_2 A'^2, \\quad
     X \\leftarrow (a_2 I + B_2)(a_1 I + B_1) X.
 
-All products but the last are of A's size and symmetric. Where c is zero, B is A times b, and needs no product. The idea, and that A must be computed from X again after a few
-steps, is that of Gram Newton-Schulz: Zhang, Amsel, Chen and Dao, "Gram Newton-Schulz: A Fast, Hardware-Aware
-Newton-Schulz Algorithm for Muon", 2026, https://dao-ailab.github.io/blog/2026/gram-newton-schulz/. Every step on A
+All products but the last are of A's size and symmetric. Where c is zero, B is A times b, and needs no product. The idea,
+and that A must be computed from X again after a few steps, is that of Gram Newton-Schulz: Zhang, Amsel, Chen and Dao,
+"Gram Newton-Schulz: A Fast, Hardware-Aware Newton-Schulz Algorithm for Muon", 2026,
+https://dao-ailab.github.io/blog/2026/gram-newton-schulz/. Every step on A
 amplifies what is rounded in A. How many steps :func:`group_steps` takes at once, and the order of the factors in
 :func:`iterate`, come from our own measurements: tests/test_newton_schulz.py bounds the error by that of the plain
 iteration.

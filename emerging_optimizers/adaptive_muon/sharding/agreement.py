@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all ranks of a group find out together: their sums, and whether they agree, an error on all of them if not."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import reduce
 from itertools import zip_longest
 from typing import Any
@@ -35,8 +35,8 @@ def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
     return values
 
 
-# For each world, the groups that group_of has made in it.
-_GROUPS: WeakKeyDictionary[ProcessGroup, dict[tuple[int, ...], ProcessGroup]] = WeakKeyDictionary()
+# For each world, the groups that were found or made in it: by their ranks, and by the two groups of a union.
+_GROUPS: WeakKeyDictionary[ProcessGroup, dict[Hashable, ProcessGroup]] = WeakKeyDictionary()
 
 
 def group_of(ranks: Iterable[int]) -> ProcessGroup:
@@ -45,18 +45,25 @@ def group_of(ranks: Iterable[int]) -> ProcessGroup:
     assert world is not None
     if len(key) == world.size():
         return world
-    groups = _GROUPS.setdefault(world, {})
-    if key not in groups:
+    known = _GROUPS.setdefault(world, {})
+    if key not in known:
         group = dist.new_group(list(key), use_local_synchronization=True)
         assert isinstance(group, ProcessGroup)  # this process belongs to it
-        groups[key] = group
-    return groups[key]
+        known[key] = group
+    return known[key]
 
 
 def union(groups: ProcessGroup, own: ProcessGroup) -> ProcessGroup:
-    """Return the group of all ranks in the groups that the ranks of ``groups`` have as their own. All must call."""
-    ranks = gather_from_all(groups, dist.get_process_group_ranks(own), "the ranks of its process groups")
-    return group_of({rank for each in ranks for rank in each})
+    """Return the group of all ranks in the groups that the ranks of ``groups`` have as their own.
+
+    All must call. They exchange the ranks the first time.
+    """
+    assert dist.group.WORLD is not None
+    known = _GROUPS.setdefault(dist.group.WORLD, {})
+    if (groups, own) not in known:
+        ranks = gather_from_all(groups, dist.get_process_group_ranks(own), "the ranks of its process groups")
+        known[groups, own] = group_of({rank for each in ranks for rank in each})
+    return known[groups, own]
 
 
 def require_agreement(values: list[Any], subject: str, remedy: str) -> None:

@@ -40,6 +40,10 @@ __all__ = [
 class Mode(Protocol):
     """What orthogonalizes matrices in shards, as far as it concerns their layouts."""
 
+    @property
+    def has_owners(self) -> bool:
+        """Whether a matrix is orthogonalized by one rank."""
+
     def check(self, layout: ShardedLayout, name: str) -> None:
         """Raise a ``ValueError`` if it cannot orthogonalize a matrix of this layout."""
 

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, shard_of
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
+from emerging_optimizers.adaptive_muon.sharding.matrices import Mode
 
 
 __all__ = ["BlocksFn", "LayoutFn", "ReplicaGroup", "Rules"]
@@ -25,9 +26,8 @@ ReplicaGroup = ProcessGroup | Callable[[torch.Tensor], ProcessGroup | None] | No
 class Rules:
     """The rules by which a parameter's split and blocks are found.
 
-    The first five fields are options of the optimizer. ``blockwise`` takes every shard for a matrix of its own.
-    ``has_owners`` says whether a matrix in shards is orthogonalized by one rank. ``hooked`` refuses shards that a hook
-    around the weight update could not take the norm of.
+    The first five fields are options of the optimizer. ``mode`` orthogonalizes matrices in shards; None takes every shard
+    for a matrix of its own. ``hooked`` refuses shards that a hook around the weight update could not take the norm of.
     """
 
     tp_group: ProcessGroup | None
@@ -35,8 +35,7 @@ class Rules:
     share_replicas: bool
     layout_fn: LayoutFn | None
     blocks_fn: BlocksFn | None
-    blockwise: bool
-    has_owners: bool
+    mode: Mode | None
     hooked: bool = False
 
     def split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
@@ -85,7 +84,7 @@ class Rules:
     def shares(self, split: Layout | Split | Piece) -> bool:
         """Return whether replicas of a parameter that is split in this way share the work."""
         is_whole = isinstance(split, Layout) or (isinstance(split, Piece) and split.is_whole)
-        return self.share_replicas and (is_whole or self.has_owners or self.blockwise)
+        return self.share_replicas and (is_whole or self.mode is None or self.mode.has_owners)
 
     def replicas(self, p: torch.Tensor, split: Layout | Split | Piece, name: str) -> ProcessGroup | None:
         """Return the ranks with the same shard of a parameter; None where there are no others, or it is a DTensor.
@@ -134,9 +133,10 @@ class Rules:
             )
             return split
         if is_dtensor(p):
-            split = shard_of(p, name, apart=not (self.share_replicas and self.has_owners))
+            share = self.share_replicas and self.mode is not None and self.mode.has_owners
+            split = shard_of(p, name, apart=not share)
             require(
-                not self.blockwise or isinstance(split, Layout) or split.is_whole,
+                self.mode is not None or isinstance(split, Layout) or split.is_whole,
                 f"the shards of a DTensor are no matrices of their own; {name} is one, with tp_mode",
                 "blockwise",
                 'use the default, "layer_sharded"',

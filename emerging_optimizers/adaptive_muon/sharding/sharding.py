@@ -19,7 +19,6 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ReplicaPiece, ShardedLayout, Split
 from emerging_optimizers.adaptive_muon.sharding.matrices import (
     Matrix,
-    Mode,
     ShardInfo,
     shard_info,
     sharded_matrices,
@@ -61,21 +60,19 @@ class Found(NamedTuple):
 class Sharding:
     """The registry of the logical matrices of an optimizer's parameters.
 
-    ``mode`` orthogonalizes matrices in shards; None takes each shard for a matrix of its own. ``synced_options`` must be
-    the same on all ranks. ``rules`` find how a parameter is split.
+    ``rules`` find how a parameter is split. ``synced_options`` must be the same on all ranks.
     """
 
-    def __init__(self, rules: Rules, mode: Mode | None, synced_options: Mapping[str, Any]) -> None:
-        self._rules, self._mode, self._synced_options = rules, mode, dict(synced_options)
+    def __init__(self, rules: Rules, synced_options: Mapping[str, Any]) -> None:
+        self._rules, self._synced_options = rules, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
         self._comparison = Comparison()
-        self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
         self._to_compare: set[Key] = set()  # parameters whose replicas have not been compared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
-        return Sharding(self._rules, self._mode, self._synced_options)
+        return Sharding(self._rules, self._synced_options)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -86,7 +83,7 @@ class Sharding:
             "parameters that a process group holds together",
             "save its state_dict(), and make the optimizer anew",
         )
-        return {**vars(self), "_known": {}, "_comparison": Comparison(), "_unions": {}, "_to_compare": set()}
+        return {**vars(self), "_known": {}, "_comparison": Comparison(), "_to_compare": set()}
 
     def adopt(self, copy: torch.Tensor, p: torch.Tensor, known_by: "Sharding") -> None:
         """Take over what another registry has for a parameter, for a copy that torch made, which lacks attributes."""
@@ -173,6 +170,8 @@ class Sharding:
         if not self._to_compare:
             return
         chosen = {p for p in params if identity(p) in self._to_compare and not self.awaits_comparison(p)}
+        if not chosen:
+            return
         names = {p: name for p, name in _named(param_groups, chosen.__contains__)}
         for group, of_group in self._by_group(names).items():
             layouts = {p: self._layouts(p)[0] for p in of_group}
@@ -253,7 +252,7 @@ class Sharding:
             p: whole_matrices(p, one.name, one.blocks)
             if group is None
             else sharded_matrices(
-                p, one.name, group, infos[p, group], self._mode, one.replicas if one.shares else None
+                p, one.name, group, infos[p, group], self._rules.mode, one.replicas if one.shares else None
             )
             for one, (p, group) in zip(found, groups.items(), strict=True)
         }
@@ -262,13 +261,11 @@ class Sharding:
         """Return the group that holds a parameter together; None where this rank has all of it by itself."""
         if isinstance(one.split, ReplicaPiece) and not one.shares:
             return one.split.shards
-        if one.replicas is None or not one.shares or (one.holders is not None and self._mode is None):
+        if one.replicas is None or not one.shares or (one.holders is not None and self._rules.mode is None):
             return one.holders
         if one.holders is None:
             return one.replicas
-        if (one.replicas, one.holders) not in self._unions:
-            self._unions[one.replicas, one.holders] = union(one.replicas, one.holders)
-        return self._unions[one.replicas, one.holders]
+        return union(one.replicas, one.holders)
 
     def _exchanged(
         self, group: ProcessGroup, params: Sequence[Found], failure: str = ""

@@ -32,9 +32,8 @@ class MegatronLayouts:
     qkv_split_shapes: Sequence[int] | None  # rows of each block within one query group, where a parameter has none
 
     def __post_init__(self) -> None:
-        """Begin without paddings and groups; both are found as parameters come."""
+        """Begin without paddings; they are found as parameters come."""
         self._padding_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
-        self._unions: dict[tuple[ProcessGroup, ProcessGroup], ProcessGroup] = {}
 
     def layout(self, p: torch.Tensor) -> Layout | Split | Piece | None:
         """Return how a parameter is split; None where it is a shard and there is no group for it.
@@ -58,7 +57,7 @@ class MegatronLayouts:
         padding = rows - (bottom - top)
         if dim is None:
             return Piece(gtp, (strip, columns), (top, bottom, 0, columns), padding)
-        group = self._union(tp, gtp)
+        group = union(gtp, tp)
         if dim == 0:
             above = strip * tp.rank()
             return Piece(group, (strip * tp.size(), columns), (above + top, above + bottom, 0, columns), padding)
@@ -104,12 +103,6 @@ class MegatronLayouts:
             if p is q or p is getattr(q, "main_param", None):
                 return padding
         return 0
-
-    def _union(self, tp: ProcessGroup, gtp: ProcessGroup) -> ProcessGroup:
-        """Return the group of all ranks in the tensor-parallel groups of a GTP group. All of them must call."""
-        if (tp, gtp) not in self._unions:
-            self._unions[tp, gtp] = union(gtp, tp)
-        return self._unions[tp, gtp]
 
 
 def replica_group_of(

@@ -27,7 +27,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
 )
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
-from emerging_optimizers.adaptive_muon.versions import upstream_version
+from emerging_optimizers.adaptive_muon.versions import require_supported, upstream_version
 
 
 __all__ = ["TensorParallelAdaptiveMuon", "register", "warn_of_blockwise"]
@@ -219,13 +219,7 @@ def register(**options: Unpack[OptionsDict]) -> None:
 def _require_supported_version() -> None:
     """Raise a ``RuntimeError`` unless the installed megatron-core is supported."""
     version = package_info.MAJOR, package_info.MINOR, package_info.PATCH
-    low, high = _SUPPORTED
-    if not low <= version < high:
-        lowest, beyond = (".".join(map(str, each)) for each in (low, high))
-        raise RuntimeError(
-            f"megatron-core must be >= {lowest} and < {beyond}, got {package_info.__shortversion__}: "
-            f'install "megatron-core>={lowest},<{beyond}"'
-        )
+    require_supported("megatron-core", version, package_info.__shortversion__, _SUPPORTED, RuntimeError)
 
 
 def _require_emerging_optimizers(of_megatron: ModuleType) -> None:
