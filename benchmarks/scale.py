@@ -127,12 +127,12 @@ def sharded(model: ShapeSet, way: Way, group: Group) -> list[Ready]:
     return ready
 
 
-def owned(one: Round, ready: Sequence[Ready]) -> Iterator[tuple[ShardedLayout, int]]:
+def owned(one: Round) -> Iterator[tuple[ShardedLayout, int]]:
     """Yields the layout and the owner of every matrix in a round."""
     for batch in one.batches:
-        [owners] = batch.owners
-        for member, owner in zip(batch.members, owners, strict=True):
-            yield cast(ShardedLayout, ready[member].matrices[0].layout), owner
+        for equal in batch.matrices:
+            for owner in equal.owners:
+                yield cast(ShardedLayout, equal.layout), owner
 
 
 class Load(NamedTuple):
@@ -246,7 +246,7 @@ def planned(model: ShapeSet, way: Way, ranks: int, cap: int) -> dict[str, Any]:
         seconds = min(seconds, time.perf_counter() - start)
     busiest = Busiest(ranks, way.replicas(ranks))
     for one in rounds:
-        busiest.add(list(owned(one, ready)), relayed=isinstance(one.mode, Relayed))
+        busiest.add(list(owned(one)), relayed=isinstance(one.mode, Relayed))
     busiest.add([])
     costs = [math.prod(shape) * min(shape) for shape in model.shapes]
     ideal, least = sum(costs) / ranks, least_of_busiest(costs, ranks)
@@ -280,7 +280,7 @@ def exchanged(model: ShapeSet, ranks: int) -> dict[str, Any]:
         Shards(
             torch.ones(1, *layout.own.shape), sums, layout, [owner], Orthogonalize([lambda matrix: matrix], (), False)
         )
-        for layout, owner in owned(one, ready)
+        for layout, owner in owned(one)
     ]
     seconds = math.inf
     with patch("torch.distributed.all_to_all_single"):

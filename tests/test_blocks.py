@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused matrices: every row block of ``muon_blocks`` is optimized as a matrix of its own."""
+"""Fused matrices: every block of ``muon_blocks``, of rows or of columns, is optimized as a matrix of its own."""
 
 import copy
 import pickle
@@ -13,17 +13,24 @@ import torch
 from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved, smooth
 from torch import nn
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, update
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.orthogonalize import batches, newton_schulz
 
 
 # Two tall halves; tall and wide blocks; four query groups, of which the queries are tall and keys and values wide;
-# three groups in which only the middle block is square.
-FUSED = {
+# three groups in which only the middle block is square; heads, worked on as one batch. The same with columns.
+Blocks = tuple[int, ...] | ColumnBlocks
+FUSED: dict[str, tuple[tuple[int, int], Blocks]] = {
     "halves": ((96, 32), (48, 48)),
     "tall and wide": ((96, 32), (64, 24, 8)),
     "query groups": ((96, 32), (16, 4, 4)),
     "three of each": ((144, 32), (8, 32, 8)),
+    "heads": ((96, 32), (16,) * 6),
+    "halves of columns": ((32, 96), ColumnBlocks((48, 48))),
+    "tall and wide, of columns": ((32, 96), ColumnBlocks((64, 24, 8))),
+    "column groups": ((32, 96), ColumnBlocks((16, 4, 4))),
+    "heads of columns": ((32, 96), ColumnBlocks((16,) * 6)),
 }
 QUERY_GROUPS = FUSED["query groups"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -62,15 +69,17 @@ def walk(optimizer: torch.optim.Optimizer, steps: range) -> None:
         optimizer.step()
 
 
-def apart(tensor: torch.Tensor, blocks: tuple[int, ...]) -> list[torch.Tensor]:
+def apart(tensor: torch.Tensor, blocks: Blocks) -> list[torch.Tensor]:
     """The blocks of what lies like the fused matrix, by another road than the package's: one view, one split."""
+    if isinstance(blocks, ColumnBlocks):
+        return [part.mT for part in apart(tensor.mT, tuple(blocks.sizes))]
     groups = tensor.detach().view(-1, sum(blocks), tensor.size(-1))
     return [part.reshape(-1, tensor.size(-1)) for part in groups.split(list(blocks), dim=1)]
 
 
-def state_apart(state: dict[str, torch.Tensor], blocks: tuple[int, ...]) -> list[dict[str, torch.Tensor]]:
+def state_apart(state: dict[str, torch.Tensor], blocks: Blocks) -> list[dict[str, torch.Tensor]]:
     """The state of each block, under the names that the state of a separate matrix has."""
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in blocks]
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in getattr(blocks, "sizes", blocks)]
     for key, value in state.items():
         if key == "step":
             for part in parts:
@@ -121,12 +130,13 @@ def test_equal_to_separate_matrices(method: str, options: str, dtype: torch.dtyp
 def test_blocks_change_the_result(method: str) -> None:
     """Without the tag the fused matrix is one, and other blocks are another matrix: by more than any rounding."""
     results = []
-    for blocks in (None, (96,), (16, 4, 4), (4, 4, 16), (64, 16, 16)):
+    of_columns = map(ColumnBlocks, [(16, 16), (8, 8), (8,) * 4, (24, 8)])
+    for blocks in (None, (96,), ColumnBlocks((32,)), (16, 4, 4), (4, 4, 16), (64, 16, 16), *of_columns):
         p = fused((96, 32), blocks)
         walk(AdaptiveMuon([p], lr=0.05, moment2_method=method), range(2))
         results.append(p.detach())
-    assert torch.equal(results[0], results[1])
-    for one, other in combinations(results[1:], 2):
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for one, other in combinations(results[2:], 2):
         assert (one - other).norm() > 0.01 * (one - normal((96, 32))).norm()
 
 
@@ -161,6 +171,54 @@ def test_orthogonalize_gets_one_block_at_a_time() -> None:
     assert [(each is p, shape, lr) for each, shape, lr in heard] == [(True, (rows, 32), 0.25) for rows in (64, 16, 16)]
 
 
+@pytest.mark.parametrize("blocks", [(8,) * 12, ColumnBlocks((8,) * 12)], ids=str)
+@each_method
+def test_equal_blocks_are_one_batch(method: str, blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two parameters; blocks of other sizes are alone."""
+    taken: list[tuple[int, ...]] = []
+    iterate = newton_schulz.iterate
+    monkeypatch.setattr(
+        newton_schulz, "iterate", lambda part, *rest: (taken.append((*part.shape,)), iterate(part, *rest))[1]
+    )
+
+    def shapes(*of: tuple[int, int]) -> list[tuple[int, ...]]:
+        return [(count, 96, size) if isinstance(blocks, ColumnBlocks) else (count, size, 96) for count, size in of]
+
+    walk(AdaptiveMuon([fused((96, 96), blocks) for _ in range(2)], moment2_method=method), range(1))
+    assert taken == shapes((24, 8))
+    taken.clear()
+    sizes = (16,) * 5 + (4, 12)
+    other = ColumnBlocks(sizes) if isinstance(blocks, ColumnBlocks) else sizes
+    walk(AdaptiveMuon([fused((96, 96), other)], moment2_method=method), range(1))
+    assert taken == shapes((5, 16), (1, 4), (1, 12))
+
+
+def test_no_more_blocks_at_a_time_than_make_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which bounds the memory of a step."""
+    monkeypatch.setitem(batches.LIMITS, "cpu", (256, 4 * 16 * 32 * 4))
+    taken: list[int] = []
+    real = update.average
+
+    def average(Ms: list[torch.Tensor], *rest: Any, **options: Any) -> Any:
+        taken.append(len(Ms))
+        return real(Ms, *rest, **options)
+
+    monkeypatch.setattr(update, "average", average)
+    walk(AdaptiveMuon([fused((96, 32), (16,) * 6)]), range(1))
+    assert taken == [4, 2]
+
+
+def test_column_blocks_are_values() -> None:
+    """They travel between ranks, and are compared there."""
+    one = ColumnBlocks([64, 32])
+    assert one == ColumnBlocks((64, 32)) == pickle.loads(pickle.dumps(one)) and hash(one) == hash(
+        ColumnBlocks((64, 32))
+    )
+    assert one != ColumnBlocks((32, 64)) and one != (64, 32) and repr(one) == "ColumnBlocks(sizes=(64, 32))"
+    with pytest.raises(AttributeError):
+        one.sizes = (1,)  # type: ignore[misc]
+
+
 # ------------------------------------------------------------------------------------------------------------ state
 
 # Statistics with an entry a row lie together as the rows do; the others apart, by the number of the block.
@@ -170,18 +228,32 @@ STATE = {
     "namo": {f"moment2_buffer_{block}": (1,) for block in range(3)},
     "namo_d": {f"moment2_buffer_{block}": (1, 32) for block in range(3)},
 }
+STATE_OF_COLUMNS = {
+    "adamuon": {"moment2_buffer": (32, 96)},
+    "normuon": {"moment2_buffer_0": (1, 64), "moment2_buffer_1": (32, 1), "moment2_buffer_2": (32, 1)},
+    "namo": {f"moment2_buffer_{block}": (1,) for block in range(3)},
+    "namo_d": {"moment2_buffer_0": (1, 64), "moment2_buffer_1": (1, 16), "moment2_buffer_2": (1, 16)},
+}
 
 
 @each_dtype
-@pytest.mark.parametrize("method", STATE)
-def test_state(method: str, dtype: torch.dtype) -> None:
-    p = fused(*QUERY_GROUPS, dtype)
+@pytest.mark.parametrize(
+    ("method", "name", "expected"),
+    [
+        (method, name, of_method[method])
+        for name, of_method in (("query groups", STATE), ("column groups", STATE_OF_COLUMNS))
+        for method in of_method
+    ],
+)
+def test_state(method: str, name: str, expected: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    shape, blocks = FUSED[name]
+    p = fused(shape, blocks, dtype)
     optimizer = AdaptiveMuon([p], moment2_method=method)
     walk(optimizer, range(2))
     state = {key: value for key, value in optimizer.state[p].items() if key != "step"}
     assert {key: tuple(value.shape) for key, value in state.items()} == {
-        "momentum_buffer": (96, 32),
-        **STATE[method],
+        "momentum_buffer": shape,
+        **expected,
     }
     assert all(value.dtype == torch.float32 for value in state.values())
     assert ("step" in optimizer.state[p]) == METHODS[method].bias_correction
@@ -213,6 +285,8 @@ OTHER_BLOCKS = {
     "namo_d": [((48, 48), None), (None, (48, 48)), ((48, 48), (32, 32, 32)), ((32, 32, 32), (48, 48))],
     "normuon": [((64, 32), (72, 24)), ((64, 16, 16), (64, 32)), ((72, 24), None), (None, (72, 24))],
 }
+OTHER_BLOCKS["namo_d"] += [((48, 48), ColumnBlocks((24, 8))), (ColumnBlocks((24, 8)), ColumnBlocks((8, 24)))]
+OTHER_BLOCKS["normuon"] += [((72, 24), ColumnBlocks((24, 8)))]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +334,20 @@ def test_copy_goes_on_alike(method: str, copied: Callable[[Any], Any], steps: in
 
 # ----------------------------------------------------------------------------------------------------------- errors
 
-BAD = [(7, 7), (96, 96), (), (0, 24), (-24, 48), (12.0, 12.0), ("12", "12"), (None,), (True, 47), 48, [48, 0, 48]]
+BAD: list[Any] = [
+    (7, 7),
+    (96, 96),
+    (),
+    (0, 24),
+    (-24, 48),
+    (12.0, 12.0),
+    ("12", "12"),
+    (None,),
+    (True, 47),
+    48,
+    [48, 0],
+]
+BAD += [ColumnBlocks(sizes) for sizes in ((7, 7), (96,), (48, 48), (), (0, 32), (-32, 64), (16.0,), (True, 31), 16)]
 
 
 @pytest.mark.parametrize("blocks", BAD, ids=str)
@@ -269,7 +356,8 @@ def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
     p, good = fused((96, 32), blocks if told == "attribute" else None), fused((96, 32), (48, 48))
     options = {"blocks_fn": lambda each: blocks if each is p else None} if told == "function" else {}
     shown = tuple(blocks) if isinstance(blocks, Iterable) else blocks
-    expected = rf"blocks of parameter 'qkv.weight'.* 96 rows, got {re.escape(repr(shown))}: "
+    length = "32 columns" if isinstance(blocks, ColumnBlocks) else "96 rows"
+    expected = rf"blocks of parameter 'qkv.weight'.* {length}, got {re.escape(repr(shown))}: "
     with pytest.raises(ValueError, match=expected):
         AdaptiveMuon([("qkv.weight", p)], **options)
     with pytest.raises(ValueError, match=expected):
@@ -288,13 +376,17 @@ QKV = (HEADS // GROUPS * HEAD, HEAD, HEAD)  # rows of one query group: its heads
 
 
 class Attention(nn.Module):
-    """Causal attention in query groups, with one weight for queries, keys and values as Megatron's, or with three."""
+    """Causal attention in query groups, with one weight for queries, keys and values as Megatron's, or with three.
+
+    Of the output projection, each head has a weight of its own in the other case.
+    """
 
     def __init__(self, fused: bool):
         super().__init__()
         rows = [GROUPS * sum(QKV)] if fused else [GROUPS * size for size in QKV]
         self.qkv = nn.ModuleList(nn.Linear(WIDTH, size, bias=False) for size in rows)
-        self.proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        columns = [WIDTH] if fused else [HEAD] * HEADS
+        self.proj = nn.ModuleList(nn.Linear(size, WIDTH, bias=False) for size in columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -305,7 +397,8 @@ class Attention(nn.Module):
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / HEAD**0.5
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
-        return self.proj(mixed.reshape(batch, length, WIDTH))
+        inputs = mixed.reshape(batch, length, WIDTH).split([layer.in_features for layer in self.proj], dim=-1)
+        return sum(layer(of_layer) for layer, of_layer in zip(self.proj, inputs, strict=True))
 
 
 class Block(nn.Module):
@@ -333,13 +426,16 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def three_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights of a model with fused attention, under the names that they have in one with three weights."""
+BLOCKS: dict[str, Blocks] = {"qkv": QKV, "proj": ColumnBlocks((HEAD,) * HEADS)}
+
+
+def separate_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights of a model with fused attention, under the names that they have in one with separate weights."""
     weights: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
-        prefix, fused, _ = name.partition("qkv.0.weight")
-        parts = [(f"{prefix}qkv.{i}.weight", part) for i, part in enumerate(apart(value, QKV))] if fused else []
-        weights |= dict(parts) or {name: value}
+        prefix, _, layer = name.removesuffix(".0.weight").rpartition(".")
+        parts = apart(value, BLOCKS[layer]) if layer in BLOCKS else []
+        weights |= {f"{prefix}.{layer}.{i}.weight": part for i, part in enumerate(parts)} or {name: value}
     return weights
 
 
@@ -348,7 +444,7 @@ def trained(model: GPT, method: str) -> tuple[list[float], GPT]:
         model, lr=0.05, weight_decay=0.1, moment2_method=method, extra_scale_factor=0.2, fp32_matmul_prec="highest"
     )
     assert sum(route.algorithm == "adaptive_muon" for *_, route in optimizer.routes) == (
-        2 * (len(model.blocks[0].attention.qkv) + 3)
+        2 * (len(model.blocks[0].attention.qkv) + len(model.blocks[0].attention.proj) + 2)
     )
     losses = []
     for step in range(12):
@@ -362,23 +458,24 @@ def trained(model: GPT, method: str) -> tuple[list[float], GPT]:
 
 
 @each_method
-def test_a_gpt_with_fused_attention_trains_as_one_with_three_weights(method: str) -> None:
+def test_a_gpt_with_fused_attention_trains_as_one_with_separate_weights(method: str) -> None:
     """In float64, so that products of the whole and of the parts differ by less than the optimizer's float32."""
     first = GPT(fused=True).double()
     tagged, untagged, separate = copy.deepcopy(first), first, GPT(fused=False).double()
-    separate.load_state_dict(three_weights(first))
+    separate.load_state_dict(separate_weights(first))
     for block in tagged.blocks:
-        block.attention.qkv[0].weight.muon_blocks = QKV
+        for layer, blocks in BLOCKS.items():
+            getattr(block.attention, layer)[0].weight.muon_blocks = blocks
     (losses, model), (expected, other), (apart_from, whole) = (
         trained(each, method) for each in (tagged, separate, untagged)
     )
     torch.testing.assert_close(losses, expected, atol=0, rtol=1e-6)
-    torch.testing.assert_close(three_weights(model), dict(other.state_dict()), atol=1e-6, rtol=0)
+    torch.testing.assert_close(separate_weights(model), dict(other.state_dict()), atol=1e-6, rtol=0)
     assert expected[-1] < 0.9 * expected[0]
     assert max(abs(a - b) for a, b in zip(apart_from, expected, strict=True)) > 1e-3
     far = [
-        (three_weights(whole)[name] - value).norm() / value.norm()
+        (separate_weights(whole)[name] - value).norm() / value.norm()
         for name, value in other.state_dict().items()
-        if ".qkv." in name
+        if ".qkv." in name or ".proj." in name
     ]
     assert min(far) > 0.05

@@ -57,7 +57,7 @@ def parameter(
     # As with blocks that repeat, the rows at hand may be adjacent on one rank and not on another.
     rows: Any = slice(0) if rank % 2 else torch.tensor([0, 2])
     return torch.empty(*stack, *pieces[rank]), [
-        Matrix(each, i, rows, shapes_of_shards) for i, each in enumerate(layouts)
+        Matrix(each, i, rows, shard_shapes=shapes_of_shards) for i, each in enumerate(layouts)
     ]
 
 
@@ -96,11 +96,11 @@ def plan_of(matrices: Matrices, mode: Mode | None, most: int) -> "Laid":
     """The rounds, their stacks laid out, and the homes."""
     rounds, params = make_plan(ready(matrices), mode, most), [*matrices]
     owners = {
-        matrices[params[member]][number]: owner
+        matrix: owner
         for one in rounds
         for batch in one.batches
-        for number, of_members in enumerate(batch.owners)
-        for member, owner in zip(batch.members, of_members, strict=True)
+        for equal in batch.matrices
+        for matrix, owner in zip(equal.matrices, equal.owners, strict=True)
         if one.process_group is not None
     }
     return Laid([[params[i] for batch in each.batches for i in batch.members] for each in rounds], owners)
@@ -238,7 +238,12 @@ LARGE, SMALL = (400, 400), (8, 8)
 def test_owners_are_of_all_replicas_in_turn(shards: int, owners: list[int]) -> None:
     """So that no replica has to send on more than the others."""
     [one] = make_plan(replicated(Group(6), [(48, 24)] * 4, shards), LAYER_SHARDED, NO_LIMIT)
-    found = {m: owner for batch in one.batches for m, owner in zip(batch.members, batch.owners[0], strict=True)}
+    found = {
+        batch.members[place]: owner
+        for batch in one.batches
+        for equal in batch.matrices
+        for place, owner in zip(equal.places, equal.owners, strict=True)
+    }
     assert [found[member] for member in range(4)] == owners
 
 

@@ -11,12 +11,14 @@ from emerging_optimizers.adaptive_muon.hybrid import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import Moment2MethodT
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import WeightDecayMethodT
+from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Split
 from emerging_optimizers.registry import _OPTIMIZERS
 
 
 __all__ = [
     "AdaptiveMuon",
+    "ColumnBlocks",
     "HybridAdaptiveMuon",
     "Layout",
     "Moment2MethodT",

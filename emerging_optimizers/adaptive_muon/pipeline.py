@@ -46,8 +46,8 @@ class RoundUpdate:
         for batch in one.batches:
             members, group = [params[i] for i in batch.members], param_groups[batch.group]
             Gs, of_members = [gradients[p] for p in members], [states[p] for p in members]
-            self._updates.append(BatchUpdate(rule, group, members, Gs, of_members, batch.matrices, batch.owners))
-        shards = [matrix for update in self._updates for matrix in update.begin()]
+            self._updates.append(BatchUpdate(rule, group, members, Gs, of_members, batch.matrices))
+        shards = [of_batch for update in self._updates for of_batch in update.begin()]
         if one.process_group is None:
             self.exchange: Exchange = LocalExchange(shards)
         else:
@@ -58,7 +58,7 @@ class RoundUpdate:
         """Wait for the results; average V, and decay and update W."""
         results = iter(self.exchange.results())
         for update in self._updates:
-            update.finish([next(results) for _ in update.matrices])
+            update.finish([next(results) for _ in update.batches])
 
 
 class _Rehearsal(RoundUpdate):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to one batch of parameters in a step: the algorithm, in the paper's order and letters.
 
-A letter with an s is a list, of a tensor per parameter; a letter without is one tensor, of the whole batch.
+A letter with an s is a list, of a tensor per parameter or matrix; a letter without is one tensor, of a batch of matrices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import Newton
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, work_dtype
 from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, local_of, wrapped_like
-from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBatch, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 from emerging_optimizers.adaptive_muon.weight_decay import Number, WeightDecay
 
@@ -67,8 +67,7 @@ class BatchUpdate:
         params: The parameters, which differ in nothing but their values.
         gradients: Their gradients; of DTensors what this rank holds.
         states: Their states.
-        matrices: The logical matrices of the first parameter; the others' have the same shapes and shards.
-        owners: For each of these, and each parameter, its owner: the rank that orthogonalizes it in "layer_sharded".
+        batches: Their matrices, each of them in one batch.
     """
 
     def __init__(
@@ -78,20 +77,16 @@ class BatchUpdate:
         params: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor],
         states: Sequence[dict[str, torch.Tensor]],
-        matrices: Sequence[Matrix],
-        owners: Sequence[Sequence[int]],
+        batches: Sequence[MatrixBatch],
     ) -> None:
         function = rule.functions(params, group)
-        self.params, self.matrices, self._rule, self._group, self._states = params, matrices, rule, group, states
+        self.params, self.batches, self._rule, self._group, self._states = params, batches, rule, group, states
         self._Ws = [as_matrices(p) for p in params]
         self._gradients = gradients
-        self._scales = [
-            _Scale(rule.moment2, group, params, states, matrix, of_matrix, function)
-            for matrix, of_matrix in zip(matrices, owners, strict=True)
-        ]
+        self._scales = [_Scale(rule.moment2, group, params, states, batch, function) for batch in batches]
 
     def begin(self) -> list[Shards]:
-        """Average M; return M' of each matrix, with the sums of squares that are observed before O."""
+        """Average M; return M' of each batch, with the sums of squares that are observed before O."""
         Gs, weight_decay = list(map(as_matrices, self.params, self._gradients)), self._group["weight_decay"]
         if self._rule.weight_decay.share is None and weight_decay:
             Gs = [G.to(work_dtype(W)).add(W, alpha=weight_decay) for G, W in zip(Gs, self._Ws, strict=True)]
@@ -102,7 +97,7 @@ class BatchUpdate:
         """Average V, and decay and update W.
 
         Args:
-            results: For each matrix O, or this rank's shard of it, and the whole matrix's sums of squares.
+            results: For each batch O, or this rank's shards of it, and the whole matrices' sums of squares.
         """
         rule, lr = self._rule, self._group["lr"]
         Ds = [scale.finish(O, squares) for scale, (O, squares) in zip(self._scales, results, strict=True)]
@@ -117,8 +112,8 @@ class BatchUpdate:
             return
         if isinstance(lr, torch.Tensor):
             Ds, lr = [D * lr for D in Ds], 1.0
-        for matrix, O, D, decay in zip(self.matrices, Os, Ds, decays, strict=True):
-            with matrix.in_place(self._Ws) as Ws:
+        for batch, O, D, decay in zip(self.batches, Os, Ds, decays, strict=True):
+            with batch.in_place(self._Ws) as Ws:
                 apply(Ws, O, D, lr=lr, decay=decay)
         for p in self.params:
             rule.after_update(p)
@@ -134,30 +129,33 @@ class BatchUpdate:
         return share * D.new_ones((1,) * D.ndim) if isinstance(share, torch.Tensor) else share
 
     def _correct(self, Ds: Sequence[torch.Tensor]) -> None:
-        """Count the step, and correct D of each matrix in place for the averages having started at zero."""
+        """Count the step, and correct D of each batch in place for the averages having started at zero."""
         momentum, beta2 = self._group["momentum"], self._group["beta2"]
         steps = [state["step"] for state in self._states]
         torch._foreach_add_(steps, 1)
         if self._rule.steps_on_device:  # where a graph's replays count
-            correction = self._rule.moment2.correction(torch.stack(steps).double(), momentum=momentum, beta2=beta2)
-            for D in Ds:
+            for D, batch in zip(Ds, self.batches, strict=True):
+                of_members = torch.stack([steps[place] for place in batch.places]).double()
+                correction = self._rule.moment2.correction(of_members, momentum=momentum, beta2=beta2)
                 D.mul_(correction.view(-1, *[1] * (D.ndim - 1)))
             return
         corrections = [self._rule.moment2.correction(float(step), momentum=momentum, beta2=beta2) for step in steps]
-        for D in Ds:
-            torch._foreach_mul_(D.unbind(0), corrections)
+        for D, batch in zip(Ds, self.batches, strict=True):
+            torch._foreach_mul_(D.unbind(0), [corrections[place] for place in batch.places])
 
     def _apply_one_by_one(
         self, Os: Sequence[torch.Tensor], Ds: Sequence[torch.Tensor], decays: Sequence[Number]
     ) -> None:
         """Decay W; then update each W between functions that may change it and its update, in upstream's order."""
         rule = self._rule
-        for matrix, decay in zip(self.matrices, decays, strict=True):
-            with matrix.in_place(self._Ws) as Ws:
+        updates: list[dict[Matrix, torch.Tensor]] = [{} for _ in self.params]
+        for batch, O, D, decay in zip(self.batches, Os, Ds, decays, strict=True):
+            with batch.in_place(self._Ws) as Ws:
                 decay_weights(Ws, decay)
-        updates = [D * O for D, O in zip(Ds, Os, strict=True)]
-        merged = merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape))
-        for p, W, U in zip(self.params, self._Ws, merged, strict=True):
+            for matrix, place, U in zip(batch.matrices, batch.places, D * O, strict=True):
+                updates[place][matrix] = U
+        for p, W, of_p in zip(self.params, self._Ws, updates, strict=True):
+            U = merge_blocks([*of_p], [*of_p.values()], W.shape)
             update = wrapped_like(p, U.mT if is_transposed(p) else U)
             if rule.before_update is not None:
                 rule.before_update(p, update)
@@ -180,7 +178,7 @@ def _within(hook: WeightUpdateHook | None, p: torch.Tensor, update: torch.Tensor
 
 
 class _Scale:
-    """V and D of one matrix of every parameter in a batch.
+    """V and D of a batch of matrices.
 
     A V with an entry per element is sharded as W is and needs no sums over other ranks. Every other V is a whole vector, and so
     is D before this rank's part of it is cut out.
@@ -192,17 +190,19 @@ class _Scale:
         group: dict[str, Any],
         params: Sequence[torch.Tensor],
         states: Sequence[dict[str, torch.Tensor]],
-        matrix: Matrix,
-        owners: Sequence[int],
+        batch: MatrixBatch,
         function: NewtonSchulz | Sequence[Function],
     ) -> None:
-        self.matrix = matrix
-        self.shape = matrix.shape(params[0])
-        self._moment2, self._eps, self._owners, self._function = moment2, group["eps"], owners, function
+        self.batch = batch
+        self.shape = batch.matrices[0].shape(params[batch.places[0]])
+        self._moment2, self._eps = moment2, group["eps"]
+        self._function: NewtonSchulz | Sequence[Function] = (
+            function if isinstance(function, NewtonSchulz) else [function[place] for place in batch.places]
+        )
         self._momentum, self._dtype = group["momentum"], work_dtype(params[0])
         self._kept_dims = moment2.kept_dims(*self.shape)
         self._per_element = len(self._kept_dims) == 2
-        self._V = SecondMoment(params, states, matrix, self._kept_dims, group["beta2"])
+        self._V = SecondMoment(params, states, batch, self._kept_dims, group["beta2"])
         self._squares: Squares = []  # of elements, which wait here for those of O
 
     def begin(self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], nesterov: bool) -> Shards:
@@ -215,10 +215,10 @@ class _Scale:
         """
         method, kept = self._moment2, self._kept_dims
         observed = [name for name in method.observed if name != "orthogonalized"]
-        with self.matrix.in_place(Ms) as buffers:
+        with self.batch.in_place(Ms) as buffers:
             M_prime, squares = average(
                 buffers,
-                list(map(self.matrix.of, Gs)),
+                self.batch.of(Gs),
                 momentum=self._momentum,
                 nesterov=nesterov,
                 kept_dims=kept,
@@ -232,7 +232,7 @@ class _Scale:
         elif method.scales_momentum:
             scale = self._ahead
         whole = Orthogonalize(self._function, kept, observes_result, scale)
-        return Shards(M_prime, squares, self.matrix.layout, self._owners, whole)
+        return Shards(M_prime, squares, self.batch.layout, self.batch.owners, whole)
 
     def finish(self, O: torch.Tensor, squares: Squares) -> torch.Tensor:
         """Average V, and return D, broadcastable to O: a new tensor."""
@@ -244,7 +244,7 @@ class _Scale:
             of_O = [O.to(self._dtype).square()] if "orthogonalized" in self._moment2.observed else []
             squares = [*self._squares, *of_O]
         D = self._D(self._V.update(self._statistic(squares)), squares)
-        return D if self._per_element else self.matrix.layout.cut(D, self._kept_dims)
+        return D if self._per_element else self.batch.layout.cut(D, self._kept_dims)
 
     def _statistic(self, squares: Squares) -> torch.Tensor:
         return self._moment2.statistic(squares, shape=self.shape)

@@ -125,10 +125,10 @@ class Recording(AdaptiveMuon):
         finish = BatchUpdate.finish
 
         def recorded(update: BatchUpdate, results: Any) -> None:
-            for matrix, (O, squares) in zip(update.matrices, results, strict=True):
+            for batch, (O, squares) in zip(update.batches, results, strict=True):
                 self.sums += squares
-                for p, of_p in zip(update.params, O, strict=True):
-                    self.orthogonalized[p, matrix.block] = of_p.clone()
+                for matrix, place, of_p in zip(batch.matrices, batch.places, O, strict=True):
+                    self.orthogonalized[update.params[place], matrix.block] = of_p.clone()
             finish(update, results)
 
         with pytest.MonkeyPatch.context() as patch:

@@ -2,7 +2,7 @@
 """Who orthogonalizes what, and how much at a time."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heapreplace
 from typing import NamedTuple, cast
@@ -16,7 +16,7 @@ from emerging_optimizers.adaptive_muon.exchange.replicas import Replicas
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import in_batches
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
-from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBatch
 
 
 __all__ = ["Batch", "Ready", "Round", "make_plan"]
@@ -49,12 +49,11 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Parameters that differ in nothing but their values, to be worked on as one tensor."""
+    """Parameters that differ in nothing but their values, whose equal matrices are worked on as one tensor."""
 
     members: list[int]  # their places among the parameters of the step
     group: int  # the number of their parameter group
-    matrices: tuple[Matrix, ...]  # of the first; the others' have the same shapes and shards
-    owners: list[list[int]]  # for each matrix, and each parameter, the rank that orthogonalizes it in "layer_sharded"
+    matrices: list[MatrixBatch]
 
 
 class Round(NamedTuple):
@@ -131,11 +130,29 @@ def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[B
         held = first.matrices[0].shard_shapes
         shape = first.shape if held is None else (*first.shape[:-2], *held.largest)
         of_member = {index: [owners.get(matrix, 0) for matrix in ready[index].matrices] for index in members}
-        # The members of an owner are adjacent, so that a slice of the batch is sent to it.
         for part in in_batches(sorted(members, key=of_member.__getitem__), shape, first.device):
-            of_matrix = [list(of) for of in zip(*(of_member[index] for index in part), strict=True)]
-            batches.append(Batch([*part], first.group, ready[part[0]].matrices, of_matrix))
+            of_part = list(_matrix_batches([ready[index] for index in part], owners))
+            batches.append(Batch([*part], first.group, of_part))
     return batches
+
+
+def _matrix_batches(ready: Sequence[Ready], owners: Mapping[Matrix, int]) -> Iterator[MatrixBatch]:
+    """The matrices of these parameters in batches, each of one layout: blocks of one size are split alike, or are not.
+
+    The members of an owner are adjacent, so that a slice of the batch is sent to it.
+    """
+    first, alike = ready[0], dict[ShardedLayout | tuple[int, int], list[tuple[int, int, Matrix]]]()
+    for place, one in enumerate(ready):
+        for matrix in one.matrices:
+            layout = matrix.layout
+            key = layout if isinstance(layout, ShardedLayout) else matrix.local_shape(one.shape)
+            alike.setdefault(key, []).append((owners.get(matrix, 0), place, matrix))
+    for key, members in alike.items():
+        shape = key.largest.shape if isinstance(key, ShardedLayout) else key
+        members.sort(key=lambda member: member[0])
+        for part in in_batches(members, (*first.shape[:-2], *shape), first.device):
+            of_part, places, matrices = zip(*part, strict=True)
+            yield MatrixBatch(matrices, places, of_part)
 
 
 class _Load(NamedTuple):

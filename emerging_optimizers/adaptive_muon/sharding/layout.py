@@ -148,9 +148,14 @@ class ShardedLayout(Layout):
         return self.is_peer(0)
 
     @cached_property
+    def largest(self) -> Rectangle:
+        """The largest shard, the first of them where there are several."""
+        return max(self.rectangles, key=lambda each: each.area)
+
+    @property
     def largest_shard(self) -> int:
         """The number of elements of the largest shard."""
-        return max(each.area for each in self.rectangles)
+        return self.largest.area
 
     @cached_property
     def split(self) -> dict[int, bool]:

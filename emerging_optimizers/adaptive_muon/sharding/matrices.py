@@ -6,14 +6,13 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol, override
 
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.sharding.agreement import require_agreement
+from emerging_optimizers.adaptive_muon.sharding.blocks import Block, ColumnBlocks, Index, blocks_of
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
 from emerging_optimizers.adaptive_muon.sharding.layout import (
     Layout,
@@ -27,6 +26,7 @@ from emerging_optimizers.adaptive_muon.sharding.layout import (
 
 __all__ = [
     "Matrix",
+    "MatrixBatch",
     "Mode",
     "ShardInfo",
     "ShardShapes",
@@ -49,9 +49,9 @@ class Mode(Protocol):
 
 
 class ShardShapes(NamedTuple):
-    """How a group holds a parameter: its row blocks, and the rows and columns of each rank's shard with padding."""
+    """How a group holds a parameter: its blocks, and the rows and columns of each rank's shard with padding."""
 
-    blocks: tuple[int, ...] | None
+    blocks: tuple[int, ...] | ColumnBlocks | None
     shapes: tuple[tuple[int, int], ...]
 
     @override
@@ -67,40 +67,74 @@ class ShardShapes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A logical matrix of a parameter: all of the parameter, or the rows of one block."""
+    """A logical matrix of a parameter: all of the parameter, or one block."""
 
     layout: Layout
     block: int | None = None  # its number; None where the parameter is one matrix
-    rows: slice | torch.Tensor = slice(None)  # the local rows of the parameter that belong to it
-    shard_shapes: ShardShapes | None = None  # of the parameter, the same on all ranks; None where it is whole
+    rows: Index = slice(None)  # the local rows of the parameter that belong to it
+    columns: Index = slice(None)  # likewise
+    shard_shapes: ShardShapes | None = None  # of the parameter, the same on all ranks that hold the matrix together
 
     @property
     def is_all(self) -> bool:
-        """Whether all local rows of the parameter belong to the matrix."""
-        return isinstance(self.rows, slice) and self.rows == slice(None)
+        """Whether all local elements of the parameter belong to the matrix."""
+        return all(isinstance(index, slice) and index == slice(None) for index in (self.rows, self.columns))
 
     @property
     def batch_key(self) -> Hashable:
         """A key that the matrices of two parameters share on every rank, or on none, if they can be in one batch."""
-        rows = self.rows if isinstance(self.rows, slice) else id(self.rows)
-        return self.layout, self.block, rows if self.shard_shapes is None else self.shard_shapes
+        return self.layout, self.block, self.shard_shapes
 
     def shape(self, p: torch.Tensor) -> tuple[int, int]:
         """Return ``(rows, columns)`` of the whole matrix, one of this parameter's."""
         return self.layout.shape(self.of(as_matrices(p)))
 
+    def local_shape(self, of_parameter: Sequence[int]) -> tuple[int, int]:
+        """Return ``(rows, columns)`` of what this rank holds of it, in a tensor of the parameter's local shape."""
+        rows, columns = of_parameter[-2:]
+        return _length(self.rows, rows), _length(self.columns, columns)
+
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the matrix's part of a tensor of the parameter's shape: a view where its rows are adjacent."""
-        return tensor if self.is_all else tensor[..., self.rows, :]
+        """Return the matrix's part of a tensor of the parameter's shape: a view where its places are adjacent."""
+        return tensor if self.is_all else tensor[..., self.rows, self.columns]
+
+
+def _length(index: Index, of_all: int) -> int:
+    """The number of rows, or columns, that an index takes of all of them."""
+    return len(range(of_all)[index]) if isinstance(index, slice) else len(index)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixBatch:
+    """Matrices of one layout that are worked on as one tensor: equal blocks of a parameter, and of several parameters.
+
+    Args:
+        matrices: The matrices, in their order in the tensor.
+        places: For each, the place of its parameter among those of an update.
+        owners: For each, the rank that orthogonalizes it in "layer_sharded".
+    """
+
+    matrices: Sequence[Matrix]
+    places: Sequence[int]
+    owners: Sequence[int]
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of all of them."""
+        return self.matrices[0].layout
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the matrices' parts of a tensor for each parameter: views where their places are adjacent."""
+        return [matrix.of(tensors[place]) for matrix, place in zip(self.matrices, self.places, strict=True)]
 
     @contextmanager
     def in_place(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Return a context with the matrix's parts of tensors, as :meth:`of` returns them, to be changed in place."""
-        parts = [self.of(tensor) for tensor in tensors]
+        """Return a context with the matrices' parts of tensors, as :meth:`of` returns them, to be changed in place."""
+        parts = self.of(tensors)
         yield parts
-        if isinstance(self.rows, torch.Tensor):  # rows that are not adjacent were copied
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor[..., self.rows, :] = part
+        for matrix, place, part in zip(self.matrices, self.places, parts, strict=True):
+            if isinstance(matrix.rows, torch.Tensor) or isinstance(matrix.columns, torch.Tensor):
+                tensors[place][..., matrix.rows, matrix.columns] = part  # not adjacent, so the part is a copy
 
 
 def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
@@ -112,7 +146,7 @@ def merge_blocks(matrices: Sequence[Matrix], parts: Sequence[torch.Tensor], shap
         return parts[0]
     merged = parts[0].new_zeros(shape)
     for matrix, part in zip(matrices, parts, strict=True):
-        merged[..., matrix.rows, :] = part
+        merged[..., matrix.rows, matrix.columns] = part
     return merged
 
 
@@ -162,14 +196,14 @@ def shard_info(
 
 
 def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that is held whole; ``blocks`` are the row counts of its blocks, or None."""
-    local = as_matrices(p)
+    """Return the matrices of a parameter that is held whole; ``blocks`` are its row or column counts, or None."""
     if blocks is None:
         return (Matrix(Layout()),)
-    rows = range(local.size(-2))
+    rows, columns = as_matrices(p).shape[-2:]
+    whole, shapes = Rectangle(0, rows, 0, columns), ShardShapes(blocks, ((rows, columns),))
     return tuple(
-        Matrix(Layout(), index, block.rows_in(rows, local.device))
-        for index, block in enumerate(_row_blocks(blocks, len(rows), name))
+        Matrix(Layout(), number, *block.indices(whole, p.device), shapes)
+        for number, block in enumerate(blocks_of(blocks, (rows, columns), name))
     )
 
 
@@ -200,7 +234,7 @@ def sharded_matrices(
     whole, rectangles = _rectangles(infos)
     blocks, own = infos[0].blocks, rectangles[group.rank()]
     local = tuple((info.local[-2], info.local[-1]) for info in infos)
-    shapes = None if mode is None else ShardShapes(blocks, _shared(local))
+    shapes = ShardShapes(blocks, _shared(local if mode is not None else (local[group.rank()],)))
     of_rank = tuple(info.replica for info in infos)
     of_rank = _shared(of_rank) if len(set(of_rank)) > 1 else ()
 
@@ -216,13 +250,21 @@ def sharded_matrices(
         rows = own.shape[0]
         unpadded = slice(None) if rows == as_matrices(p).size(-2) else slice(rows)
         return (Matrix(layout(whole, rectangles, name), rows=unpadded, shard_shapes=shapes),)
-    shard, matrices = range(own.top, own.bottom), []
-    for index, block in enumerate(_row_blocks(blocks, whole[0], name)):
-        before = block.rows_before
-        in_block = tuple(Rectangle(before(r.top), before(r.bottom), r.left, r.right) for r in rectangles)
-        block_layout = layout((before(whole[0]), whole[1]), in_block, f"a block of {name}")
-        matrices.append(Matrix(block_layout, index, block.rows_in(shard, p.device), shapes))
-    return tuple(matrices)
+    return tuple(
+        Matrix(
+            layout(block.shape(whole), _parts(block, rectangles), f"a block of {name}"),
+            number,
+            *block.indices(own, p.device),
+            shapes,
+        )
+        for number, block in enumerate(blocks_of(blocks, whole, name))
+    )
+
+
+@cache
+def _parts(block: Block, rectangles: tuple[Rectangle, ...]) -> tuple[Rectangle, ...]:
+    """What each rank holds of a block; many parameters of a model have the same blocks and are split alike."""
+    return tuple(block.part_of(rectangle) for rectangle in rectangles)
 
 
 def _of_replicas(group: ProcessGroup | None, shape: tuple[int, int]) -> Layout:
@@ -257,43 +299,3 @@ def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rect
 def _shared[Shards: tuple[Any, ...]](shards: Shards) -> Shards:
     """One object for all that are equal: many matrices of a model are split alike, and a large group has many shards."""
     return shards
-
-
-@dataclass(frozen=True)
-class _RowBlock:
-    """The rows ``start`` to ``stop``, the end excluded, of a pattern of ``period`` rows that repeats down a matrix."""
-
-    start: int
-    stop: int
-    period: int
-
-    def rows_before(self, row: int) -> int:
-        """Return the number of the block's rows above a row of the parameter."""
-        patterns, rest = divmod(row, self.period)
-        return patterns * (self.stop - self.start) + min(max(rest - self.start, 0), self.stop - self.start)
-
-    def rows_in(self, shard: range, device: torch.device) -> slice | torch.Tensor:
-        """Return which rows of a shard belong to the block: a slice where they are adjacent, else their indices."""
-        rows = [row - shard.start for row in shard if self.start <= row % self.period < self.stop]
-        if not rows or rows[-1] - rows[0] + 1 == len(rows):
-            return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
-        return torch.tensor(rows, device=device)
-
-
-def _row_blocks(blocks: Any, rows: int, name: str) -> list[_RowBlock]:
-    """Return the blocks of a matrix, whose row counts are ``blocks``, or raise a ``ValueError`` if they do not fit.
-
-    Where they sum to less than ``rows``, the pattern repeats down the matrix. A block consists of its rows in every
-    repetition. Megatron's fused attention weight has its queries, keys and values in this way, one repetition per query
-    group.
-    """
-    require(
-        isinstance(blocks, tuple)
-        and len(blocks) > 0
-        and all(type(size) is int and size > 0 for size in blocks)
-        and rows % sum(blocks) == 0,
-        f"the blocks of {name} must be positive row counts whose sum divides its {rows} rows",
-        blocks,
-        "give the rows of each block, or of each in one group where the groups repeat down the matrix",
-    )
-    return [_RowBlock(start, stop, sum(blocks)) for start, stop in pairwise(accumulate(blocks, initial=0))]

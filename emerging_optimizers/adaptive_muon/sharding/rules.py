@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, within
+from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, shard_of
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
 from emerging_optimizers.adaptive_muon.sharding.matrices import Mode
@@ -18,7 +19,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Mode
 __all__ = ["BlocksFn", "LayoutFn", "ReplicaGroup", "Rules"]
 
 LayoutFn = Callable[[torch.Tensor], Layout | Split | Piece | None]
-BlocksFn = Callable[[torch.Tensor], Sequence[int] | None]
+BlocksFn = Callable[[torch.Tensor], Sequence[int] | ColumnBlocks | None]
 ReplicaGroup = ProcessGroup | Callable[[torch.Tensor], ProcessGroup | None] | None
 
 
@@ -116,7 +117,7 @@ class Rules:
         return group
 
     def blocks(self, p: torch.Tensor) -> Any:
-        """Return the row counts of a parameter's blocks, not yet checked; None where it is one matrix."""
+        """Return the row or column counts of a parameter's blocks, not yet checked; None where it is one matrix."""
         blocks = self.blocks_fn(p) if self.blocks_fn is not None else None
         blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
         return tuple(blocks) if isinstance(blocks, Iterable) else blocks

@@ -174,8 +174,9 @@ class Sharding:
             return
         names = {p: name for p, name in _named(param_groups, chosen.__contains__)}
         for group, of_group in self._by_group(names).items():
-            layouts = {p: self._layouts(p)[0] for p in of_group}
-            require_equal_replicas(group, {names[p]: (layouts[p].own, as_matrices(p)) for p in of_group})
+            # Of a block, ranks with different shards of the parameter may have equal, empty ones.
+            shards = {p: tuple(layout.own for layout in self._layouts(p)) for p in of_group}
+            require_equal_replicas(group, {names[p]: (shards[p], as_matrices(p)) for p in of_group})
         self._to_compare.difference_update(map(identity, chosen))
 
     def all_zero(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> set[torch.Tensor]:

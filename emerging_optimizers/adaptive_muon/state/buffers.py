@@ -3,11 +3,11 @@
 
 A parameter that is one matrix has upstream's buffers, ``momentum_buffer`` and ``moment2_buffer``. Every rank that holds a
 shard keeps the whole V, but for a V with an entry per element, which is sharded as the parameter is. Where a parameter
-has row blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` and so on.
+has blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` and so on.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     wrapped_like,
 )
 from emerging_optimizers.adaptive_muon.sharding.layout import kept_shape
-from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
+from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBatch
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
@@ -123,29 +123,39 @@ def state_only(
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
-    """V of one matrix of every parameter in a batch."""
+    """V of a batch of matrices, of some parameters that have these states."""
 
     params: Sequence[torch.Tensor]
     states: Sequence[dict[str, torch.Tensor]]
-    matrix: Matrix  # of the first parameter; the others' have the same shapes and shards
+    batch: MatrixBatch
     kept_dims: tuple[int, ...]
     beta2: float
 
     def update(self, statistic: torch.Tensor) -> torch.Tensor:
         """Average a statistic into V in place, and return V; both have the shape ``(batch, ...)``."""
-        key, statistics = v_key(self.matrix, self.kept_dims), statistic.unbind(0)
-        buffers = [as_matrices(p, state[key]) for p, state in zip(self.params, self.states, strict=True)]
-        with self.matrix.in_place(buffers) if len(self.kept_dims) == 2 else nullcontext(buffers) as parts:
-            Vs = [V.view_as(like) for V, like in zip(parts, statistics, strict=True)]
+        statistics = statistic.unbind(0)
+        with self._buffers() as buffers:
+            Vs = [V.view_as(like) for V, like in zip(buffers, statistics, strict=True)]
             torch._foreach_lerp_(Vs, statistics, 1 - self.beta2)
         return as_batch(Vs)
 
     def after(self, statistic: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
         """Return what V of some members, a vector, is after :meth:`update`, which is yet to come."""
-        key = v_key(self.matrix, self.kept_dims)
-        Vs = [as_matrices(self.params[i], self.states[i][key]) for i in members]
-        V = as_batch([V.view_as(like) for V, like in zip(Vs, statistic, strict=True)])
+        with self._buffers() as buffers:
+            V = as_batch([buffers[i].view_as(like) for i, like in zip(members, statistic, strict=True)])
         return V.lerp(statistic, 1 - self.beta2)
+
+    def _buffers(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """A context with V of each matrix, to be changed in place."""
+        if len(self.kept_dims) == 2:
+            of_params = zip(self.params, self.states, strict=True)
+            return self.batch.in_place([as_matrices(p, state["moment2_buffer"]) for p, state in of_params])
+        return nullcontext(
+            [
+                as_matrices(self.params[place], self.states[place][v_key(matrix, self.kept_dims)])
+                for matrix, place in zip(self.batch.matrices, self.batch.places, strict=True)
+            ]
+        )
 
 
 def v_key(matrix: Matrix, kept_dims: Sequence[int]) -> str:
