@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
-from emerging_optimizers.adaptive_muon.options import Options, OptionsDict
+from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
 from emerging_optimizers.adaptive_muon.routing.groups import (
     Entries,
@@ -27,12 +27,12 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
     distinct,
     in_model,
     split,
-    tag_transposed,
+    tag,
     with_entries,
     with_names,
 )
 from emerging_optimizers.adaptive_muon.routing.replicas import replica_group_of
-from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
+from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route
 from emerging_optimizers.adaptive_muon.state import checkpoint
 
 
@@ -118,6 +118,9 @@ class HybridAdaptiveMuon(Optimizer):
         *,
         routes: Mapping[str, AlgorithmT] | None = None,
         params: ParamsT | None = None,
+        split_qkv: bool = SplitOptions.split_qkv,
+        split_heads: bool = SplitOptions.split_heads,
+        split_gate_up: bool = SplitOptions.split_gate_up,
         **options: Any,
     ) -> Self:
         """Make the optimizer of a model, routing its parameters by the modules that own them.
@@ -141,13 +144,16 @@ class HybridAdaptiveMuon(Optimizer):
                 wrappers such as ``torch.compile`` put into them.
             params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
                 :meth:`add_param_group` routes and names as the model says when it is added.
+            split_qkv, split_heads, split_gate_up: Which weights are split into the matrices that they hold, as in
+                :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`. A parameter's own ``muon_blocks``, or
+                ``blocks_fn``, decides before. Weights of attention that are not recognized are logged.
             **options: All other arguments of the class.
 
         Raises:
             ValueError: As the class, and if a pattern matches no parameter, a parameter is not the model's, or a
                 sharding engine has emptied or flattened it.
         """
-        of_model = ModelRoutes(model, route_model(model, routes), routes)
+        of_model = ModelRoutes.of(model, routes, SplitOptions(split_qkv, split_heads, split_gate_up))
         known, groups = of_model.by_parameter(), as_groups(model.parameters() if params is None else params)
         foreign = [tuple(p.shape) for group in groups for _, p in group["params"] if p not in known]
         require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
@@ -167,18 +173,18 @@ class HybridAdaptiveMuon(Optimizer):
         number, group = len(self.param_groups), with_entries(param_group)
         known = self._model.by_parameter(p for _, p in group["params"])
         group = with_names(in_model(known, group), self.param_groups)
-        tagged, added = [], []
+        undo, added = [], []
         with self._shared():
             try:
                 for part in split(group, self.param_groups):
                     entries, routes = part["params"], part.pop("routes")
-                    tagged += tag_transposed([p for _, p in entries], routes)
+                    undo += tag([p for _, p in entries], routes)
                     self._add_part(distinct(part, self.param_groups))
                     added.append((entries, routes))
             except Exception:
                 del self.param_groups[number:]
-                for p in tagged:
-                    del p.muon_transposed
+                for untag in reversed(undo):
+                    untag()
                 raise
         for entries, routes in added:
             self._entries.add(entries, routes)
@@ -308,7 +314,7 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
 def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMuon, *, each: bool) -> str:
     """Return the table that :meth:`HybridAdaptiveMuon.describe` returns."""
     titles = {"adaptive_muon": f"AdaptiveMuon ({muon.moment2_method})", "adamw": "AdamW", "frozen": "frozen"}
-    lines = []
+    lines, blocks_fn = [], muon.options.blocks_fn
     for part, title in titles.items():
         rows = [row for row in routes if part == (row[2].algorithm if row[1].requires_grad else "frozen")]
         line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
@@ -319,7 +325,8 @@ def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMu
         for replicas, count in sorted(shared.items()):
             line += f"; {count} shared by {replicas} replicas" if replicas > 1 else ""
         lines.append(line)
-        lines += [
-            f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
-        ]
+        for name, p, route in rows if each else ():
+            blocks = blocks_fn(p) if blocks_fn is not None and route.algorithm == "adaptive_muon" else None
+            text = route.text if blocks is None else f"{route.reason}; blocks_fn's {blocks}"
+            lines.append(f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({text})")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ __all__ = [
     "Options",
     "OptionsDict",
     "Rule",
+    "SplitOptions",
     "WeightDecayMethodT",
     "check_group",
     "document",
@@ -385,6 +386,37 @@ class Options(MatrixOptions):
         for option in options_of(type(self)):
             require_picklable(option.name, getattr(self, option.name))
         return vars(self)
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Which weights of a model are split into the matrices that they hold, each orthogonalized by itself.
+
+    Raises:
+        ValueError: If a value is not True or False.
+    """
+
+    split_qkv: bool = option_field(
+        True,
+        "Whether queries, keys and values are matrices of their own where they are rows of one weight.",
+        megatron_field="muon_split_qkv",
+    )
+    split_heads: bool = option_field(
+        False,
+        "Whether each head of queries, keys and values, and of the output projection, is a matrix of its own.",
+        flag=True,
+    )
+    split_gate_up: bool = option_field(
+        False,
+        "Whether gate and up projection of a gated MLP, such as SwiGLU, are matrices of their own where they are rows of "
+        "one weight.",
+        flag=True,
+    )
+
+    def __post_init__(self) -> None:
+        """Check all values."""
+        for option in options_of(type(self)):
+            option.check(getattr(self, option.name))
 
 
 class OptionsDict(TypedDict, total=False):

@@ -3,27 +3,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any, Optional
 
 from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.options import Options, document, option_field, options_of
+from emerging_optimizers.adaptive_muon.options import Options, SplitOptions, document, option_field, options_of
 
 
 __all__ = ["AdaptiveMuonOptions", "config_keys"]
 
 
-def config_keys[T: type](record: type) -> Callable[[T], T]:
-    """Return a decorator that makes a dataclass of the keys for a record's options and of a class's own fields.
+def config_keys[T: type](*records: type) -> Callable[[T], T]:
+    """Return a decorator that makes a dataclass of the keys for the options of records and of a class's own fields.
 
     The types are those that OmegaConf's structured configs take.
     """
 
     def decorate(cls: T) -> T:
         keys: dict[str, Any] = {}
-        for option in options_of(record):
+        for option in chain.from_iterable(map(options_of, records)):
             if option.in_files:
                 key = option.key or option.name
                 default_is_none = option.is_switch and option.default is None
@@ -41,7 +42,7 @@ def config_keys[T: type](record: type) -> Callable[[T], T]:
 _ARGUMENTS = {"eps": "scalar_eps"} | {option.key: option.name for option in options_of(Options) if option.key}
 
 
-@config_keys(Options)
+@config_keys(Options, SplitOptions)
 class AdaptiveMuonOptions:
     """The keys of a configuration file. Those that a stock AdamW has keep the meaning they have there.
 

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups of HybridAdaptiveMuon: read, routed and split in two where they hold both kinds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, override
 from weakref import ref
 
 import torch
+from absl import logging
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.identity import give_key, key_of
+from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.routing.rules import (
+    UNSPLIT,
     AlgorithmT,
     Route,
     plain_names,
@@ -32,7 +36,7 @@ __all__ = [
     "distinct",
     "in_model",
     "split",
-    "tag_transposed",
+    "tag",
     "with_entries",
     "with_names",
 ]
@@ -46,8 +50,8 @@ _IDENTIFIERS = ("name", "group_name")
 class ModelRoutes:
     """The routes of a model's parameters, by name: a parameter that is replaced under its name keeps its route.
 
-    It keeps neither the model nor its parameters alive, and pickle does not store them. ``patterns`` are the ``routes``
-    that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
+    It keeps neither the model nor its parameters alive, and pickle does not store them. ``patterns``
+    and ``switches`` are those that :func:`~emerging_optimizers.adaptive_muon.routing.rules.route_model` was given.
     """
 
     def __init__(
@@ -55,10 +59,20 @@ class ModelRoutes:
         model: nn.Module | None = None,
         routed: Sequence[tuple[str, torch.Tensor, Route]] = (),
         patterns: Mapping[str, AlgorithmT] | None = None,
+        switches: SplitOptions | None = None,
     ) -> None:
         self.routes = {name: route for name, _, route in routed}
-        self._patterns = dict(patterns or {})
+        self._patterns, self._switches = dict(patterns or {}), switches or SplitOptions()
         self._model = None if model is None else ref(unwrapped(model))
+
+    @classmethod
+    def of(cls, model: nn.Module, patterns: Mapping[str, AlgorithmT] | None, switches: SplitOptions) -> "ModelRoutes":
+        """Route a model's parameters, and log which weights a switch is for that does not know their modules."""
+        routes = cls(model, route_model(model, patterns, switches), patterns, switches)
+        unsplit = [name for name, route in routes.routes.items() if route.unsplit]
+        if unsplit:
+            logging.warning("adaptive_muon: %d weights are %s: %s", len(unsplit), UNSPLIT, ", ".join(unsplit))
+        return routes
 
     def by_parameter(self, params: Iterable[torch.Tensor] = ()) -> dict[torch.Tensor, tuple[str, Route]]:
         """Return name and route of each parameter that the model has now; none once the model is gone.
@@ -71,14 +85,15 @@ class ModelRoutes:
             return {}
         named, wanted, routes = plain_names(model), set(params), self.routes
         if any(p in wanted and name not in routes for name, p in named):
-            routes = {name: route for name, _, route in route_model(model, self._patterns, partly=True)} | routes
+            anew = route_model(model, self._patterns, self._switches, partly=True)
+            routes = {name: route for name, _, route in anew} | routes
         return {p: (name, routes[name]) for name, p in named if name in routes}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelRoutes":
         """Return one for a copy of the model, if that was copied before in the same call, or for none."""
         model = self._model() if self._model else None
         copied = ModelRoutes(memo.get(id(model)))
-        copied.routes, copied._patterns = dict(self.routes), dict(self._patterns)
+        copied.routes, copied._patterns, copied._switches = dict(self.routes), dict(self._patterns), self._switches
         return copied
 
     @override
@@ -128,7 +143,7 @@ class Entries:
             routes = [_in_group(group, route) for _, route in in_group]
             names = group.get("param_names", [name for name, _ in in_group])
             # Copies of parameters, and what a wrapper has put in their place, lack the tag.
-            tag_transposed(group["params"], routes)
+            tag(group["params"], routes)
             rows += zip(names, group["params"], routes, strict=True)
         return rows
 
@@ -267,16 +282,22 @@ def distinct(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[st
     return group | {key: name for key, name in named.items() if name != f"{group[key]}"}
 
 
-def tag_transposed(params: Sequence[torch.Tensor], routes: Sequence[Route]) -> list[Any]:
-    """Tag the matrices that are stored as (in, out), ``muon_transposed``, and return those that lacked the tag."""
-    lacking = [
-        p
-        for p, route in zip(params, routes, strict=True)
-        if route.transposed and route.algorithm == "adaptive_muon" and not getattr(p, "muon_transposed", False)
-    ]
-    for p in lacking:
-        p.muon_transposed = True  # type: ignore[attr-defined]
-    return lacking
+def tag(params: Sequence[torch.Tensor], routes: Sequence[Route]) -> list[Callable[[], None]]:
+    """Tag the matrices that are stored as (in, out), ``muon_transposed``, and those of several parts, ``muon_parts``.
+
+    Return functions that undo it.
+    """
+    undo: list[Callable[[], None]] = []
+    for p, route in zip(params, routes, strict=True):
+        to_muon = route.algorithm == "adaptive_muon"
+        blocks = route.parts.blocks if to_muon and route.parts is not None else None
+        for name, value in (("muon_transposed", to_muon and route.transposed), ("muon_parts", blocks)):
+            before = getattr(p, name, None)
+            # What is stored transposed stays so; parts are those of this optimizer, and no other's.
+            if before != value and (value or (name == "muon_parts" and before is not None)):
+                setattr(p, name, value)
+                undo.append(partial(delattr, p, name) if before is None else partial(setattr, p, name, before))
+    return undo
 
 
 def check_scalar(options: Mapping[str, Any]) -> None:

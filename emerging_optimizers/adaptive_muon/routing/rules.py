@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Literal
@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
+from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
+from emerging_optimizers.adaptive_muon.routing.attention import find_parts, is_attention
 from emerging_optimizers.adaptive_muon.routing.heads import (
     find_heads,
     head_by_name,
@@ -32,15 +34,27 @@ from emerging_optimizers.adaptive_muon.routing.linear_maps import (
     linear_map,
     parametrized,
 )
+from emerging_optimizers.adaptive_muon.routing.parts import Parts
 
 
-__all__ = ["NOT_A_MAP", "STACK", "AlgorithmT", "Route", "plain_names", "route_model", "route_parameter", "unwrapped"]
+__all__ = [
+    "NOT_A_MAP",
+    "STACK",
+    "UNSPLIT",
+    "AlgorithmT",
+    "Route",
+    "plain_names",
+    "route_model",
+    "route_parameter",
+    "unwrapped",
+]
 
 AlgorithmT = Literal["adaptive_muon", "adamw"]
 
 # Beginnings of the reasons that HybridAdaptiveMuon.describe() counts.
 NOT_A_MAP = "two-dimensional, but not the weight of a linear map"
 STACK = "3-D, not a matrix; if it is a stack of matrices (experts)"
+UNSPLIT = "not split by head, the module is not recognized; set muon_blocks on what holds heads"
 
 # What wrappers put into names: torch.compile, FSDP, activation checkpointing and Lightning Fabric.
 _WRAPPERS = {
@@ -62,6 +76,13 @@ class Route:
     algorithm: AlgorithmT
     reason: str  # the rule that decided, in words
     transposed: bool = False  # whether the matrix is stored as (in, out) instead of (out, in)
+    parts: Parts | None = None  # the matrices that it holds, if it is more than one or was looked at
+    unsplit: str = ""  # why it is not split although a switch asks for it
+
+    @property
+    def text(self) -> str:
+        """The reason, and what is known of the matrices that the parameter holds."""
+        return "; ".join(filter(None, [self.reason, self.parts.text if self.parts else "", self.unsplit]))
 
 
 @dataclass(frozen=True)
@@ -111,13 +132,18 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
 
 
 def route_model(
-    model: nn.Module, routes: Mapping[str, AlgorithmT] | None = None, *, partly: bool = False
+    model: nn.Module,
+    routes: Mapping[str, AlgorithmT] | None = None,
+    switches: SplitOptions | None = None,
+    *,
+    partly: bool = False,
 ) -> list[tuple[str, nn.Parameter, Route]]:
     """Route all parameters of a model by the modules that own them, then each by itself.
 
     Args:
         model: The model.
         routes: Name pattern to algorithm, see :meth:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon.from_model`.
+        switches: Which weights are to be split into the matrices that they hold. Default: as SplitOptions has it.
         partly: Whether patterns may match no parameter.
 
     Returns:
@@ -140,7 +166,8 @@ def route_model(
         networks,
     )
     tables = {p for p, places in uses.items() if any(is_embedding(use.module) for use in places)}
-    routed = []
+    switches = switches or SplitOptions()
+    routed, parts = [], find_parts(model, switches)
     for p, places in uses.items():
         names = {name for use in places for name in use.names}
         for pattern, form, algorithm in patterns:
@@ -152,6 +179,8 @@ def route_model(
         if any(use.map and use.map.transposed for use in places):
             suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
             route = Route(route.algorithm, route.reason + suffix, transposed=True)
+        if route.algorithm == "adaptive_muon":
+            route = _with_parts(route, p, places, parts, switches)
         routed.append((places[0].name, p, route))
     return routed
 
@@ -273,6 +302,19 @@ def _route_in_model(
     if any(use.map for use in places) or _is_tagged(p):
         return _to_muon(p)
     return Route("adamw", f"{NOT_A_MAP}; to override, pass routes={{{name!r}: 'adaptive_muon'}}")
+
+
+def _with_parts(
+    route: Route, p: nn.Parameter, places: list[_Use], parts: Mapping[nn.Parameter, Parts], switches: SplitOptions
+) -> Route:
+    """Return a route with what is known of the matrices that its parameter holds."""
+    blocks = getattr(p, "muon_blocks", None)
+    if blocks is not None:
+        return replace(route, parts=Parts(None, f"its muon_blocks, {blocks}"))
+    if p in parts:
+        return replace(route, parts=parts[p])
+    in_attention = any(is_attention(module) for use in places for module in use.modules[-3:])
+    return replace(route, unsplit=UNSPLIT) if switches.split_heads and in_attention else route
 
 
 def _reason_of_place(

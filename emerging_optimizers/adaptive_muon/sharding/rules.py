@@ -120,6 +120,7 @@ class Rules:
         """Return the row or column counts of a parameter's blocks, not yet checked; None where it is one matrix."""
         blocks = self.blocks_fn(p) if self.blocks_fn is not None else None
         blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
+        blocks = getattr(p, "muon_parts", None) if blocks is None else blocks  # HybridAdaptiveMuon.from_model's
         return tuple(blocks) if isinstance(blocks, Iterable) else blocks
 
     def _stored_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
