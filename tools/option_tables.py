@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
-from emerging_optimizers.adaptive_muon.options import Option, Options, options_of
+from emerging_optimizers.adaptive_muon.options import Option, Options, SplitOptions, options_of
 
 
 PAGES = Path(__file__).parents[1] / "docs" / "apidocs"
@@ -19,10 +19,10 @@ def keywords(record: type = Options) -> str:
     return _table(("option", "default", "values", "what it sets"), rows)
 
 
-def flags(record: type = Options) -> str:
+def flags(record: type = Options, of_split: type = SplitOptions) -> str:
     """Return the table of Megatron's flags about Muon, its own and ours."""
     rows = []
-    for option in options_of(record):
+    for option in (*options_of(record), *(option for option in options_of(of_split) if option.flag)):
         field = option.megatron_field
         if option.flag or field not in ("", option.name):  # one with the option's name is of all Megatron's optimizers
             flag = "adaptive_muon_" + option.name if option.flag else field

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.training.training import wrap_model_chunks_with_ddp
 from torch.nn import functional as F
 
@@ -39,6 +39,13 @@ def parallel(tp: int = 1, **sizes: int) -> Iterator[None]:
         yield
     finally:
         vars(parallel_state).update(_PRISTINE)
+
+
+class NoAttention(torch.nn.Module):
+    """In the place of what has no weights, in models that are never run."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
 
 
 def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> DistributedDataParallel:
@@ -73,10 +80,16 @@ def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> Distri
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
     )
-    config = TransformerConfig(**{**options, **overrides})
+    latent = "kv_lora_rank" in overrides
+    config = (MLATransformerConfig if latent else TransformerConfig)(**{**options, **overrides})
     spec = get_gpt_layer_local_spec(
-        normalization="RMSNorm", num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        normalization="RMSNorm",
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        multi_latent_attention=latent,
     )
+    if latent:  # Megatron's own, without Transformer Engine, cannot have keys and values of other sizes
+        spec.submodules.self_attention.submodules.core_attention = NoAttention
     model = GPTModel(
         config,
         spec,

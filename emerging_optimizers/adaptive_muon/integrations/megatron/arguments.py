@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.optimizer import OptimizerConfig
 
-from emerging_optimizers.adaptive_muon.options import Option, Options, options_of
+from emerging_optimizers.adaptive_muon.options import Option, Options, SplitOptions, options_of
 
 
 __all__ = ["CONFIG_FIELDS", "add_adaptive_muon_args", "from_command_line", "from_config"]
@@ -30,7 +30,7 @@ def from_command_line() -> dict[str, Any]:
     """Return the options of the flags that Megatron does not copy into its config, where it has parsed a command line."""
     global_vars = sys.modules.get("megatron.training.global_vars")
     args = getattr(global_vars, "_GLOBAL_ARGS", None)
-    names = [option.name for option in options_of(Options) if option.flag and option.megatron_field != _dest(option)]
+    names = [option.name for option in _with_flags() if option.flag and option.megatron_field != _dest(option)]
     values = {name: getattr(args, "adaptive_muon_" + name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -45,7 +45,7 @@ def add_adaptive_muon_args(parser: argparse.ArgumentParser) -> argparse.Argument
     known = parser._option_string_actions  # argparse has no public way to look up or to widen a flag
     group = parser.add_argument_group(title="adaptive muon")
     defaults = {field.name: field.default for field in fields(OptimizerConfig)}
-    for option in options_of(Options):
+    for option in _with_flags():
         flag = _flag(_dest(option))
         if option.flag and flag not in known:
             text = option.text.replace("%", "%%")  # argparse formats it
@@ -58,6 +58,11 @@ def add_adaptive_muon_args(parser: argparse.ArgumentParser) -> argparse.Argument
     if chosen.parse_known_args()[0].optimizer == "adaptive_muon":
         parser.set_defaults(muon_tp_mode=Options.tp_mode)
     return parser
+
+
+def _with_flags() -> tuple[Option, ...]:
+    """The options of all records, of which some have flags."""
+    return options_of(Options) + options_of(SplitOptions)
 
 
 def _dest(option: Option) -> str:

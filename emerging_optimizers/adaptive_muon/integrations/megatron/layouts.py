@@ -14,7 +14,10 @@ from absl import logging
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import Pattern
+from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.sharding.agreement import union
+from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Split
 
 
@@ -30,10 +33,12 @@ class MegatronLayouts:
     tensor_parallel: bool  # whether tensor-parallel strips make up one matrix; if not, each is a matrix of its own
     is_qkv: Callable[[torch.Tensor], bool] | None  # None for the attribute is_qkv of a fused attention weight
     qkv_split_shapes: Sequence[int] | None  # rows of each block within one query group, where a parameter has none
+    switches: SplitOptions
 
     def __post_init__(self) -> None:
-        """Begin without paddings; they are found as parameters come."""
+        """Begin without attributes that main parameters lack; they are found as parameters come."""
         self._padding_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
+        self._pattern_of: MutableMapping[torch.Tensor, Pattern] = WeakTensorKeyDictionary()
 
     def layout(self, p: torch.Tensor) -> Layout | Split | Piece | None:
         """Return how a parameter is split; None where it is a shard and there is no group for it.
@@ -42,6 +47,7 @@ class MegatronLayouts:
         tensor parallelism (``is_gtp_weight_remat``) splits what a tensor-parallel rank holds, padded at its end, into
         equal strips of rows.
         """
+        self._pattern(p)  # main parameters come later
         tp, gtp = self._group(p, "tp"), self._group(p, "gtp_remat")
         dim = getattr(p, "partition_dim", None) if self.tensor_parallel else None
         if dim == -1 or (tp is not None and tp.size() == 1):
@@ -64,11 +70,24 @@ class MegatronLayouts:
         left = columns * tp.rank()
         return Piece(group, (strip, columns * tp.size()), (top, bottom, left, left + columns), padding)
 
-    def blocks(self, p: torch.Tensor) -> Sequence[int] | None:
-        """Return the rows of the blocks within one query group of a fused attention weight; None for other weights.
+    def blocks(self, p: torch.Tensor) -> Sequence[int] | ColumnBlocks | None:
+        """Return the blocks of a weight: of its pattern where a switch asks for it, else of a fused attention weight.
 
-        A weight whose rows are no whole number of query groups is one matrix, as it is for Megatron.
+        A weight whose rows or columns are no whole number of patterns is one matrix, as it is for Megatron.
         """
+        pattern = self._pattern(p)
+        rows, columns = self._whole(p)
+        if pattern is not None and getattr(self.switches, pattern.switch):
+            group = self._group(p, "tp") if self.tensor_parallel else None
+            blocks = pattern.blocks(rows, columns, 1 if group is None else group.size())
+            if blocks is None:
+                _warn_of_misfit(rows, columns, pattern.sizes or "two halves of each rank")
+            else:
+                return blocks
+        return self._qkv_blocks(p, rows, columns) if self.switches.split_qkv else None
+
+    def _qkv_blocks(self, p: torch.Tensor, rows: int, columns: int) -> tuple[int, ...] | None:
+        """The rows of the blocks within one query group of a fused attention weight; None for other weights."""
         if not (getattr(p, "is_qkv", False) if self.is_qkv is None else self.is_qkv(p)):
             return None
         shapes = getattr(p, "qkv_split_shapes", None) or self.qkv_split_shapes
@@ -77,19 +96,28 @@ class MegatronLayouts:
                 f"the fused attention weight of shape {tuple(p.shape)} must say its blocks to be split, got none: pass "
                 "qkv_split_shapes, or split_qkv=False"
             )
-        spec, rows = self.layout(p), p.size(0)
-        if isinstance(spec, Piece):
-            rows = spec.whole[0]
-        elif isinstance(spec, Split) and spec.dim == 0:
-            rows *= spec.group.size()
         if rows % sum(shapes):
-            logging.warning(
-                "A fused attention weight with %d rows is no whole number of query groups of %s rows and is not split.",
-                rows,
-                list(shapes),
-            )
+            _warn_of_misfit(rows, columns, list(shapes))
             return None
         return tuple(shapes)
+
+    def _whole(self, p: torch.Tensor) -> tuple[int, int]:
+        """The rows and columns of the whole weight."""
+        spec, (rows, columns) = self.layout(p), p.shape[-2:]
+        if isinstance(spec, Piece):
+            return spec.whole
+        if isinstance(spec, Split):
+            ranks = spec.group.size()
+            return (rows * ranks, columns) if spec.dim == 0 else (rows, columns * ranks)
+        return rows, columns
+
+    def _pattern(self, p: torch.Tensor) -> Pattern | None:
+        """Return the pattern of a parameter, or of the model parameter whose main parameter it is."""
+        pattern: Pattern | None = getattr(p, "muon_pattern", None)
+        if pattern is not None:
+            self._pattern_of[p] = pattern
+            return pattern
+        return next((of_q for q, of_q in self._pattern_of.items() if p is getattr(q, "main_param", None)), None)
 
     def _group(self, p: torch.Tensor, name: str) -> Any:
         """Return the process group of this name whose ranks have shards of a parameter, or None."""
@@ -103,6 +131,10 @@ class MegatronLayouts:
             if p is q or p is getattr(q, "main_param", None):
                 return padding
         return 0
+
+
+def _warn_of_misfit(rows: int, columns: int, sizes: object) -> None:
+    logging.warning("A weight of %d x %d is no whole number of patterns of %s and is not split.", rows, columns, sizes)
 
 
 def replica_group_of(

@@ -25,7 +25,8 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
     replica_group_of,
     tag_qkv,
 )
-from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, options_of
+from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import tag_patterns
+from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 from emerging_optimizers.adaptive_muon.versions import require_supported, upstream_version
 
@@ -59,6 +60,8 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         tp_mode: As AdaptiveMuon's. "blockwise", the default of Megatron 0.18 and 0.19, takes every tensor-parallel strip
             for a matrix of its own, and its result depends on the number of ranks.
         weight_decay_method: As AdaptiveMuon's. It overrides ``use_decoupled_weight_decay``.
+        split_heads, split_gate_up: As :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`, for weights that
+            :func:`tag_patterns` has seen. Megatron's models have passed it where Megatron makes the optimizer.
         **options: Further options of AdaptiveMuon, by name.
 
     Raises:
@@ -80,6 +83,8 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         pg_collection: Any = None,
         tp_mode: TensorParallelModeT = Options.tp_mode,
         weight_decay_method: WeightDecayMethodT | None = None,
+        split_heads: bool = SplitOptions.split_heads,
+        split_gate_up: bool = SplitOptions.split_gate_up,
         **options: Any,
     ) -> None:
         blockwise = tp_mode == "blockwise"
@@ -91,6 +96,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
             tensor_parallel=not blockwise,
             is_qkv=is_qkv_fn,
             qkv_split_shapes=qkv_split_shapes,
+            switches=SplitOptions(split_qkv, split_heads, split_gate_up),
         )
         super().__init__(
             params,
@@ -102,7 +108,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
             # What GTP has cut is one matrix also for Megatron's blockwise mode.
             tp_mode="layer_sharded" if blockwise else tp_mode,
             layout_fn=layouts.layout,
-            blocks_fn=layouts.blocks if split_qkv else None,
+            blocks_fn=layouts.blocks,
             **options,
         )
         self._put_rates_on_devices()
@@ -186,16 +192,18 @@ def register(**options: Unpack[OptionsDict]) -> None:
 
     _require_emerging_optimizers(emerging_optimizers)
     shared = {option.name: option for option in options_of(Options) if option.scope == "shared"}
-    require_known(options, shared)
+    of_split = {option.name: option for option in options_of(SplitOptions) if option.flag}
+    require_known(options, shared | of_split)
     chosen = {name: value for name, value in options.items() if value is not None}
     # The config decides what goes with the one; the other depends on the device, which is not set yet.
-    alone = {"weight_decay_method", "use_syrk"} & chosen.keys()
+    alone = {"weight_decay_method", "use_syrk", *of_split} & chosen.keys()
     for name in alone:
-        shared[name].check(chosen[name])
+        (shared | of_split)[name].check(chosen[name])
     Options.of(**{name: value for name, value in chosen.items() if name not in alone})
 
     def config_to_kwargs(config: Any, model_chunks: Sequence[Any], pg_collection: Any) -> dict[str, Any]:
         tag_qkv(model_chunks)
+        tag_patterns(model_chunks)
         group = replica_group_of(config, model_chunks, pg_collection)
         arguments = {"replica_group": group, **from_config(config), **from_command_line(), **chosen}
         if group is not None and arguments.get("share_replicas", Options.share_replicas):
