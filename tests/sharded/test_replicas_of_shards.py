@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
@@ -88,7 +88,7 @@ def walked(method: str, steps: int, placed: tuple[str, tuple[Placement, ...]], *
         made.append([distributed(whole, *(of_stack if whole.ndim == 3 else placed)) for whole in wholes])
     for params in made:
         params[-1].muon_stacked = True  # type: ignore[attr-defined]
-        params[0].muon_blocks = (4, 2)  # type: ignore[attr-defined]
+        params[0].muon_blocks, params[1].muon_blocks = (4, 2), ColumnBlocks((6,) * 4)  # type: ignore[attr-defined]
     options = {**options_of(method), "weight_decay": 0.1, "bias_correction": True, **options}
     optimizers = [AdaptiveMuon(params, share_replicas=i != 2, **options) for i, params in enumerate(made)]
     for _ in range(steps):
@@ -204,6 +204,8 @@ def pairs() -> list[Pair]:
                 p.muon_stacked = True  # type: ignore[attr-defined]
             elif shape == (24, 64):
                 p.muon_blocks = (2, 1, 1)  # type: ignore[attr-defined]
+            elif shape == (64, 24):
+                p.muon_blocks = ColumnBlocks((3, 1))  # type: ignore[attr-defined]
         made.append(pair)
     return made
 
