@@ -206,7 +206,7 @@ def test_ranks_with_other_weights_are_no_replicas(group: ProcessGroup) -> None:
     made = params()
     with torch.no_grad():
         made[3][1, 2] += float(dist.get_rank() == group.size() - 1)
-    optimizer = AdaptiveMuon(list(zip("abcdefghijk", made, strict=True)), replica_group=group, **OPTIONS)
+    optimizer = AdaptiveMuon(list(zip("abcdefghijkl", made, strict=True)), replica_group=group, **OPTIONS)
     give_gradients(made, 0)
     before = [p.detach().clone() for p in made]
     last = group.size() - 1
