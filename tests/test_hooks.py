@@ -13,7 +13,7 @@ from torch import nn
 
 import emerging_optimizers
 import oracle
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, hooks
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, hooks
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 from emerging_optimizers.orthogonalized_optimizers.muon import Muon
 
@@ -153,15 +153,16 @@ class Shapes:
 
 def test_sees_parameters_as_they_are_stored() -> None:
     """A fused one whole, as upstream's class would; one stored (in, out) so; the parameter itself."""
-    fused, stored = nn.Parameter(normal((20, 6))), nn.Parameter(normal((6, 20)))
-    fused.muon_blocks = (3, 2)  # type: ignore[attr-defined]
+    fused, stored, beside = (nn.Parameter(normal(shape)) for shape in ((20, 6), (6, 20), (5, 21)))
+    fused.muon_blocks, beside.muon_blocks = (3, 2), ColumnBlocks((4, 2, 1))  # type: ignore[attr-defined]
     stored.muon_transposed = True  # type: ignore[attr-defined]
     hook = Shapes()
-    optimizer = AdaptiveMuon([fused, stored], weight_update_hook=hook)
-    for p in (fused, stored):
+    optimizer = AdaptiveMuon([fused, stored, beside], weight_update_hook=hook)
+    for p in (fused, stored, beside):
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert sorted(hook.seen) == [((6, 20), (6, 20), True), ((20, 6), (20, 6), True)]
+    shapes = [(5, 21), (6, 20), (20, 6)]
+    assert sorted(hook.seen) == [(shape, shape, True) for shape in shapes]
 
 
 @each_hook

@@ -12,15 +12,21 @@ import torch
 from side_by_side import assert_resumes, assert_same, difference, each_dtype, each_method, legal, normal, saved, smooth
 from torch import nn
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 
 
 TALL, WIDE, SQUARE, SINGLE = (4, 18, 7), (4, 7, 18), (5, 9, 9), (1, 12, 8)
-# Gate and up of three experts, tall and wide; and two groups of a tall, a wide and a wide block.
-FUSED = [((3, 40, 12), (20, 20)), ((3, 16, 24), (8, 8)), ((2, 48, 14), (16, 6, 2))]
+# Gate and up of three experts, tall and wide; and two groups of a tall, a wide and a wide block. The same with columns.
+Blocks = tuple[int, ...] | ColumnBlocks
+FUSED: list[tuple[tuple[int, int, int], Blocks]] = [
+    ((3, 40, 12), (20, 20)),
+    ((3, 16, 24), (8, 8)),
+    ((2, 48, 14), (16, 6, 2)),
+]
+FUSED += [((experts, *shape[::-1]), ColumnBlocks(sizes)) for (experts, *shape), sizes in FUSED]
 HYPER: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "fp32_matmul_prec": "highest", "extra_scale_factor": 0.2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -34,9 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PAIRS = [(method, name) for method, name in product(METHODS, OPTIONS) if legal(method, OPTIONS[name])]
 
 
-def stack(
-    shape: tuple[int, ...], blocks: tuple[int, ...] | None = None, dtype: torch.dtype = torch.float32
-) -> nn.Parameter:
+def stack(shape: tuple[int, ...], blocks: Blocks | None = None, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     p = nn.Parameter(normal(shape).to(dtype))
     p.muon_stacked = True
     if blocks is not None:
@@ -57,8 +61,10 @@ def walk(optimizer: torch.optim.Optimizer, steps: range) -> None:
         optimizer.step()
 
 
-def apart(tensor: torch.Tensor, blocks: tuple[int, ...] | None) -> list[torch.Tensor]:
+def apart(tensor: torch.Tensor, blocks: Blocks | None) -> list[torch.Tensor]:
     """The matrices of a stack, expert by expert, and of each expert block by block."""
+    if isinstance(blocks, ColumnBlocks):
+        return [part.mT for part in apart(tensor.mT, tuple(blocks.sizes))]
     parts = []
     for matrix in tensor.detach():
         groups = matrix.view(-1, sum(blocks or matrix.shape[:1]), matrix.size(-1))

@@ -9,7 +9,7 @@ import torch
 from side_by_side import each_dtype, each_method, normal, saved, smooth
 from torch import nn
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -18,7 +18,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "palm": {"weight_decay_method": "palm", "scale_mode": "shape_scaling", "fp32_matmul_prec": "highest"},
     "standard": {"ns_algorithm": "standard", "fp32_matmul_prec": "highest"},
 }
-# Shape as it is stored, and row blocks of the transpose.
+# Shape as it is stored, and blocks of the transpose.
 STORED: list[tuple[tuple[int, ...], Any]] = [
     ((24, 40), None),
     ((40, 24), None),
@@ -27,6 +27,8 @@ STORED: list[tuple[tuple[int, ...], Any]] = [
     ((24, 60), (8, 4, 3)),
     ((3, 16, 24), None),
     ((3, 16, 24), (16, 8)),
+    ((60, 24), ColumnBlocks((8, 4, 3))),
+    ((3, 24, 16), ColumnBlocks((8, 8, 8))),
 ]
 
 

@@ -13,9 +13,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from emerging_optimizers.adaptive_muon import ColumnBlocks
+
 
 class Model(nn.Module):
-    """Layers whose rows divide evenly and do not, fewer rows than ranks, a fused layer, and what AdamW takes."""
+    """Layers whose rows divide evenly and do not, fewer rows than ranks, fused ones, and what AdamW takes."""
 
     def __init__(self, hidden: int = 12) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ def models(
     places = {p: local(number).long() for p, number in zip(sharded.parameters(), numbered.parameters(), strict=True)}
     for model in (whole, sharded):
         model.fused.weight.muon_blocks = (5, 2, 1)  # type: ignore[assignment]
+        model.down.weight.muon_blocks = ColumnBlocks((5, hidden - 8, 3))  # type: ignore[assignment]
     return whole, sharded, places
 
 

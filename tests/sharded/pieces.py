@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.update import BatchUpdate
 
@@ -58,19 +58,20 @@ def strips(shapes: Sequence[tuple[int, ...]] = SHAPES, dtypes: Sequence[torch.dt
 
 
 def fused_layers(count: int) -> list[Pair]:
-    """Fused matrices in strips of rows: of each block some ranks hold adjacent rows, and some rows far apart."""
+    """Fused matrices in strips: of each block some ranks hold adjacent rows, and some rows far apart; or columns."""
     sizes = {4: [4, 8, 8, 4], 2: [4, 20], 1: [24]}[dist.get_world_size()]
     pairs = []
-    for _ in range(count):
-        whole = torch.randn(24, 5)
+    for index in range(count):
+        dim = index % 2
+        whole = torch.randn(*((5, 24) if dim else (24, 5)))
         pair = Pair(
             nn.Parameter(whole),
-            nn.Parameter(whole.split(sizes)[dist.get_rank()].clone()),
-            lambda t: t if t.size(0) != 24 else t.split(sizes)[dist.get_rank()],
+            nn.Parameter(whole.split(sizes, dim)[dist.get_rank()].clone()),
+            lambda t, dim=dim: t if t.ndim == 1 or t.size(dim) != 24 else t.split(sizes, dim)[dist.get_rank()],
         )
-        pair.piece.partition_dim = 0  # type: ignore[attr-defined]
+        pair.piece.partition_dim = dim  # type: ignore[attr-defined]
         for p in (pair.whole, pair.piece):
-            p.muon_blocks = (2, 1, 1)  # type: ignore[attr-defined]
+            p.muon_blocks = ColumnBlocks((2, 1, 1)) if dim else (2, 1, 1)  # type: ignore[attr-defined]
         pairs.append(pair)
     return pairs
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from emerging_optimizers.adaptive_muon import Piece, Split
+from emerging_optimizers.adaptive_muon import ColumnBlocks, Piece, Split
 from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.rules import Rules
@@ -65,12 +65,13 @@ def test_one_rank_decides_for_all(group: ProcessGroup) -> None:
         *(matrix(4, 8, rank == one) for one in (0, last)),
         matrix(8, 4, rank == last, dim=1),
         matrix(8, 8, rank == last, muon_blocks=(2, 6)),
+        matrix(8, 8, rank == last, muon_blocks=ColumnBlocks((2, 6))),
         matrix(8, 4, rank == last, muon_transposed=True),
         matrix(4 if rank == 0 else 0, 8, rank == 0),  # all others have empty shards
         matrix(4 if rank == 0 else 0, 8),
     ]
     sharding = resolved(params, group)
-    expected = [True, *([False] * 6), True]
+    expected = [True, *([False] * 7), True]
     assert zero_gradients(sharding, params) == expected
     assert zero_gradients(sharding, params[::-1]) == expected[::-1]
 

@@ -10,16 +10,25 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
 # Rows of the whole matrix and its blocks: two halves; three, once, where no rank's strip ends with a block; Megatron's
 # query groups, here four of two heads of queries, a key and a value, tall and wide blocks among them.
-FUSED = [((48, 20), (24, 24)), ((41, 16), (20, 11, 10)), ((64, 24), (8, 4, 4)), ((64, 48), (8, 4, 4))]
+# Then heads, some of which are whole on a rank and others cut. The same with columns.
+Blocks = tuple[int, ...] | ColumnBlocks
+FUSED: list[tuple[tuple[int, int], Blocks]] = [
+    ((48, 20), (24, 24)),
+    ((41, 16), (20, 11, 10)),
+    ((64, 24), (8, 4, 4)),
+    ((64, 48), (8, 4, 4)),
+    ((54, 12), (6,) * 9),
+]
+FUSED += [((columns, rows), ColumnBlocks(sizes)) for (rows, columns), sizes in FUSED]  # type: ignore[arg-type]
 
 
-def fused(shape: tuple[int, int], blocks: tuple[int, ...], dim: int) -> Pair:
+def fused(shape: tuple[int, int], blocks: Blocks, dim: int) -> Pair:
     """A fused matrix and this rank's strip of it."""
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     # V of a block that has no entries a row is held apart, a row; the columns are split as the matrix's are.
@@ -34,8 +43,10 @@ def fused(shape: tuple[int, int], blocks: tuple[int, ...], dim: int) -> Pair:
     return pair
 
 
-def apart(whole: torch.Tensor, blocks: tuple[int, ...]) -> list[torch.Tensor]:
+def apart(whole: torch.Tensor, blocks: Blocks) -> list[torch.Tensor]:
     """The blocks of a fused matrix, each as a matrix, by another road than the package's."""
+    if isinstance(blocks, ColumnBlocks):
+        return [part.mT for part in apart(whole.mT, tuple(blocks.sizes))]
     groups = whole.view(-1, sum(blocks), whole.size(-1))
     return [part.reshape(-1, whole.size(-1)) for part in groups.split(list(blocks), dim=1)]
 

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, Piece
 
 
 several = pytest.mark.skipif("os.environ['WORLD_SIZE'] == '1'", reason="one process cannot disagree")
@@ -103,10 +103,13 @@ def test_other_options(options: tuple[str, Any, Any], group: ProcessGroup) -> No
 def test_other_blocks(group: ProcessGroup) -> None:
     blocks = (4, 4) if dist.get_rank() == 0 else (6, 2)
     refused([("w", matrix(8, 8, muon_blocks=blocks))], r"blocks \(4, 4\).*blocks \(6, 2\)", group)
+    of_columns = (4, 4) if dist.get_rank() == 0 else ColumnBlocks((4, 4))
+    refused([("w", matrix(8, 8, muon_blocks=of_columns))], r"blocks \(4, 4\).*blocks ColumnBlocks\(", group)
 
 
 def test_blocks_that_do_not_fit(group: ProcessGroup) -> None:
     refused([("w", matrix(4, 8, muon_blocks=(5, 2)))], r"blocks of parameter 'w'.*\(5, 2\)", group)
+    refused([("w", matrix(4, 8, muon_blocks=ColumnBlocks((5, 2))))], r"blocks of parameter 'w'.* 8 columns", group)
 
 
 def test_pieces_that_overlap_or_leave_gaps(group: ProcessGroup) -> None:

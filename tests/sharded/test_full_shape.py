@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, Piece
 from emerging_optimizers.adaptive_muon.state import full_shape
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
@@ -40,19 +40,22 @@ def padded_strips(shapes: list[tuple[int, int]], group: ProcessGroup) -> tuple[l
 
 
 @each_method
-@pytest.mark.parametrize("kind", ["strips", "blocks", "padded"])
+@pytest.mark.parametrize("kind", ["strips", "blocks", "columns", "padded", "padded blocks", "padded columns"])
 def test_expanded_state_is_cut_as_the_parameter_is(method: str, kind: str, group: ProcessGroup) -> None:
     """And what is read off its pieces, also of pieces without a row of a block, is the state of the pieces."""
     options = options_of(method)
     layouts: dict[Any, Piece] = {}
-    if kind == "padded":
-        pairs, layouts = padded_strips([(30, 17), (17, 30), (3, 18)], group)
+    # Wide and tall, and on four ranks some hold no row, or column, of some. The blocks of 12 are one batch.
+    sizes = (30, 18, 12, 12)
+    shapes = {"blocks": [(72, 16)], "columns": [(16, 72)]}
+    if "padded" in kind:
+        pairs, layouts = padded_strips(shapes.get(kind.removeprefix("padded "), [(30, 17), (17, 30), (3, 18)]), group)
     else:
-        pairs = strips([(24, 64), (64, 24), (30, 18)] if kind == "strips" else [(60, 16)])
+        pairs = strips(shapes.get(kind, [(24, 64), (64, 24), (30, 18)]))
     for pair in pairs:
-        if kind == "blocks":
+        if "blocks" in kind or "columns" in kind:
             for p in pair.whole, pair.piece:
-                p.muon_blocks = (30, 18, 12)  # wide and tall, and on four ranks some hold no row of some
+                p.muon_blocks = sizes if "blocks" in kind else ColumnBlocks(sizes)
     whole = AdaptiveMuon([pair.whole for pair in pairs], **options)
     pieces = AdaptiveMuon([pair.piece for pair in pairs], tp_group=group, layout_fn=layouts.get, **options)
     for step in range(2):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import FlopCounterMode
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 
@@ -27,9 +27,10 @@ def params(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     made = [
         nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        for shape in [*SHAPES, (3, 12, 8), (20, 9), (20, 9)]
+        for shape in [*SHAPES, (3, 12, 8), (9, 20), (20, 9), (20, 9)]
     ]
-    made[-3].muon_stacked = True  # type: ignore[attr-defined]
+    made[-4].muon_stacked = True  # type: ignore[attr-defined]
+    made[-3].muon_blocks = ColumnBlocks((3, 2))  # type: ignore[attr-defined]
     made[-2].muon_blocks = (8, 12)  # type: ignore[attr-defined]
     made[-1].muon_blocks = (3, 2)  # type: ignore[attr-defined]
     return made
@@ -205,7 +206,7 @@ def test_ranks_with_other_weights_are_no_replicas(group: ProcessGroup) -> None:
     made = params()
     with torch.no_grad():
         made[3][1, 2] += float(dist.get_rank() == group.size() - 1)
-    optimizer = AdaptiveMuon(list(zip("abcdefghijk", made, strict=True)), replica_group=group, **OPTIONS)
+    optimizer = AdaptiveMuon(list(zip("abcdefghijkl", made, strict=True)), replica_group=group, **OPTIONS)
     give_gradients(made, 0)
     before = [p.detach().clone() for p in made]
     last = group.size() - 1

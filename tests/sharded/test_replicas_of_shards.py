@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.sharding.layout import ReplicaPiece
 
 
 SHAPES = [(24, 64), (64, 24), (32, 32), (33, 40), (40, 33), (3, 18), (18, 3)]
@@ -88,7 +89,7 @@ def walked(method: str, steps: int, placed: tuple[str, tuple[Placement, ...]], *
         made.append([distributed(whole, *(of_stack if whole.ndim == 3 else placed)) for whole in wholes])
     for params in made:
         params[-1].muon_stacked = True  # type: ignore[attr-defined]
-        params[0].muon_blocks = (4, 2)  # type: ignore[attr-defined]
+        params[0].muon_blocks, params[1].muon_blocks = (4, 2), ColumnBlocks((6,) * 4)  # type: ignore[attr-defined]
     options = {**options_of(method), "weight_decay": 0.1, "bias_correction": True, **options}
     optimizers = [AdaptiveMuon(params, share_replicas=i != 2, **options) for i, params in enumerate(made)]
     for _ in range(steps):
@@ -204,6 +205,8 @@ def pairs() -> list[Pair]:
                 p.muon_stacked = True  # type: ignore[attr-defined]
             elif shape == (24, 64):
                 p.muon_blocks = (2, 1, 1)  # type: ignore[attr-defined]
+            elif shape == (64, 24):
+                p.muon_blocks = ColumnBlocks((3, 1))  # type: ignore[attr-defined]
         made.append(pair)
     return made
 
@@ -218,6 +221,24 @@ def test_strips_of_replicas(method: str, mode: str) -> None:
     of_ranks = gathered([bits_of(pair.piece) for pair in made])
     for rank in dist.get_process_group_ranks(replicas):
         assert of_ranks[rank] == of_ranks[dist.get_rank()]
+
+
+@needs_replicas
+@pytest.mark.parametrize("blocks", [(3, 6), ColumnBlocks((3, 6))], ids=str)
+def test_shards_without_a_row_of_the_first_block_are_not_the_same(blocks: Any, group: ProcessGroup) -> None:
+    """Two ranks of a replica have equal, empty parts of it, and different shards of the parameter."""
+    rank, dim = dist.get_rank(), int(isinstance(blocks, ColumnBlocks))
+    whole = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
+    start, stop = [(0, 3), (3, 6), (6, 9), (0, 9)][rank]
+    rectangle = (0, 9, start, stop) if dim else (start, stop, 0, 9)
+    p, q = nn.Parameter(whole.narrow(dim, start, stop - start).clone()), nn.Parameter(whole.clone())
+    p.muon_blocks = q.muon_blocks = blocks  # type: ignore[attr-defined]
+    piece = ReplicaPiece(group, (9, 9), rectangle, replica=int(rank == 3), replicas=2)
+    q.grad = whole.mT.contiguous()
+    p.grad = q.grad.narrow(dim, start, stop - start).clone()
+    AdaptiveMuon([p], layout_fn=lambda _: piece, **OPTIONS).step()
+    AdaptiveMuon([q], **OPTIONS).step()
+    torch.testing.assert_close(p.detach(), q.detach().narrow(dim, start, stop - start), atol=1e-4, rtol=1e-4)
 
 
 def bits_of(tensor: torch.Tensor) -> bytes:

@@ -14,12 +14,13 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import fully_shard
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, Piece, Split
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, Piece, Split
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
-# As they are stored, and row blocks of the transpose.
+# As they are stored, and blocks of the transpose.
 STORED: list[tuple[tuple[int, ...], Any]] = [((24, 40), None), ((40, 24), None), ((17, 30), None), ((24, 36), (8, 4))]
+STORED += [((36, 24), ColumnBlocks((8, 4))), ((36, 20), ColumnBlocks((9,) * 4))]
 MODES = ["layer_sharded", "duplicated", "distributed"]
 # Of adamuon so large that rounding turns no element near zero to the other side.
 EPS = {"adamuon": 1e-2, "normuon": 1e-8}
