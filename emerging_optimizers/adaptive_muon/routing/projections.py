@@ -56,7 +56,10 @@ _OUTPUTS = (
 # Projections of positions, which are keys too.
 _POSITIONS = ("linear_pos", "relative_k_proj", "pos_proj", "pos_net", "r_net")
 # Further queries, keys and values: Longformer's for global attention, LUKE's between words and entities.
-_MORE = ("query_global", "key_global", "value_global", "w2e_query", "e2w_query", "e2e_query")
+_MORE = (
+    *("query_global", "key_global", "value_global", "global_q", "global_k", "global_v"),
+    *("w2e_query", "e2w_query", "e2e_query"),
+)
 # Output gates, by which the values are multiplied element by element.
 _GATES = ("gate_proj", "g_proj")
 # Attributes that give the number of heads, of the module or of its config, and the size of a head.

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
-from emerging_optimizers.adaptive_muon.routing.attention import find_parts, is_attention
+from emerging_optimizers.adaptive_muon.routing.gate_up import is_called_gate_up
 from emerging_optimizers.adaptive_muon.routing.heads import (
     find_heads,
     head_by_name,
@@ -35,6 +35,7 @@ from emerging_optimizers.adaptive_muon.routing.linear_maps import (
     parametrized,
 )
 from emerging_optimizers.adaptive_muon.routing.parts import Parts
+from emerging_optimizers.adaptive_muon.routing.recognizers import find_parts, is_attention
 
 
 __all__ = [
@@ -54,7 +55,7 @@ AlgorithmT = Literal["adaptive_muon", "adamw"]
 # Beginnings of the reasons that HybridAdaptiveMuon.describe() counts.
 NOT_A_MAP = "two-dimensional, but not the weight of a linear map"
 STACK = "3-D, not a matrix; if it is a stack of matrices (experts)"
-UNSPLIT = "not split by head, the module is not recognized; set muon_blocks on what holds heads"
+UNSPLIT = "not split, the module is not recognized; set its muon_blocks if it holds several matrices"
 
 # What wrappers put into names: torch.compile, FSDP, activation checkpointing and Lightning Fabric.
 _WRAPPERS = {
@@ -313,8 +314,11 @@ def _with_parts(
         return replace(route, parts=Parts(None, f"its muon_blocks, {blocks}"))
     if p in parts:
         return replace(route, parts=parts[p])
-    in_attention = any(is_attention(module) for use in places for module in use.modules[-3:])
-    return replace(route, unsplit=UNSPLIT) if switches.split_heads and in_attention else route
+    if switches.split_heads and any(is_attention(module) for use in places for module in use.modules[-3:]):
+        return replace(route, unsplit=UNSPLIT)
+    if switches.split_gate_up and any(is_called_gate_up(use.path) for use in places):
+        return replace(route, unsplit=UNSPLIT)
+    return route
 
 
 def _reason_of_place(

@@ -7,6 +7,7 @@ from torch import nn
 
 from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.routing.fused import fused_heads, has_fused, in_fused
+from emerging_optimizers.adaptive_muon.routing.gate_up import in_gated
 from emerging_optimizers.adaptive_muon.routing.latent import in_latent, is_latent
 from emerging_optimizers.adaptive_muon.routing.parts import (
     Parts,
@@ -91,4 +92,4 @@ def _is_called_attention(module: nn.Module) -> bool:
     return any(cls.__name__.endswith(("Attention", "Attn")) for cls in type(module).__mro__)
 
 
-_RECOGNIZERS: Sequence[Recognizer] = (_in_multihead, in_fused, in_latent, _in_projections, _after_attention)
+_RECOGNIZERS: Sequence[Recognizer] = (_in_multihead, in_fused, in_latent, _in_projections, _after_attention, in_gated)
