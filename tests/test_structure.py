@@ -23,6 +23,7 @@ LEVELS = (
     {"options"},
     {"pipeline"},
     {"planner", "update"},
+    {"diagnostics"},
     {"passes", "exchange", "state"},
     {"sharding", "orthogonalize", "moment2"},
     {"parameters", "modes", "identity", "weight_decay", "hooks"},

@@ -14,6 +14,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.diagnostics.face import Diagnosed
+from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
 from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
@@ -39,7 +41,7 @@ from emerging_optimizers.adaptive_muon.state import checkpoint
 __all__ = ["HybridAdaptiveMuon"]
 
 
-class HybridAdaptiveMuon(Optimizer):
+class HybridAdaptiveMuon(Diagnosed, Optimizer):
     """AdaptiveMuon for the hidden matrices and ``torch.optim.AdamW`` for everything else, as one torch optimizer.
 
     Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first
@@ -102,6 +104,7 @@ class HybridAdaptiveMuon(Optimizer):
         # They lend their steps and checks: _shared gives them the groups.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
+        self.state_format, self.diagnostics_store = self._muon.state_format, self._muon.diagnostics_store
         groups = as_groups(params)
         _check_names(groups)
         parts = [part for group in groups for part in split(in_model({}, group), groups)]
@@ -254,6 +257,11 @@ class HybridAdaptiveMuon(Optimizer):
         return self._entries.follow(self.param_groups, self._model)
 
     @override
+    def further_findings(self) -> list[Finding]:
+        """Return the parameters that went to AdamW though they are the largest, and for want of a better reason only."""
+        return _misrouted(self.routes)
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class.
 
@@ -262,7 +270,7 @@ class HybridAdaptiveMuon(Optimizer):
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
         self._entries.follow(self.param_groups, self._model)
-        checkpoint.load(self, state_dict, super().load_state_dict, self._muon.state_format)
+        checkpoint.load(self, state_dict, super().load_state_dict, self.state_format)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -287,6 +295,22 @@ class HybridAdaptiveMuon(Optimizer):
         finally:
             for inner in (self._muon, self._adamw):
                 inner.state, inner.param_groups = defaultdict(dict), []
+
+
+def _misrouted(routes: list[tuple[str, torch.Tensor, Route]]) -> list[Finding]:
+    """What :meth:`HybridAdaptiveMuon.report` has of AdamW's parameters."""
+    rows = [(p.numel(), name, route) for name, p, route in routes if p.requires_grad]
+    largest = max((size for size, _, route in rows if route.algorithm == "adaptive_muon"), default=0)
+    return [
+        Finding(
+            1e4 * size / max(largest, 1),
+            name,
+            f"AdamW has it, though it is larger than all matrices of AdaptiveMuon ({route.reason.split(';')[0]})",
+            'pass routes={"' + name + '": "adaptive_muon"} to from_model if it is the weight of a linear map',
+        )
+        for size, name, route in rows
+        if route.algorithm == "adamw" and route.reason.startswith((NOT_A_MAP, STACK)) and size > largest
+    ]
 
 
 def _fuse(group: dict[str, Any], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:

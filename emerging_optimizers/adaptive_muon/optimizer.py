@@ -10,6 +10,8 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon.checks import require, require_picklable
+from emerging_optimizers.adaptive_muon.diagnostics.face import Diagnosed
+from emerging_optimizers.adaptive_muon.diagnostics.store import make_store
 from emerging_optimizers.adaptive_muon.exchange import make_mode
 from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.modes import check_capture, loss_of, plain_modes
@@ -34,7 +36,7 @@ __all__ = ["AdaptiveMuon"]
 
 
 @shows_options
-class AdaptiveMuon(upstream.AdaptiveMuon):
+class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     """Muon with an adaptive second moment: AdaMuon, NorMuon, NAMO or NAMO-D, by one switch.
 
     All four methods are one formula,
@@ -97,6 +99,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
         method = self.options.moment2_method, self.options.moment2
         self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
         self._planner = Planner(self.state_format, self._mode, self.max_bytes_in_flight)
+        self.diagnostics_store = make_store(self.options.diagnostics_every, self._mode, on_device=self.capturable)
         self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
         of_upstream: dict[str, Any] = {name: getattr(self.options, name) for name in _OF_UPSTREAM}
         super().__init__(params, lr, momentum, weight_decay, **of_upstream)
@@ -158,6 +161,8 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
                     continue
                 plan = with_state(self._planner.plan(self.param_groups, self.state))
             pipelined(plan.rounds[process_group], begun, self._sharding.flag(process_group, self.param_groups))
+        if self.diagnostics_store is not None:
+            self.diagnostics_store.end_step()
 
     def _rule(self) -> StepRule:
         """Return what a step does with every batch."""
@@ -172,6 +177,7 @@ class AdaptiveMuon(upstream.AdaptiveMuon):
             before_update=self.pre_weight_update_fn_inplace if self._has_own(_PRE_HOOK) else None,
             after_update=self.post_weight_update_fn_inplace,
             hook=self.options.weight_update_hook,
+            measuring=None if self.diagnostics_store is None else self.diagnostics_store.begin_step(),
         )
 
     def _functions(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from inspect import Parameter, cleandoc, signature
 from textwrap import fill
+from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Self, TypedDict, get_args, get_origin, override
 
 import torch
@@ -71,6 +72,12 @@ class Option:
     def choices(self) -> tuple[str, ...]:
         """The valid names; empty where the option is not a name."""
         return tuple(self.names or (get_args(self.type) if get_origin(self.type) is Literal else ()))
+
+    @property
+    def value_type(self) -> Any:
+        """The type of a value that is not None."""
+        types = [each for each in get_args(self.type) if each is not NoneType]
+        return types[0] if isinstance(self.type, UnionType) and len(types) == 1 else self.type
 
     @property
     def is_switch(self) -> bool:
@@ -328,6 +335,17 @@ class Options(MatrixOptions):
         megatron_field="optimizer_cuda_graph",
         in_files=False,
     )
+    diagnostics_every: int | None = option_field(
+        None,
+        "Number of steps from one in which every matrix is measured to the next, see diagnostics(); None for never. With "
+        "capturable it must be 1.",
+        rule=Rule(
+            "a whole number >= 1, or None",
+            _or_none(lambda value: type(value) is int and value >= 1),
+            "pass the interval of your logger, such as 100",
+        ),
+        flag=True,
+    )
 
     def __post_init__(self) -> None:
         """Check all values."""
@@ -336,6 +354,12 @@ class Options(MatrixOptions):
         object.__setattr__(self, "use_syrk", self.use_syrk and syrk_is_usable())
         _ = self.moment2, self.newton_schulz  # which check the rest
         _check_decay_method(self)
+        require(
+            not self.capturable or self.diagnostics_every in (None, 1),
+            "diagnostics_every must be 1 or None with capturable=True, since a CUDA graph repeats the same step",
+            self.diagnostics_every,
+            "pass 1, and read diagnostics() as often as you want to",
+        )
         check_upstream_has_hooks(self.weight_update_hook)
 
     @classmethod
@@ -445,6 +469,7 @@ class OptionsDict(TypedDict, total=False):
     blocks_fn: BlocksFn | None
     max_bytes_in_flight: int
     capturable: bool
+    diagnostics_every: int | None
 
 
 def _check_decay_method(options: Options) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from emerging_optimizers.adaptive_muon.diagnostics.measure import measures_of
+from emerging_optimizers.adaptive_muon.diagnostics.store import Measuring
 from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.hooks import WeightUpdateHook
@@ -44,6 +46,7 @@ class StepRule:
         before_update: Called with a parameter and its update, both of which it may change; or None.
         after_update: Called with a parameter that has been updated.
         hook: Called around both, or None.
+        measuring: What is measured for diagnostics, or None.
     """
 
     moment2: Moment2
@@ -56,6 +59,7 @@ class StepRule:
     before_update: Callable[[torch.Tensor, torch.Tensor], None] | None
     after_update: Callable[[torch.Tensor], None]
     hook: WeightUpdateHook | None
+    measuring: Measuring | None
 
 
 class BatchUpdate:
@@ -83,7 +87,7 @@ class BatchUpdate:
         self.params, self.batches, self._rule, self._group, self._states = params, batches, rule, group, states
         self._Ws = [as_matrices(p) for p in params]
         self._gradients = gradients
-        self._scales = [_Scale(rule.moment2, group, params, states, batch, function) for batch in batches]
+        self._scales = [_Scale(rule, group, params, states, batch, function) for batch in batches]
 
     def begin(self) -> list[Shards]:
         """Average M; return M' of each batch, with the sums of squares that are observed before O."""
@@ -91,21 +95,26 @@ class BatchUpdate:
         if self._rule.weight_decay.share is None and weight_decay:
             Gs = [G.to(work_dtype(W)).add(W, alpha=weight_decay) for G, W in zip(Gs, self._Ws, strict=True)]
         Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self.params, self._states, strict=True)]
-        return [scale.begin(Ms, Gs, self._rule.nesterov) for scale in self._scales]
+        return [scale.begin(Ms, Gs, self._Ws) for scale in self._scales]
 
     def finish(self, results: Sequence[tuple[torch.Tensor, Squares]]) -> None:
         """Average V, and decay and update W.
 
         Args:
-            results: For each batch O, or this rank's shards of it, and the whole matrices' sums of squares.
+            results: For each batch O, or this rank's shards of it, and the whole matrices' sums of squares and measures.
         """
         rule, lr = self._rule, self._group["lr"]
-        Ds = [scale.finish(O, squares) for scale, (O, squares) in zip(self._scales, results, strict=True)]
+        Ds = [scale.finish(O, sums) for scale, (O, sums) in zip(self._scales, results, strict=True)]
         if rule.bias_correction:
             self._correct(Ds)
+        factors = [rule.shape_factor(*scale.shape) for scale in self._scales]
+        Ds = [
+            scale.local(D, O, lr, factor)
+            for scale, D, (O, _), factor in zip(self._scales, Ds, results, factors, strict=True)
+        ]
         decays = list(map(self._decay, Ds))
-        for D, scale in zip(Ds, self._scales, strict=True):
-            D.mul_(rule.shape_factor(*scale.shape))
+        for D, factor in zip(Ds, factors, strict=True):
+            D.mul_(factor)
         Os = [O for O, _ in results]
         if rule.before_update is not None or rule.hook is not None:
             self._apply_one_by_one(Os, Ds, decays)
@@ -186,7 +195,7 @@ class _Scale:
 
     def __init__(
         self,
-        moment2: Moment2,
+        rule: StepRule,
         group: dict[str, Any],
         params: Sequence[torch.Tensor],
         states: Sequence[dict[str, torch.Tensor]],
@@ -195,56 +204,96 @@ class _Scale:
     ) -> None:
         self.batch = batch
         self.shape = batch.matrices[0].shape(params[batch.places[0]])
-        self._moment2, self._eps = moment2, group["eps"]
+        self._moment2, self._eps = rule.moment2, group["eps"]
         self._function: NewtonSchulz | Sequence[Function] = (
             function if isinstance(function, NewtonSchulz) else [function[place] for place in batch.places]
         )
-        self._momentum, self._dtype = group["momentum"], work_dtype(params[0])
-        self._kept_dims = moment2.kept_dims(*self.shape)
+        self._momentum, self._nesterov, self._dtype = group["momentum"], rule.nesterov, work_dtype(params[0])
+        self._kept_dims = rule.moment2.kept_dims(*self.shape)
         self._per_element = len(self._kept_dims) == 2
+        self._observes_O = "orthogonalized" in rule.moment2.observed
+        self._measures = measures_of(
+            rule.measuring, params, batch, per_element=self._per_element, observes_O=self._observes_O
+        )
         self._V = SecondMoment(params, states, batch, self._kept_dims, group["beta2"])
         self._squares: Squares = []  # of elements, which wait here for those of O
+        self._ahead_D: torch.Tensor | None = None  # what has scaled M'
+        self._clamped: torch.Tensor | None = None
 
-    def begin(self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], nesterov: bool) -> Shards:
+    def begin(self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], Ws: Sequence[torch.Tensor]) -> Shards:
         """Average M; return M', scaled where D scales it and is known already, with its partial sums of squares.
 
         Args:
             Ms: The momentum of each parameter.
             Gs: The gradient of each parameter.
-            nesterov: Whether the momentum looks ahead.
+            Ws: The weight of each parameter.
         """
-        method, kept = self._moment2, self._kept_dims
+        method, kept, measured = self._moment2, self._kept_dims, self._measures
         observed = [name for name in method.observed if name != "orthogonalized"]
+        Gs = self.batch.of(Gs)
         with self.batch.in_place(Ms) as buffers:
             M_prime, squares = average(
                 buffers,
-                self.batch.of(Gs),
+                Gs,
                 momentum=self._momentum,
-                nesterov=nesterov,
+                nesterov=self._nesterov,
                 kept_dims=kept,
                 observed=observed,
             )
-        scale, observes_result = None, "orthogonalized" in method.observed and not self._per_element
+        measures = []
+        if measured is not None:
+            known: dict[str, torch.Tensor] = dict(zip(observed, squares, strict=True))
+            measures = [measured.begin(Gs, M_prime, self.batch.of(Ws), known)]
+        scale, sums_O = None, self._observes_O and not self._per_element
         if self._per_element:
             self._squares, squares = squares, []
         if method.scales_momentum and self._per_element:
-            M_prime = M_prime * self._D(self._V.update(self._statistic(self._squares)), self._squares)
+            self._ahead_D = self._D(self._V.update(self._statistic(self._squares)), self._squares)
+            M_prime = M_prime * self._ahead_D
         elif method.scales_momentum:
             scale = self._ahead
-        whole = Orthogonalize(self._function, kept, observes_result, scale)
-        return Shards(M_prime, squares, self.batch.layout, self.batch.owners, whole)
+        sums_O = sums_O or (measured is not None and measured.sums_O)
+        whole = Orthogonalize(self._function, kept, sums_O, scale, probes=measured is not None and measured.measures)
+        return Shards(M_prime, squares, self.batch.layout, self.batch.owners, whole, measures)
 
-    def finish(self, O: torch.Tensor, squares: Squares) -> torch.Tensor:
-        """Average V, and return D, broadcastable to O: a new tensor."""
+    def finish(self, O: torch.Tensor, sums: Squares) -> torch.Tensor:
+        """Average V, and return D: a new tensor, whole unless it has an entry per element.
+
+        Args:
+            O: This rank's shards of O.
+            sums: Sums of squares of the whole matrices; then what is measured, if something is.
+        """
+        squares, self._sums = sums[: len(self._moment2.observed)], sums
         if self._moment2.scales_momentum:
             if not self._per_element:
-                self._V.update(self._statistic(squares))
+                V = self._V.update(self._statistic(squares))
+                self._ahead_D = self._D(V, squares) if self._measures is not None else None
             return O.new_ones((*O.shape[:-2], 1, 1), dtype=self._dtype)
         if self._per_element:
-            of_O = [O.to(self._dtype).square()] if "orthogonalized" in self._moment2.observed else []
+            of_O = [O.to(self._dtype).square()] if self._observes_O else []
             squares = [*self._squares, *of_O]
-        D = self._D(self._V.update(self._statistic(squares)), squares)
-        return D if self._per_element else self.batch.layout.cut(D, self._kept_dims)
+        V = self._V.update(self._statistic(squares))
+        if self._measures is not None:
+            self._clamped = self._moment2.clamped(V, squares, shape=self.shape, eps=self._eps)
+        return self._D(V, squares)
+
+    def local(self, D: torch.Tensor, O: torch.Tensor, lr: Number, factor: float) -> torch.Tensor:
+        """Return this rank's part of D, and measure the update lr s D O with the factor s."""
+        is_local = self._per_element or self._moment2.scales_momentum
+        part = D if is_local else self.batch.layout.cut(D, self._kept_dims)
+        if self._measures is not None:
+            knows_O = self._measures.sums_O or (self._observes_O and not self._per_element)
+            self._measures.finish(
+                self._sums[-1],
+                O,
+                D,
+                part,
+                scaled=self._ahead_D,
+                of_O=self._sums[-2] if knows_O else None,
+                clamped=self._clamped,
+                factor=lr * factor,
+            )
+        return part
 
     def _statistic(self, squares: Squares) -> torch.Tensor:
         return self._moment2.statistic(squares, shape=self.shape)

@@ -8,11 +8,13 @@ import torch
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.exchange.measures import from_slots, in_slots
 from emerging_optimizers.adaptive_muon.exchange.mode import Exchange, Mode, Shards
-from emerging_optimizers.adaptive_muon.exchange.whole import Squares
+from emerging_optimizers.adaptive_muon.exchange.whole import Squares, measure_error
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.gram import MIN_NORM, polynomial
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
+from emerging_optimizers.adaptive_muon.orthogonalize.probes import error_of_gram, probes
 from emerging_optimizers.adaptive_muon.orthogonalize.symmetric import symmetric_product
 from emerging_optimizers.adaptive_muon.sharding.agreement import sum_over
 from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
@@ -29,7 +31,7 @@ class Distributed(Mode):
     sum is the whole matrix's. The first all-reduce carries the norms and the partial sums of squares.
     """
 
-    takes_functions = False
+    takes_functions = assembles = False
 
     @override
     def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
@@ -58,14 +60,16 @@ class _InPlace(Exchange):
 
     @override
     def assemble(self) -> None:
-        self._squares, self._Xs = _normalized(self._group, self._batches, self._flag)
+        self._squares, self._measures, self._Xs = _normalized(self._group, self._batches, self._flag)
         self._batches = [batch.released() for batch in self._batches]
 
     @override
     def orthogonalize(self) -> None:
         newton_schulz = cast(NewtonSchulz, self._batches[0].orthogonalize.function)
-        for coefficients in newton_schulz.coefficients:
+        *before, last = newton_schulz.coefficients
+        for coefficients in before:
             self._Xs = _iterated(self._group, self._batches, self._Xs, newton_schulz, coefficients)
+        self._Xs = _iterated(self._group, self._batches, self._Xs, newton_schulz, last, self._measures)
 
     @override
     def results(self) -> list[tuple[torch.Tensor, Squares]]:
@@ -75,36 +79,39 @@ class _InPlace(Exchange):
         terms = [_partial(Os[i], self._batches[i], self._batches[i].orthogonalize.kept_dims) for i in observing]
         for i, total in zip(observing, sum_over(self._group, terms), strict=True):
             self._squares[i].append(total)
-        return [*zip(Os, self._squares, strict=True)]
+        sums = [[*both[0], *both[1]] for both in zip(self._squares, self._measures, strict=True)]
+        return [*zip(Os, sums, strict=True)]
 
 
 def _normalized(
     group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None
-) -> tuple[list[Squares], list[torch.Tensor]]:
-    """The whole sums of squares of each batch, and its shards, shape ``(batch, rows, columns)``, of norm 1 as a whole."""
+) -> tuple[list[Squares], list[Squares], list[torch.Tensor]]:
+    """The whole sums of squares and measures of each batch, and its shards ``(batch, rows, columns)``, of norm 1 as a whole."""
     terms = []
     for batch in batches:
         # The norm of D M' follows from sums of M' along what D keeps.
         dims = batch.orthogonalize.kept_dims if batch.orthogonalize.scale is not None else ()
         terms.append(_partial(batch.momentum, batch, dims))
         terms += [_placed(squares, batch, batch.orthogonalize.kept_dims) for squares in batch.squares]
+        terms += [in_slots(measures, group.rank(), group.size()) for measures in batch.measures]
     if flag is not None:
         terms.append(flag.tensor(terms[0].device))
     sums = sum_over(group, terms)
     if flag is not None:
         flag.arrived([sums.pop()])
     totals = iter(sums)
-    squares, Xs = [], []
+    squares, measures, Xs = [], [], []
     for batch in batches:
         momentum, of_momentum = batch.momentum, next(totals)
         squares.append([next(totals) for _ in batch.squares])
+        measures.append([from_slots(next(totals)) for _ in batch.measures])
         if batch.orthogonalize.scale is not None:
             D = batch.orthogonalize.scale(squares[-1], range(momentum.size(0)))
             momentum = momentum * batch.layout.cut(D, batch.orthogonalize.kept_dims)
             of_momentum = (D.square() * of_momentum).sum((-2, -1), keepdim=True)
         X = (momentum / of_momentum.sqrt().clamp_min(MIN_NORM)).flatten(0, -3)
         Xs.append(X.to(batch.result_dtype))
-    return squares, Xs
+    return squares, measures, Xs
 
 
 def _iterated(
@@ -113,20 +120,46 @@ def _iterated(
     Xs: Sequence[torch.Tensor],
     newton_schulz: NewtonSchulz,
     coefficients: tuple[float, float, float],
+    measures: Sequence[Squares] = (),
 ) -> list[torch.Tensor]:
-    """The shards of each batch after one step of the iteration."""
+    """The shards of each batch after one step of the iteration; if it is the last, what is measured of them is entered."""
     a, b, c = coefficients
     by_rows, grams, results = [batch.sharded.split[-2] for batch in batches], [], []
+    probed = [batch.orthogonalize.probes and bool(measures) for batch in batches]
+    projected = [
+        _projected(X, batch)
+        for X, batch, measured in zip(Xs, batches, probed, strict=True)
+        if measured and _smaller_is_split(batch)
+    ]
     for X, rows_are_split in zip(Xs, by_rows, strict=True):
         n = X.size(-1 if rows_are_split else -2)
         grams.append(X.new_empty(X.size(0), n, n))
         with newton_schulz.products(X.dtype):
             symmetric_product(*(X.mT, X) if rows_are_split else (X, X.mT), out=grams[-1])
-    for X, A, rows_are_split in zip(Xs, sum_over(group, grams), by_rows, strict=True):
+    sums = sum_over(group, [*grams, *projected])
+    of_probes = iter(sums[len(grams) :])
+    for i, (X, A, rows_are_split) in enumerate(zip(Xs, sums[: len(grams)], by_rows, strict=True)):
         with newton_schulz.products(X.dtype):
             F, f = polynomial(A, b, c, out=torch.empty_like(A))
             results.append(torch.baddbmm(X, *(X, F) if rows_are_split else (F, X), beta=a, alpha=f))
+            if probed[i]:
+                of_X = next(of_probes) if _smaller_is_split(batches[i]) else None
+                measure_error(measures[i][0], error_of_gram(A, (F, f, a), of_X))
     return results
+
+
+def _smaller_is_split(batch: Shards) -> bool:
+    """Whether a Gram matrix, which is along the dimension that is not split, is along the larger one."""
+    rows, columns = batch.sharded.whole
+    return rows < columns if batch.sharded.split[-2] else columns < rows
+
+
+def _projected(X: torch.Tensor, batch: Shards) -> torch.Tensor:
+    """The products of shards, shape ``(batch, rows, columns)``, with the probes of the split dimension; their sum is whole."""
+    own, (rows, columns) = batch.sharded.own, batch.sharded.whole
+    if batch.sharded.split[-2]:
+        return X.mT @ probes(rows, X.device, X.dtype)[own.top : own.bottom]
+    return X @ probes(columns, X.device, X.dtype)[own.left : own.right]
 
 
 def _partial(shards: torch.Tensor, batch: Shards, dims: Collection[int]) -> torch.Tensor:

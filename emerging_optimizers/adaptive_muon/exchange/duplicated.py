@@ -50,7 +50,7 @@ class _ToAll(Exchange):
     def assemble(self) -> None:
         arrived = [iter(parts) for parts in self._shards.wait()]
         self._whole = [
-            batch.whole(everyone, [[*islice(parts, 1 + len(batch.squares))] for parts in arrived])
+            batch.whole(everyone, [[*islice(parts, batch.number_sent)] for parts in arrived])
             for batch, everyone in zip(self._batches, self._everyone, strict=True)
         ]
 

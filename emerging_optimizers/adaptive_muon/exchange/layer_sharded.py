@@ -78,7 +78,7 @@ class _ToOwnersAndBack(Exchange):
         self._whole = [
             batch.whole(
                 batch.members[self._me],
-                [[*islice(arrived[rank], 1 + len(batch.squares))] for rank in batch.sharded.peers],
+                [[*islice(arrived[rank], batch.number_sent)] for rank in batch.sharded.peers],
             )
             for batch in self._owned
         ]

@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import ClassVar, override
@@ -11,15 +11,19 @@ from typing import ClassVar, override
 import torch
 from torch.distributed import ProcessGroup
 
+from emerging_optimizers.adaptive_muon.exchange.measures import NUMBER, combined
 from emerging_optimizers.adaptive_muon.exchange.messages import Part
 from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares
 from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
-__all__ = ["Exchange", "LocalExchange", "Mode", "Shards", "in_order", "in_turn"]
+__all__ = ["Arrived", "Exchange", "LocalExchange", "Mode", "Shards", "in_order", "in_turn"]
 
 _MOMENTUM = torch.float32  # the orthogonalization's own precision
+
+# M' of whole matrices with what else Orthogonalize takes.
+Arrived = tuple[torch.Tensor, Squares, Squares, Sequence[int], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +35,9 @@ class Shards:
     layout: Layout
     owners: Sequence[int]  # for each member of the batch, the rank that orthogonalizes it in "layer_sharded"
     orthogonalize: Orthogonalize  # of whole matrices of the batch
+    measures: Squares = field(
+        default_factory=list
+    )  # of these shards in a list of one; empty where nothing is measured
 
     @property
     def sharded(self) -> ShardedLayout:
@@ -54,32 +61,37 @@ class Shards:
     @property
     def number_returned(self) -> int:
         """How many parts an owner sends back, see :meth:`returned`."""
-        return 1 + len(self.squares) + self.orthogonalize.observes_result
+        return self.number_sent + self.orthogonalize.observes_result
+
+    @property
+    def number_sent(self) -> int:
+        """How many parts an owner gets from a rank, see :meth:`outgoing`."""
+        return 1 + len(self.squares) + len(self.measures)
 
     def outgoing(self, members: Sequence[int]) -> list[tuple[torch.Tensor, torch.dtype]]:
-        """Return what this rank sends to an owner: its shards of these members, and their partial sums of squares."""
-        parts = [(self.momentum, _MOMENTUM), *((squares, squares.dtype) for squares in self.squares)]
+        """Return what this rank sends to an owner: its shards of these members, and their partial sums."""
+        sums = (*self.squares, *self.measures)
+        parts = [(self.momentum, _MOMENTUM), *((partial, partial.dtype) for partial in sums)]
         return [(part[_index(members)], dtype) for part, dtype in parts]
 
     def incoming(self, members: Sequence[int], rank: int) -> list[Part]:
         """Return the parts that a rank sends of these members, by its :meth:`outgoing`."""
         rectangle = self.sharded.rectangles[rank]
         sums = Part(self._sums_shape(members, rectangle.shape), self.momentum.dtype)
-        return [Part(self._shape(members, rectangle.shape), _MOMENTUM), *([sums] * len(self.squares))]
+        shards = Part(self._shape(members, rectangle.shape), _MOMENTUM)
+        return [shards, *([sums] * len(self.squares)), *self._measures(members)]
 
     def held(self, members: Sequence[int]) -> tuple[torch.Tensor, Squares]:
         """Return O of these members, which this rank holds whole, and their sums of squares."""
         index = _index(members)
-        squares = [each[index] for each in self.squares]
-        return self.orthogonalize(self.momentum[index], squares, members, self.momentum.dtype)
+        squares, measures = ([each[index] for each in sums] for sums in (self.squares, self.measures))
+        return self.orthogonalize(self.momentum[index], squares, measures, members, self.momentum.dtype)
 
     def released(self) -> "Shards":
         """Return these shards without the values of M', of which the memory can be used again."""
         return replace(self, momentum=self.momentum.new_empty(()).expand(self.momentum.shape))
 
-    def whole(
-        self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]
-    ) -> tuple[torch.Tensor, Squares, Sequence[int], torch.dtype]:
+    def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> Arrived:
         """Return M' of whole matrices and their sums of squares, with what else :class:`Orthogonalize` takes.
 
         Args:
@@ -92,10 +104,12 @@ class Shards:
         rectangles = [self.sharded.rectangles[rank] for rank in self.sharded.peers]
         sent = [both for both in zip(rectangles, arrived, strict=True) if both[0].area]
         torch._foreach_copy_([rectangle.cut(momentum) for rectangle, _ in sent], [parts[0] for _, parts in sent])
-        for rectangle, (_, *partial) in sent:
-            for total, squares in zip(totals, partial, strict=True):
+        end = 1 + len(totals)
+        for rectangle, parts in sent:
+            for total, squares in zip(totals, parts[1:end], strict=True):
                 rectangle.cut(total, self.orthogonalize.kept_dims).add_(squares)
-        return momentum, totals, members, like.dtype
+        measures = [combined([parts[end] for _, parts in sent])] if self.measures else []
+        return momentum, totals, measures, members, like.dtype
 
     def returning(self, O: torch.Tensor, squares: Squares, rank: int) -> list[tuple[torch.Tensor, torch.dtype]]:
         """Return what an owner sends to a rank: its shards of O, and the whole sums of squares."""
@@ -106,7 +120,8 @@ class Shards:
         """Return the parts that the owner of these members sends back, by its :meth:`returning`."""
         sums = Part(self._sums_shape(members, self.sharded.whole), self.momentum.dtype)
         shards = Part(self._shape(members, self.sharded.own.shape), self.result_dtype)
-        return [shards, *([sums] * (self.number_returned - 1))]
+        squares = [sums] * (len(self.squares) + self.orthogonalize.observes_result)
+        return [shards, *squares, *self._measures(members)]
 
     def in_order(self, results: Mapping[int, Sequence[torch.Tensor]]) -> tuple[torch.Tensor, Squares]:
         """Return O and the sums of squares of the batch.
@@ -124,6 +139,10 @@ class Shards:
     def _shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of members' matrices, or shards, that have this shape."""
         return (len(members), *self.momentum.shape[1:-2], *shape)
+
+    def _measures(self, members: Sequence[int]) -> list[Part]:
+        """The part with their measures, if there are any."""
+        return [Part(self._shape(members, (1, NUMBER)), measures.dtype) for measures in self.measures]
 
     def _sums_shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of their sums of squares."""
@@ -185,6 +204,8 @@ class Mode(ABC):
     takes_functions: ClassVar[bool] = True
     # Whether a matrix has an owner, which alone orthogonalizes it. Otherwise all ranks do.
     has_owners: ClassVar[bool] = False
+    # Whether O is whole on some rank.
+    assembles: ClassVar[bool] = True
 
     @abstractmethod
     def exchange(self, group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None = None) -> Exchange:
@@ -208,9 +229,7 @@ class Mode(ABC):
         return
 
 
-def in_turn(
-    batches: Sequence[Shards], whole: list[tuple[torch.Tensor, Squares, Sequence[int], torch.dtype]]
-) -> list[tuple[torch.Tensor, Squares]]:
+def in_turn(batches: Sequence[Shards], whole: list[Arrived]) -> list[tuple[torch.Tensor, Squares]]:
     """Return O of whole matrices, and the sums of squares, for every batch; what is in the list is released on the way."""
     whole.reverse()
     return [batch.orthogonalize(*whole.pop()) for batch in batches]

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from emerging_optimizers.adaptive_muon.exchange.measures import SUMS
 from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
+from emerging_optimizers.adaptive_muon.orthogonalize.probes import error_of
 
 
-__all__ = ["Orthogonalize", "Squares"]
+__all__ = ["Orthogonalize", "Squares", "measure_error"]
 
 Squares = list[torch.Tensor]
 
@@ -25,21 +27,24 @@ class Orthogonalize:
         kept_dims: The dimensions that the sums of squares keep.
         observes_result: Whether the sums of squares of O are asked for.
         scale: Makes D out of the whole sums of squares and the members, where D scales M' first; else None.
+        probes: Whether the error of O is measured.
     """
 
     function: NewtonSchulz | Sequence[Callable[[torch.Tensor], torch.Tensor]]
     kept_dims: tuple[int, ...]
     observes_result: bool
     scale: Callable[[Squares, Sequence[int]], torch.Tensor] | None = None
+    probes: bool = False
 
     def __call__(
-        self, momentum: torch.Tensor, squares: Squares, members: Sequence[int], dtype: torch.dtype
+        self, momentum: torch.Tensor, squares: Squares, measures: Squares, members: Sequence[int], dtype: torch.dtype
     ) -> tuple[torch.Tensor, Squares]:
-        """Return O, and the sums of squares with those of O where they are asked for.
+        """Return O, and the sums of squares with those of O where they are asked for; and then the measures.
 
         Args:
             momentum: M' of whole matrices, shape ``(members, ..., rows, columns)``.
             squares: Sums of squares of the whole matrices.
+            measures: Their measures, if there are any, in a list of one.
             members: Which members of the batch they belong to.
             dtype: The dtype of the sums of squares. O is returned in the dtype in which it is exact.
         """
@@ -51,8 +56,16 @@ class Orthogonalize:
             # A function may work in place, and M' may be the momentum buffer itself.
             Os = [self.function[i](matrix.clone()) for i, matrix in zip(members, momentum, strict=True)]
             O = as_batch(Os).to(dtype)
-        return O, [*squares, sum_of_squares(O, self.kept_dims, dtype)] if self.observes_result else squares
+        of_O = [sum_of_squares(O, self.kept_dims, dtype)] if self.observes_result else []
+        if self.probes:
+            measure_error(measures[0], error_of(O))
+        return O, [*squares, *of_O, *measures]
 
     def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
         """Return the dtype in which O is exact, of matrices of a shape on a device."""
         return self.function.dtype(device, shape) if isinstance(self.function, NewtonSchulz) else torch.float32
+
+
+def measure_error(measures: torch.Tensor, error: torch.Tensor) -> None:
+    """Enter the square of the error of O into measures in place."""
+    measures[..., 0, SUMS.index("orthogonality")] = error.view(measures.shape[:-2])

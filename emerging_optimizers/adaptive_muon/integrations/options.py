@@ -27,8 +27,8 @@ def config_keys[T: type](*records: type) -> Callable[[T], T]:
         for option in chain.from_iterable(map(options_of, records)):
             if option.in_files:
                 key = option.key or option.name
-                default_is_none = option.is_switch and option.default is None
-                keys[key] = str if option.choices else Optional[bool] if default_is_none else option.type  # noqa: UP045
+                of_values = str if option.choices else option.value_type
+                keys[key] = Optional[of_values] if option.default is None else of_values  # noqa: UP045
                 setattr(cls, key, option_field(option.default, option.text, rule=option.rule, names=option.choices))
         cls.__annotations__ = keys | cls.__annotations__
         dataclass(cls)

@@ -76,6 +76,15 @@ class Moment2(ABC):
             eps: Small constant for numerical stability.
         """
 
+    def clamped(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor | None:
+        """Return the share of D's entries that a clamp has moved, shape ``(..., 1, 1)``; None for a D without a clamp.
+
+        It is for diagnostics, and takes what :meth:`scale` takes.
+        """
+        return None
+
     @final
     def correction[Step: (float, torch.Tensor)](self, step: Step, *, momentum: float, beta2: float) -> Step:
         """Return the factor on D that corrects the bias of the moving averages D is made of.

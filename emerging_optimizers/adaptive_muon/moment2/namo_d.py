@@ -48,7 +48,21 @@ class NamoD(Moment2):
     def scale(
         self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
     ) -> torch.Tensor:
+        d, least, most = self._ratios(V, squares, eps)
+        return d.clamp(least, most)
+
+    @override
+    def clamped(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], *, shape: tuple[int, int], eps: float
+    ) -> torch.Tensor:
+        d, least, most = self._ratios(V, squares, eps)
+        return ((d < least) | (d > most)).to(d.dtype).mean((-2, -1), keepdim=True)
+
+    def _ratios(
+        self, V: torch.Tensor, squares: Sequence[torch.Tensor], eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """d, and the bounds between which D keeps it."""
         _, momentum = squares
         d, c = momentum.sqrt() / (V.sqrt() + eps), self.namo_d_clamp
         mean = d.mean(dim=-1, keepdim=True)
-        return d.clamp(c * mean, mean / c)
+        return d, c * mean, mean / c

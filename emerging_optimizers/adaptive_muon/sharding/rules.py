@@ -82,6 +82,17 @@ class Rules:
         )
         return split
 
+    def place_of_shard(self, p: torch.Tensor) -> int | None:
+        """Return this rank's place in the group with a parameter's shards if each of them is worked on by itself; else None.
+
+        So it is in the mode "blockwise", and with a stack of which every rank has some matrices.
+        """
+        split = _transposed_if_tagged(p, self._stored_split(p, "a parameter"), "a parameter")
+        if isinstance(split, Layout) or split.group.size() == 1 or (isinstance(split, Piece) and split.is_whole):
+            return None
+        apart = self.mode is None or (isinstance(split, Split) and split.dim < p.ndim - 2)
+        return split.group.rank() if apart else None
+
     def shares(self, split: Layout | Split | Piece) -> bool:
         """Return whether replicas of a parameter that is split in this way share the work."""
         is_whole = isinstance(split, Layout) or (isinstance(split, Piece) and split.is_whole)

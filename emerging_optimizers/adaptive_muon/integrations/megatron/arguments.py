@@ -78,4 +78,4 @@ def _values(option: Option) -> dict[str, Any]:
     """Return argparse's arguments that read the values of an option."""
     if option.is_switch:
         return {"action": argparse.BooleanOptionalAction}
-    return {"choices": option.choices} if option.choices else {"type": option.type}
+    return {"choices": option.choices} if option.choices else {"type": option.value_type}

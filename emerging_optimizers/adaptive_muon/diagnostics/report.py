@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands out among the matrices, and what to try about it."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+
+__all__ = ["Finding", "findings", "table"]
+
+Row = Mapping[str, float]
+
+_MOST_ROWS = 20
+_LARGER = 10.0  # times the others' median
+_CLAMPED = 0.9  # the share of D from which on the clamp decides
+# The default iteration leaves singular values in [0.7, 1.2], an error of about 0.3. An O of zeros has the error 1.
+_FAR_FROM_ORTHOGONAL = 0.6
+
+
+class Finding(NamedTuple):
+    """Something that stands out."""
+
+    severity: float  # the larger the worse
+    name: str  # of the matrix
+    what: str
+    remedy: str
+
+
+def findings(measured: Mapping[str, Row]) -> list[Finding]:
+    """Return what stands out of each matrix: the worst of it.
+
+    Args:
+        measured: Values by their names, by the names of matrices.
+    """
+    medians = {value: _median(measured.values(), value) for value in ("update_rms", "update_ratio")}
+    found = []
+    for name, row in measured.items():
+        of_matrix = [Finding(severity, name, what, remedy) for severity, what, remedy in _of(row, medians)]
+        found += sorted(of_matrix, reverse=True)[:1]
+    return found
+
+
+def table(found: Sequence[Finding], matrices: int) -> str:
+    """Return findings as a table, the worst first; of many, the first ones.
+
+    Args:
+        found: The findings.
+        matrices: How many matrices were measured.
+    """
+    if not matrices:
+        return "Nothing has been measured yet: no step of diagnostics_every steps is complete."
+    if not found:
+        return f"Nothing stands out among {matrices} matrices."
+    rows = sorted(found, key=lambda finding: -finding.severity)
+    width = max(len(row.name) for row in rows[:_MOST_ROWS])
+    lines = [f"{len(rows)} of {matrices} matrices stand out:"]
+    lines += [f"  {row.name:<{width}}  {row.what}; {row.remedy}" for row in rows[:_MOST_ROWS]]
+    rest = len(rows) - _MOST_ROWS
+    return "\n".join([*lines, f"  and {rest} more"] if rest > 0 else lines)
+
+
+def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, str]]:
+    """What stands out of one matrix: how bad it is, what it is, and what to try."""
+    gradient = row["gradient_norm"]
+    if not math.isfinite(gradient):
+        yield 5e9, f"its gradient is not finite ({gradient})", "look at the loss; clip gradients, or lower the rate"
+        return
+    if not math.isfinite(row["weight_rms"]) or not math.isfinite(row["update_rms"]):
+        yield 4e9, "its weight or update is not finite", "load a checkpoint from before, and look at the loss"
+        return
+    if gradient == 0:
+        yield 2e9, "its gradient is zero", "see that the loss depends on it; freeze it if it is not to be trained"
+        return
+    for value, what in (("update_rms", "update"), ("update_ratio", "update, relative to the weight,")):
+        ratio = row[value] / medians[value] if medians[value] > 0 else 0.0
+        if ratio >= _LARGER and math.isfinite(ratio):
+            yield 1e6 * ratio, f"its {what} is {ratio:.0f} times the median", "give it a group with a smaller lr"
+    if row.get("clamped", 0.0) >= _CLAMPED:
+        what = f"the clamp moves {row['clamped']:.0%} of its D, in [{row['scale_min']:.3g}, {row['scale_max']:.3g}]"
+        yield 1e5 * row["clamped"], what, 'lower namo_d_clamp, or use "namo"'
+    error = row["orthogonality_error"]
+    if error > _FAR_FROM_ORTHOGONAL:
+        remedy = "raise num_ns_steps; nothing helps where its gradients have a low rank"
+        yield 1e3 * error, f"its O is far from orthogonal ({error:.2f})", remedy
+
+
+def _median(rows: Iterable[Row], value: str) -> float:
+    """The median of a value over the matrices in which it is finite; 0 where there are none."""
+    finite = [row[value] for row in rows if math.isfinite(row[value])]
+    return median(finite) if finite else 0.0
