@@ -128,13 +128,11 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
     ) -> Self:
         """Make the optimizer of a model, routing its parameters by the modules that own them.
 
-        To AdaptiveMuon go the weights of hidden linear maps, such as ``nn.Linear`` and the like of other packages. To
-        AdamW go embeddings and what is tied to them, output heads (Hugging Face's ``get_output_embeddings()``, the
-        last linear layers if they have the shape of an embedding, and modules by the words of their names), norms,
-        biases, recurrent weights, everything that has not two dimensions, all other two-dimensional parameters, and
-        everything tagged ``is_embedding_or_output_parameter``. The attribute ``use_muon`` of a parameter decides before
-        these rules, as the class says. :meth:`describe` has the reason for each parameter. The weight of Hugging Face's
-        ``Conv1D``, which is stored as (in, out), gets the attribute ``muon_transposed``.
+        To AdaptiveMuon go the weights of hidden linear maps, such as ``nn.Linear``. To AdamW go embeddings and what is
+        tied to them, output heads, norms, biases, recurrent weights, all other parameters, and everything tagged
+        ``is_embedding_or_output_parameter``. The attribute ``use_muon`` of a parameter decides before these rules.
+        :meth:`describe` has the reason for each parameter. The weight of Hugging Face's ``Conv1D``, which is stored as
+        (in, out), gets the attribute ``muon_transposed``.
 
         Where ``DistributedDataParallel`` wraps the model, or Lightning's strategy "ddp" does, its ranks share the work, as
         with ``replica_group``. :meth:`describe` says so. Pass ``share_replicas=False`` to let every rank do all of it.
@@ -143,8 +141,7 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
             model: The model.
             lr, momentum, weight_decay: As the class.
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
-                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Names match with and without what
-                wrappers such as ``torch.compile`` put into them.
+                pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Components of wrappers are optional.
             params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
                 :meth:`add_param_group` routes and names as the model says when it is added.
             split_qkv, split_heads, split_gate_up: Which weights are split into the matrices that they hold, as in
