@@ -5,17 +5,20 @@ import copy
 import io
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from fused_attention import alone
 from side_by_side import difference, normal, smooth
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.routing.fused import FUSED_CLASSES
 
 
 def fields(**values: Any) -> Callable[[Any], None]:
@@ -74,6 +77,41 @@ ATTENTION: list[tuple[str, Any, str, dict[str, str]]] = [
 def test_each_block_reaches_its_heads(kind: str, change: Any, attention: str, expected: dict[str, str]) -> None:
     """Hugging Face's own forward decides: the rows of a head change that head of the output projection's columns."""
     assert tiny_models.reach(tiny_models.tiny(kind, change))[attention] == expected
+
+
+def folders() -> dict[str, str]:
+    """Where Hugging Face has the classes with fused weights: the folder of each."""
+    found = {}
+    names = {kind.removeprefix("transformers.") for kind in FUSED_CLASSES if kind.startswith("transformers.")}
+    for path in Path(models.__path__[0]).glob("*/modeling_*.py"):
+        if path.stem == f"modeling_{path.parent.name}":
+            for name in names.intersection(re.findall(r"^class (\w+)\(nn.Module", path.read_text(), re.MULTILINE)):
+                found[name] = path.parent.name
+    return found | {"Attention": "openai", "DisentangledSelfAttention": "deberta"}  # others have these names too
+
+
+# Those of which the above has whole models, and what else does not run by itself: DBRX's config lacks a field, and three
+# are without their output projections. MiniMax's normalizes all heads together, behind which none can be told.
+NOT_ALONE = {
+    *(attention for _, _, attention, _ in ATTENTION if attention != "DebertaAttention"),
+    *("DisentangledSelfAttention", "GPTNeoXJapaneseAttention", "Phi4MultimodalAttention"),
+    *("DbrxAttention", "LayoutLMv2SelfAttention", "TimesformerSelfAttention", "EvollaSequenceCompressorAttention"),
+    *("GraniteSpeechConformerAttention", "GraniteSpeechPlusConformerAttention", "MiniMaxLightningAttention"),
+    "DecisionTransformerGPT2Attention",  # its config has one head
+}
+ALONE = {name: folder for name, folder in sorted(folders().items()) if name not in NOT_ALONE}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_block_of_a_fused_weight_reaches_its_heads(name: str) -> None:
+    """The table of classes, against their own forward."""
+    [weights] = tiny_models.reach(alone(ALONE[name], name)).values()
+    assert [*weights.values()] == ["0 1 2 3 01 23 01* 23*" if name == "Exaone4_5_VisionAttention" else TOGETHER]
+
+
+def test_the_table_of_fused_weights_has_what_is_installed() -> None:
+    assert len(ALONE) >= 37
+    assert {f"transformers.{name}" for name in folders()} == {c for c in FUSED_CLASSES if c.startswith("transformers")}
 
 
 def halves(weight: torch.Tensor, times: int) -> list[torch.Tensor]:
