@@ -20,7 +20,7 @@ from emerging_optimizers.adaptive_muon.routing.parts import (
     rows,
     weight_of,
 )
-from emerging_optimizers.adaptive_muon.routing.projections import Heads, HeadsIn, heads_of, output_after
+from emerging_optimizers.adaptive_muon.routing.projections import Heads, HeadsIn, heads_of, of_positions, output_after
 
 
 __all__ = ["FUSED_CLASSES", "fused_heads", "has_fused", "in_fused"]
@@ -170,6 +170,7 @@ def in_fused(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Par
     weight, order, heads = found
     if switches.split_heads:
         yield weight.p, rows(order.sizes(heads), each=order.each, times=order.times(heads))
+        yield from of_positions(module, heads)
         yield from output_after(module, heads)
     elif switches.split_qkv:
         yield weight.p, merged_rows(order.sizes(heads), times=order.times(heads))

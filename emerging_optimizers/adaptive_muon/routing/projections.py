@@ -23,7 +23,7 @@ from emerging_optimizers.adaptive_muon.routing.parts import (
 )
 
 
-__all__ = ["Heads", "HeadsIn", "by_head", "has_projections", "heads_of", "output_after", "own_heads"]
+__all__ = ["Heads", "HeadsIn", "by_head", "has_projections", "heads_of", "of_positions", "output_after", "own_heads"]
 
 # Names of the projections in Hugging Face's models, NeMo's and many others.
 _QUERIES = (
@@ -172,13 +172,18 @@ def by_head(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Para
         return
     yield from _of_keys(_first(module, _KEYS), "key head", heads.size, heads)
     yield from _of_keys(_first(module, _VALUES), "value head", heads.value_size, heads)
-    yield from _of_keys(_first(module, _POSITIONS), "head", heads.size, heads)
+    yield from of_positions(module, heads)
     for name in _MORE:
         yield from _of_keys(_first(module, [name]), "head", heads.size, heads)
     gates = _first(module, _GATES)
     if gates is not None and gates.rows == heads.number * heads.value_size:
         yield gates.p, rows([("gate head", heads.number, heads.value_size)])
     yield from output_after(module, heads)
+
+
+def of_positions(module: nn.Module, heads: Heads) -> Iterator[tuple[nn.Parameter, Parts]]:
+    """Yield the parts of the projection of positions of a module, if it has one."""
+    yield from _of_keys(_first(module, _POSITIONS), "head", heads.size, heads)
 
 
 def output_after(

@@ -89,7 +89,7 @@ def _after_attention(module: nn.Module, switches: SplitOptions) -> Iterator[tupl
 
 
 def _is_called_attention(module: nn.Module) -> bool:
-    return any(cls.__name__.endswith(("Attention", "Attn")) for cls in type(module).__mro__)
+    return any(cls.__name__.endswith(("Attention", "Attn", "DeltaNet")) for cls in type(module).__mro__)
 
 
 _RECOGNIZERS: Sequence[Recognizer] = (_in_multihead, in_fused, in_latent, _in_projections, _after_attention, in_gated)

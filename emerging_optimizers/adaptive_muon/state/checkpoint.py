@@ -160,7 +160,8 @@ def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_form
         f"the state of {name} must hold {', '.join(expected)}; in the checkpoint it holds",
         sorted(found),
         "it was saved with other blocks or none, or by a version before 0.1.0, which had one buffer for the rows of all "
-        "blocks: use the blocks and the version of then, or start without its optimizer state",
+        "blocks: use the blocks and the version of then (from_model(..., split_qkv=False) if it had none), or start "
+        "without its optimizer state",
     )
     for key, buffer in expected.items():
         saved = state.get(key)

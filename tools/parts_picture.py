@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws docs/assets/parts.png: what each switch makes of a weight. The matrices are those that from_model finds."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from torch import nn
+from transformers import DeepseekV3Config, LlamaConfig, Phi3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+from emerging_optimizers.adaptive_muon import ColumnBlocks, HybridAdaptiveMuon
+
+
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "parts.png"
+# Okabe and Ito's colours, told apart by the colour-blind.
+QUERY, KEY, VALUE, OTHER = "#56B4E9", "#E69F00", "#009E73", "#CCCCCC"
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
+LATENT = {"kv_lora_rank": 12, "q_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
+
+
+class Attentions(nn.Module):
+    """Those whose weights are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multihead = nn.MultiheadAttention(32, 4, bias=False)
+        self.grouped = LlamaAttention(LlamaConfig(**SIZES), 0)
+        self.latent = DeepseekV3Attention(DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, **LATENT), 0)
+        self.mlp = Phi3MLP(Phi3Config(**SIZES, pad_token_id=0))
+
+
+# Title, switch, parameter, and the colours and names of its parts, which repeat.
+PANELS: Sequence[tuple[str, str, str, Sequence[tuple[str, str]]]] = (
+    ("in_proj_weight\nof MultiheadAttention", "split_qkv", "multihead.in_proj_weight", [(QUERY, "Q"), (KEY, "K"), (VALUE, "V")]),
+    ("the same", "split_heads", "multihead.in_proj_weight", [(QUERY, "q")] * 4 + [(KEY, "k")] * 4 + [(VALUE, "v")] * 4),
+    ("q_proj, 4 heads", "split_heads", "grouped.q_proj.weight", [(QUERY, "q")]),
+    ("k_proj, 2 groups", "split_heads", "grouped.k_proj.weight", [(KEY, "k")]),
+    ("o_proj, 4 heads:\ncolumns", "split_heads", "grouped.o_proj.weight", [(VALUE, "o")]),
+    ("kv_a_proj_with_mqa\n(latent attention)", "split_heads", "latent.kv_a_proj_with_mqa.weight", [(OTHER, "latent"), (KEY, "k, shared")]),
+    ("kv_b_proj\n(latent attention)", "split_heads", "latent.kv_b_proj.weight", [(KEY, "k"), (VALUE, "v")]),
+    ("gate_up_proj", "split_gate_up", "mlp.gate_up_proj.weight", [(OTHER, "gate"), (QUERY, "up")]),
+)  # fmt: skip
+
+
+def draw(
+    axes: Axes, shape: tuple[int, int], blocks: Sequence[int], parts: Sequence[tuple[str, str]], across: bool
+) -> None:
+    """Draw a weight with its blocks, below or beside each other."""
+    rows, columns = shape
+    start = 0
+    for index, size in enumerate(blocks):
+        color, name = parts[index % len(parts)]
+        x, y, width, height = (start, 0, size, rows) if across else (0, start, columns, size)
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", linewidth=1.5))
+        axes.text(x + width / 2, y + height / 2, name, ha="center", va="center", fontsize=8)
+        start += size
+    axes.set(xlim=(-0.5, 32.5), ylim=(96.5, -0.5), aspect="equal")
+    axes.axis("off")
+
+
+def blocks_of(switch: str, name: str) -> tuple[tuple[int, int], Sequence[int], bool]:
+    """The shape of a parameter, its blocks with a switch, and whether they are columns."""
+    model = Attentions()
+    HybridAdaptiveMuon.from_model(model, **{"split_qkv": False, switch: True})
+    p = model.get_parameter(name)
+    blocks = p.muon_parts
+    return tuple(p.shape), *((blocks.sizes, True) if isinstance(blocks, ColumnBlocks) else (blocks, False))
+
+
+def main(path: Path = PICTURE) -> None:
+    """Draw all panels in one row."""
+    figure, rows = plt.subplots(1, len(PANELS), figsize=(11, 4.4), layout="constrained")
+    for axes, (title, switch, name, parts) in zip(rows, PANELS, strict=True):
+        shape, blocks, across = blocks_of(switch, name)
+        draw(axes, shape, blocks, parts, across)
+        axes.set_title(f"{title}\n\n{switch}", fontsize=7.5, loc="left")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the tables of docs/apidocs/parts.md: the models of tests/test_parts.py, and what from_model finds in them."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon.routing.fused import FUSED_CLASSES
+from emerging_optimizers.adaptive_muon.routing.gate_up import GATED_CLASSES
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "apidocs" / "parts.md"
+
+
+def attention_table(rows: list[tuple[str, Any, str, dict[str, str]]], make: Any) -> str:
+    """Return a table of types of models: what split_heads makes of the weights of their first attention.
+
+    Args:
+        rows: The models, as tests/test_parts.py has them.
+        make: Returns the tiny model of a type.
+    """
+    lines, seen = ["| `model_type`, class | with `split_heads=True`, here of a tiny model |", "|---|---|"], set()
+    for kind, change, name, _ in rows:
+        parts = parts_of(make(kind, change), name)
+        if (kind, parts) not in seen:
+            lines.append(f"| {kind}, `{name}` | {parts} |")
+        seen.add((kind, parts))
+    return "\n".join(lines)
+
+
+def parts_of(model: nn.Module, name: str) -> str:
+    """Return what is found in the weights of the first module of a class."""
+    prefix = next(path for path, module in model.named_modules() if type(module).__name__ == name)
+    routes = HybridAdaptiveMuon.from_model(model, split_heads=True).routes
+    texts = {
+        path.removeprefix(prefix + ".").removesuffix(".weight"): route.parts.text
+        for path, _, route in routes
+        if path.startswith(prefix + ".") and route.parts is not None
+    }
+    return "<br>".join(f"`{leaf}`: {text}" for leaf, text in texts.items())
+
+
+def class_list() -> str:
+    """Return the classes whose fused weights are known, by package."""
+    lines = []
+    for title, classes in (("queries, keys and values", FUSED_CLASSES), ("gate and up projection", GATED_CLASSES)):
+        for package in ("transformers", "nemo"):
+            names = sorted(each.partition(".")[2] for each in classes if each.startswith(package + "."))
+            if names:
+                lines.append(f"- {title}, in {package}: {', '.join(f'`{name}`' for name in names)}")
+    return "\n".join(lines)
+
+
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """Return a page's text with the tables between their marks replaced."""
+    for name, table in tables.items():
+        marked = re.compile(
+            rf"(<!-- {name}, by tools/parts_table.py -->\n\n).*?(\n\n<!-- end of {name} -->)", re.DOTALL
+        )
+        page, count = marked.subn(lambda marks, table=table: marks[1] + table + marks[2], page)
+        if count != 1:
+            raise ValueError(f"a page must have the marks of {name} once, got {count} times")
+    return page
+
+
+def tables() -> dict[str, str]:
+    """Return the tables of the page by their names."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_parts
+    import tiny_models
+
+    return {"attention": attention_table(test_parts.ATTENTION, tiny_models.tiny), "classes": class_list()}
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")
