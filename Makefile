@@ -6,6 +6,7 @@
 # make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
 # make test-upstream UPSTREAM=path: tests against a checkout of emerging_optimizers in place of the release.
 # make test-megatron MEGATRON=path: tests against a checkout of Megatron-LM in place of the release.
+# make test-torch TORCH=2.6.0: tests beside another torch, in an environment of their own.
 # CONTRIBUTING.md has all others.
 
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
@@ -14,7 +15,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long test-upstream test-megatron lint docs option-tables links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long test-torch test-upstream test-megatron test-nemo lint docs option-tables version-table links release-check clean
 
 venv: $(STAMP)
 
@@ -84,11 +85,19 @@ test-long: $(STAMP)
 
 # What concerns upstream: the core's, the sharded and the pull request's tests.
 test-upstream: $(STAMP)
-	$(BIN)/python tools/test_against.py upstream $(UPSTREAM) $(or $(ARGS),$(SIDE_BY_SIDE))
+	$(BIN)/python tools/test_against.py upstream $(UPSTREAM) $(or $(ARGS),--record $(SIDE_BY_SIDE))
 
 # What concerns Megatron-Core: tests/test_megatron.py, and those of tests/megatron_core that it starts.
 test-megatron: $(STAMP)
-	$(BIN)/python tools/test_against.py megatron $(MEGATRON) $(ARGS)
+	$(BIN)/python tools/test_against.py megatron $(MEGATRON) $(or $(ARGS),--record)
+
+# What concerns NeMo: tests/test_nemo.py.
+test-nemo: $(STAMP)
+	$(BIN)/python tools/test_against.py nemo $(NEMO) $(or $(ARGS),--record)
+
+# The core's and the sharded tests beside another torch, in build/torch-$(TORCH).
+test-torch: $(STAMP)
+	$(BIN)/python tools/test_against.py torch $(TORCH) $(or $(ARGS),--record $(SIDE_BY_SIDE))
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
@@ -100,6 +109,9 @@ docs: $(DOCS)
 
 option-tables: $(STAMP)
 	$(BIN)/python tools/option_tables.py
+
+version-table: $(STAMP)
+	$(BIN)/python tools/version_table.py
 
 links: $(DOCS)
 	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck

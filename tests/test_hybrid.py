@@ -369,6 +369,29 @@ def test_a_quantized_matrix_is_no_obstacle() -> None:
     assert model.table.eq(1).all() and not optimizer.state.get(model.table)
 
 
+@pytest.mark.parametrize(
+    "rate", [torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.1])], ids=["float64", "one element"]
+)
+def test_a_rate_on_the_cpu_gives_what_its_number_gives(rate):
+    """To the last bits: torch's AdamW multiplies by the tensor."""
+    generator, weights = torch.Generator().manual_seed(0), []
+    start = [torch.randn(shape, generator=generator) for shape in ((6, 4), (5, 5), (5,))]
+    for lr in (float(rate), rate.clone()):
+        params = [nn.Parameter(p.clone()) for p in start]
+        optimizer = HybridAdaptiveMuon(params, lr=lr, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for step in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            schedule.step()
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 / 4] * 2)
+        weights.append(params)
+    for p, q, before in zip(*weights, start, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(p, before)
+
+
 def test_a_rate_that_is_a_tensor_is_scheduled_once_in_each_part():
     """A scheduler that changes it in place must not meet one tensor in two groups."""
     params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]

@@ -46,19 +46,12 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def resources(found: Any, arch: int) -> str:
-    """What the assembler says of registers and spills."""
-    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        Path(file.name).write_text(found.asm["ptx"])
-        command = [
-            str(TOOLS / ("ptxas-blackwell" if arch >= 100 else "ptxas")),
-            "-v",
-            f"--gpu-name=sm_{arch}{'a' * (arch >= 90)}",
-            file.name,
-            "-o",
-            "/dev/null",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def resources(found: Any) -> str:
+    """The registers and bytes that a compiled kernel takes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(found.asm["cubin"])
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 AVERAGE = {"gradients": "*i64", "buffers": "*i64", "momentum_out": "*fp32", "G_sums": "*fp32", "M_sums": "*fp32"}
@@ -110,8 +103,8 @@ def test_fits_and_spills_nothing(case: str, arch: int) -> None:
         options = options | {"num_warps": 4 if arch == 90 else 8}
     found = compiled(kernel, pointers, floats, constants, arch, **options)
     assert found.metadata.shared <= SHARED[arch]
-    said = resources(found, arch)
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said, said
+    said = resources(found)
+    assert "STACK:0 " in said, said  # where registers would be spilled to
     if not case.startswith("product"):
         assert re.search(r"ld\.global\.v[48]", found.asm["ptx"]) and re.search(r"st\.global\.v[248]", found.asm["ptx"])
     elif arch == 90:

@@ -333,6 +333,20 @@ def test_use_syrk_where_megatron_has_a_field_for_it(monkeypatch: pytest.MonkeyPa
         assert not built(get_megatron_optimizer_config(args)[0]).options.use_syrk
 
 
+def test_a_rate_on_the_cpu_is_its_number() -> None:
+    """Of whatever dtype and shape, and as it is now where a scheduler changes it in place."""
+    register()
+    plain, other = (built(OptimizerConfig(optimizer="adaptive_muon", lr=0.1)) for _ in range(2))
+    other.param_groups[0]["lr"] = torch.tensor([0.1], dtype=torch.float64)
+    for step in range(2):
+        for optimizer in (plain, other):
+            [p] = optimizer.param_groups[0]["params"]
+            p.grad = torch.eye(4, 8) + step
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+    assert torch.equal(plain.param_groups[0]["params"][0], other.param_groups[0]["params"][0])
+
+
 def test_optimizer_cuda_graph_makes_it_capturable() -> None:
     """A graph has the rate in a tensor, which Megatron's scheduler fills; also after a checkpoint was loaded."""
     register()

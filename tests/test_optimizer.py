@@ -115,11 +115,56 @@ def test_schedulers_work(make):
     assert len(rates) > 1 and all(p.isfinite().all() for p in params)
 
 
-def test_rate_may_be_a_tensor():
+RATES = {
+    "float32": torch.tensor(0.1),
+    "float64": torch.tensor(0.1, dtype=torch.float64),
+    "one element": torch.tensor([0.1], dtype=torch.float64),
+    "bfloat16": torch.tensor(0.1, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["batches", "one by one"])
+@pytest.mark.parametrize("decay", ["decoupled", "palm", "l2", "adaptive"])
+@pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
+def test_a_rate_on_the_cpu_is_its_number(rate, decay, one_by_one, dtype):
+    """Of whatever dtype, and as it is now where a scheduler changes it in place."""
+    params, others = matrices(dtype), matrices(dtype)
+    method = "namo_d" if decay == "adaptive" else "normuon"
+    options = {"weight_decay": 0.1, "weight_decay_method": decay, "moment2_method": method}
+    numbers, tensors = (
+        AdaptiveMuon(params, lr=float(rate), **options),
+        AdaptiveMuon(others, lr=rate.clone(), **options),
+    )
+    for optimizer in (numbers, tensors) if one_by_one else ():
+        optimizer.pre_weight_update_fn_inplace = lambda p, update: None
+    for step in range(3):
+        run(numbers, params, [step])
+        run(tensors, others, [step])
+        tensors.param_groups[0]["lr"].mul_(0.5)
+        numbers.param_groups[0]["lr"] = float(tensors.param_groups[0]["lr"])
+    assert_same_weights_and_buffers((numbers, params), (tensors, others))
+
+
+def assert_same_weights_and_buffers(left, right):
+    (one, ones), (other, others) = left, right
+    for p, q in zip(ones, others, strict=True):
+        assert torch.equal(p, q)
+        torch.testing.assert_close(one.state[p], other.state[q], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["cosine", "one cycle, cycling momentum", "plateau"])
+def test_schedulers_fill_a_rate_that_is_a_tensor(name):
     params, others = matrices(), matrices()
-    run(AdaptiveMuon(params, lr=0.25), params, range(2))
-    run(AdaptiveMuon(others, lr=torch.tensor(0.25)), others, range(2))
-    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+    pairs = [(AdaptiveMuon(params, lr=0.25), params), (AdaptiveMuon(others, lr=torch.tensor(0.25).double()), others)]
+    schedulers = [SCHEDULERS[name](optimizer) for optimizer, _ in pairs]
+    for step in range(4):
+        for (optimizer, held), scheduler in zip(pairs, schedulers, strict=True):
+            run(optimizer, held, [step])
+            scheduler.step(*([1.0] if name == "plateau" else []))
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(params[0], matrices()[0])
 
 
 @pytest.mark.parametrize("method", METHODS)

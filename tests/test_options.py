@@ -3,15 +3,14 @@
 
 import argparse
 import inspect
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import nn
+from tree import ROOT, tool
 
 import emerging_optimizers
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, optimizer
@@ -22,8 +21,7 @@ from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, Rule
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import syrk_is_usable
 
 
-ROOT = Path(__file__).parents[1]
-TABLES: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "option_tables.py"))
+TABLES = tool("option_tables")
 POSITIONAL = ["lr", "momentum", "weight_decay"]
 
 
@@ -112,12 +110,12 @@ def test_configuration_files_have_a_key_for_it() -> None:
     assert (warmth.name, warmth.type, warmth.default, betas.name) == ("warmth", int, 7, "betas")
     assert Keys.__doc__ is not None and "warmth: How warm the matrices are. Must be at least 3." in Keys.__doc__
     assert "{options}" not in Keys.__doc__
-    assert "| `warmth` | `7` | at least 3 | How warm the matrices are. |" in TABLES["keys"](Keys)
+    assert "| `warmth` | `7` | at least 3 | How warm the matrices are. |" in TABLES.keys(Keys)
 
 
 def test_the_tables_have_a_row_for_it() -> None:
-    assert TABLES["keywords"](Extended).endswith("| `warmth` | `7` | at least 3 | How warm the matrices are. |")
-    assert TABLES["flags"](Extended).endswith(
+    assert TABLES.keywords(Extended).endswith("| `warmth` | `7` | at least 3 | How warm the matrices are. |")
+    assert TABLES.flags(Extended).endswith(
         "| `--adaptive-muon-warmth` | | `7` | at least 3 | How warm the matrices are. |"
     )
 
@@ -176,15 +174,15 @@ PINNED = f"emerging-optimizers=={emerging_optimizers.__version__}" in (ROOT / "c
 
 
 @pytest.mark.skipif(not PINNED, reason="needs the emerging-optimizers of constraints.txt")
-@pytest.mark.parametrize("page", TABLES["TABLES"])
+@pytest.mark.parametrize("page", TABLES.TABLES)
 def test_the_committed_tables_are_the_record(page: str) -> None:
     text = (ROOT / "docs" / "apidocs" / page).read_text(encoding="utf-8")
-    assert TABLES["with_table"](text, TABLES["TABLES"][page]()) == text, "run make option-tables"
+    assert TABLES.with_table(text, "options", TABLES.TABLES[page]()) == text, "run make option-tables"
 
 
 def test_a_page_without_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="got 0 times"):
-        TABLES["with_table"]("# Options\n", "| option |")
+        TABLES.with_table("# Options\n", "options", "| option |")
 
 
 # ------------------------------------------------------------------------------------------------- the record

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of the checkout that are the project's, which excludes what commands have written into it."""
 
+import importlib
+import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 
 
 ROOT = Path(__file__).parent.parent
@@ -20,3 +23,10 @@ def own_files(folder: Path) -> Iterator[Path]:
             yield path
         elif path.name != "__pycache__" and not any(fnmatch(path.name, name) for name in WRITTEN):
             yield from own_files(path)
+
+
+def tool(name: str) -> ModuleType:
+    """Imports a script of tools, which import each other by plain names."""
+    if (folder := str(ROOT / "tools")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)

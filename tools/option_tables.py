@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from marked_tables import table_of, with_table
+
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
 from emerging_optimizers.adaptive_muon.options import Option, Options, SplitOptions, options_of
 
@@ -16,7 +18,7 @@ YAML = {None: "null", True: "true", False: "false"}
 def keywords(record: type = Options) -> str:
     """Return the table of AdaptiveMuon's keyword arguments."""
     rows = [(f"`{option.name}`", _code(option.default), *_about(option)) for option in options_of(record)]
-    return _table(("option", "default", "values", "what it sets"), rows)
+    return table_of(("option", "default", "values", "what it sets"), rows)
 
 
 def flags(record: type = Options, of_split: type = SplitOptions) -> str:
@@ -28,7 +30,7 @@ def flags(record: type = Options, of_split: type = SplitOptions) -> str:
             flag = "adaptive_muon_" + option.name if option.flag else field
             names = f"`--{flag.replace('_', '-')}`" + ", `--no-...`" * (option.flag and option.is_switch)
             rows.append((names, field and f"`{field}`", _code(option.default), *_about(option)))
-    return _table(("flag", "field of `OptimizerConfig`", "default", "values", "what it sets"), rows)
+    return table_of(("flag", "field of `OptimizerConfig`", "default", "values", "what it sets"), rows)
 
 
 def keys(config: type = AdaptiveMuonOptions) -> str:
@@ -38,21 +40,10 @@ def keys(config: type = AdaptiveMuonOptions) -> str:
         default = option.default
         text = YAML[default] if default is None or isinstance(default, bool) else default
         rows.append((f"`{option.name}`", _code(list(text) if isinstance(text, tuple) else text), *_about(option)))
-    return _table(("key", "default", "values", "what it sets"), rows)
+    return table_of(("key", "default", "values", "what it sets"), rows)
 
 
 TABLES = {"adaptive-muon.md": keywords, "megatron.md": flags, "nemo.md": keys}
-
-
-def with_table(page: str, table: str) -> str:
-    """Return a page's text with the table between its two marks replaced."""
-    marked = re.compile(
-        r"(<!-- options, by tools/option_tables.py -->\n\n).*?(\n\n<!-- end of options -->)", re.DOTALL
-    )
-    text, count = marked.subn(lambda marks: marks[1] + table + marks[2], page)
-    if count != 1:
-        raise ValueError(f"a page must have the marks of its table once, got {count} times: see docs/apidocs/nemo.md")
-    return text
 
 
 def _about(option: Option) -> tuple[str, str]:
@@ -65,12 +56,7 @@ def _code(value: Any) -> str:
     return f"`{value}`"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
 if __name__ == "__main__":
     for name, table in TABLES.items():
         page = PAGES / name
-        page.write_text(with_table(page.read_text(encoding="utf-8"), table()), encoding="utf-8")
+        page.write_text(with_table(page.read_text(encoding="utf-8"), "options", table()), encoding="utf-8")

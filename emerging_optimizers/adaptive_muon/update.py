@@ -85,6 +85,7 @@ class BatchUpdate:
     ) -> None:
         function = rule.functions(params, group)
         self.params, self.batches, self._rule, self._group, self._states = params, batches, rule, group, states
+        self._lr = _rate(group["lr"], on_device=rule.steps_on_device)
         self._Ws = [as_matrices(p) for p in params]
         self._gradients = gradients
         self._scales = [_Scale(rule, group, params, states, batch, function) for batch in batches]
@@ -103,7 +104,7 @@ class BatchUpdate:
         Args:
             results: For each batch O, or this rank's shards of it, and the whole matrices' sums of squares and measures.
         """
-        rule, lr = self._rule, self._group["lr"]
+        rule, lr = self._rule, self._lr
         Ds = [scale.finish(O, sums) for scale, (O, sums) in zip(self._scales, results, strict=True)]
         if rule.bias_correction:
             self._correct(Ds)
@@ -132,7 +133,7 @@ class BatchUpdate:
         rule, coefficient = self._rule.weight_decay, self._group["weight_decay"]
         if rule.share is None or not coefficient:
             return 0.0
-        share = rule.share(self._group["lr"], coefficient)
+        share = rule.share(self._lr, coefficient)
         if rule.scaled:
             return D * share
         return share * D.new_ones((1,) * D.ndim) if isinstance(share, torch.Tensor) else share
@@ -169,8 +170,18 @@ class BatchUpdate:
             if rule.before_update is not None:
                 rule.before_update(p, update)
             with _within(rule.hook, p, update):
-                W.copy_(in_work_dtype(W) - self._group["lr"] * U)
+                W.copy_(in_work_dtype(W) - self._lr * U)
                 rule.after_update(p)
+
+
+def _rate(lr: Number, *, on_device: bool) -> Number:
+    """Return a learning rate as a number where it is at hand, and as a tensor where a graph's replays read it.
+
+    So a tensor on the CPU gives the result of the same number, and neither its dtype nor its shape has a say.
+    """
+    if not isinstance(lr, torch.Tensor):
+        return lr
+    return lr.reshape(()) if on_device or lr.device.type != "cpu" else float(lr)
 
 
 @contextmanager

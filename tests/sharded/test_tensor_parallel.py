@@ -63,6 +63,22 @@ def test_distributed_mode(method: str, group: ProcessGroup) -> None:
     assert not far_apart(walk(strips(), 2, SAME[method], tp_group=group, tp_mode="distributed"), method)
 
 
+@pytest.mark.parametrize("mode", [*EXACT, "distributed", "blockwise"])
+def test_a_rate_on_the_cpu_is_its_number(mode: str, group: ProcessGroup) -> None:
+    """Also as a scheduler changes it in place."""
+    weights = []
+    for lr in (0.05, torch.tensor([0.05], dtype=torch.float64)):
+        pairs = strips()
+        options = {**options_of("namo_d"), **SAME["namo_d"], "lr": lr}
+        optimizer = AdaptiveMuon([pair.piece for pair in pairs], **options, tp_group=group, tp_mode=mode)
+        for step in range(2):
+            set_gradients(pairs, step)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+        weights.append([pair.piece for pair in pairs])
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("mode", EXACT)
 def test_the_iteration_in_bfloat16(mode: str, group: ProcessGroup) -> None:
     same = {"moment2_method": "namo_d", "fp32_matmul_prec": "medium"}

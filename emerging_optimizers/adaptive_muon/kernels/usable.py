@@ -12,6 +12,8 @@ __all__ = ["kernels_usable"]
 
 # The oldest GPU generation that the kernels are compiled for in the tests: A100's.
 _OLDEST = (8, 0)
+# Triton 3.2, which is torch 2.6's, leaves compile-time arguments out of what a compiled kernel takes; launch.py passes them.
+_OLDEST_TRITON = (3, 3)
 
 
 def kernels_usable(device: torch.device) -> bool:
@@ -28,6 +30,10 @@ def _runs_on(index: int) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _OLDEST:
         return False
     try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+            raise RuntimeError(f"Triton must be >= 3.3, got {triton.__version__}: install torch 2.7 or newer")
         from emerging_optimizers.adaptive_muon.kernels.trial import set_one_kernel
 
         kernel: Any = set_one_kernel
