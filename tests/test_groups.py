@@ -136,36 +136,6 @@ def test_a_schedulers_base_rate_is_that_of_the_half():
     assert values(HybridAdaptiveMuon([{**group, "scalar_lr": 0.25}]), "initial_lr") == [0.5, 0.5]
 
 
-def test_lightnings_monitor_of_learning_rates_takes_them(tmp_path):
-    pl = pytest.importorskip("lightning.pytorch")
-    from lightning.pytorch.callbacks import LearningRateMonitor
-    from lightning.pytorch.loggers import CSVLogger
-
-    class Module(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.body, self.top = layer(4, 4), layer(4, 4)
-
-        def training_step(self, batch, index):
-            return self.top(self.body(batch)).square().mean()
-
-        def configure_optimizers(self):
-            groups = [{"params": [*getattr(self, name).parameters()], "name": name} for name in ("body", "top")]
-            optimizer = HybridAdaptiveMuon.from_model(self, params=groups)
-            return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer)]
-
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    logger, monitor = CSVLogger(tmp_path), LearningRateMonitor("step")
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=1, logger=logger, callbacks=[monitor], log_every_n_steps=1, **quiet
-    )
-    trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 4)))
-    halves = {
-        f"lr-HybridAdaptiveMuon/{name}/{kind}" for name in ("body", "top") for kind in ("adaptive_muon", "adamw")
-    }
-    assert halves <= monitor.lrs.keys()
-
-
 # ---- groups that are added later ----
 
 
@@ -232,19 +202,6 @@ def test_names_for_some_of_the_first_parameters_are_refused():
     for params in ([("p", p), q], [{"params": [("p", p)]}, {"params": [q]}]):
         with pytest.raises(ValueError, match="names, or none.*model.named_parameters"):
             HybridAdaptiveMuon(params)
-
-
-def test_lightning_adds_what_it_unfreezes():
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
-    model = Model()
-    model.blocks[1].requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = HybridAdaptiveMuon.from_model(model, params=trained)
-    extra = nn.Linear(8, 8)  # not of the model that the optimizer knows
-    for part in (model.blocks[1], extra):
-        callbacks.BaseFinetuning.unfreeze_and_add_param_group(part, optimizer, lr=0.5)
-    assert {f"blocks.1.{n}.weight" for n in ("query", "out_proj")} | {"added.4.0"} <= names_of(optimizer, True)
-    step(optimizer)
 
 
 # ---- what the optimizer keeps alive ----

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
-several = pytest.mark.skipif("dist.get_world_size() == 1")
+# Lightning under both of its names, and the package that each is built on.
+FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+several = pytest.mark.skipif("os.environ['WORLD_SIZE'] == '1'", reason="one process has no replicas")
 
 
 def model() -> Model:
@@ -131,13 +134,13 @@ def test_the_function_knows_the_wrapped_parameters() -> None:
 
 @several
 @pytest.mark.parametrize("exactly", [True, False])
-def test_lightning(exactly: bool) -> None:
+@pytest.mark.parametrize("name", FABRIC)
+def test_lightning(name: str, exactly: bool) -> None:
     """Its module, not DDP's wrapper of it, makes the optimizer."""
-    lightning = pytest.importorskip("lightning.pytorch")
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
-    from lightning.pytorch.strategies import DDPStrategy
+    lightning = pytest.importorskip(name)
+    DDPStrategy = import_module(f"{name}.strategies").DDPStrategy
 
-    class Derived(DDPStrategy):  # type: ignore[misc]
+    class Derived(DDPStrategy):  # type: ignore[misc, valid-type]
         """Such as one that shards the model too."""
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -156,7 +159,7 @@ def test_lightning(exactly: bool) -> None:
         strategy=DDPStrategy() if exactly else Derived(),
         accelerator="cpu",
         devices=dist.get_world_size(),
-        plugins=[TorchElasticEnvironment()],
+        plugins=[import_module(f"{FABRIC[name]}.plugins.environments").TorchElasticEnvironment()],
         max_steps=2,
         use_distributed_sampler=False,
         logger=False,
