@@ -45,7 +45,7 @@ NEIGHBOURS = {
         module="emerging_optimizers",
         # The other neighbours' tests, and what is not the package.
         without=(
-            *("test_automodel", "test_megatron", "test_nemo"),
+            *("test_automodel", "test_huggingface", "test_megatron", "test_nemo"),
             *("test_against", "test_docs", "test_examples", "test_experiments", "test_written_files"),
         ),
         checkout_in="UPSTREAM_CHECKOUT",
