@@ -66,7 +66,9 @@ def test_wheel_metadata(wheel):
     assert "Name: emerging-optimizers-adaptive-muon\n" in metadata
     required = set(re.findall(r"Requires-Dist: ([^;\n]+)\n", metadata))
     assert required == {"torch>=2.6", "absl-py", "emerging-optimizers<0.6,>=0.3"}
-    assert {"megatron", "nemo", "automodel", "huggingface", "test", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", metadata))
+    assert {"megatron", "nemo", "automodel", "huggingface", "test", "docs"} <= set(
+        re.findall(r"Provides-Extra: (\S+)", metadata)
+    )
 
 
 def test_wheel_is_found_by_lightning(wheel):
