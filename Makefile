@@ -22,7 +22,7 @@ venv: $(STAMP)
 $(STAMP): setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, got " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,megatron,nemo,automodel]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,megatron,nemo,automodel,huggingface]'
 	@touch $@
 
 demo: $(STAMP)

@@ -25,7 +25,7 @@ html_css_files = ["math.css"]
 
 autodoc_typehints = "description"
 # The integrations' pages need their docstrings only.
-autodoc_mock_imports = ["megatron", "nemo", "nemo_automodel", "lightning", "omegaconf"]
+autodoc_mock_imports = ["megatron", "nemo", "nemo_automodel", "lightning", "omegaconf", "transformers"]
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "fieldlist"]

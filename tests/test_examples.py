@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo runs from the command line and writes what it says; what is meant for torchrun runs in two processes."""
+"""The demo runs from the command line and writes what it says; what is meant for torchrun runs in two processes.
+
+So do the scripts that users copy, one for each framework.
+"""
 
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +163,58 @@ def test_documentation_of_sharding(tmp_path, script):
 
 def test_documentation_of_sharding_has_both_scripts():
     assert sorted({name for name, _ in BLOCKS}) == ["fsdp2", "tp"]
+
+
+# The scripts that users copy: the package that each needs, what starts it, and the folder of its checkpoints.
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+SCRIPTS = {
+    "fsdp2": ("torch", TORCHRUN, "runs/fsdp2"),
+    "huggingface_trainer": ("accelerate", [], "runs/huggingface_trainer"),
+    "accelerate_loop": ("accelerate", ACCELERATE, "runs/accelerate_loop"),
+    "lightning_module": ("lightning", [], "runs/lightning_module"),
+    "megatron_gpt": ("megatron.core", [*TORCHRUN, str(Path(__file__).parent / "megatron_core" / "on_cpu.py")], None),
+    "nemo/minimal": ("nemo.collections.asr", [], "runs/nemo_minimal"),
+}
+SLOW = ("megatron_gpt", "nemo/minimal")
+RESUMING = [script for script in SCRIPTS if SCRIPTS[script][2]]
+
+
+def losses_of(script, folder):
+    """Runs a script in a folder and returns the losses that it prints, by step."""
+    package, start, _ = SCRIPTS[script]
+    pytest.importorskip(package)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, *start, str(EXAMPLES / f"{script}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return {int(step): float(loss) for step, loss in re.findall(r"step (\d+) loss ([\d.e-]+)", done.stdout)}
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.long if s in SLOW else ()) for s in SCRIPTS])
+def test_script_to_copy_trains_and_saves(tmp_path, script):
+    losses = losses_of(script, tmp_path)
+    assert list(losses) == list(range(1, 21))
+    assert losses[20] < losses[10] < losses[1], losses
+    if script in RESUMING:
+        assert len(list((tmp_path / SCRIPTS[script][2]).glob("*[12]0*"))) == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", RESUMING)
+def test_script_to_copy_resumes(tmp_path, script):
+    """From its checkpoint of step 10 it comes to the same losses."""
+    losses = losses_of(script, tmp_path)
+    (last,) = (tmp_path / SCRIPTS[script][2]).glob("*20*")
+    shutil.rmtree(last) if last.is_dir() else last.unlink()
+    resumed = losses_of(script, tmp_path)
+    later = {step: loss for step, loss in resumed.items() if step > 10 or script != "huggingface_trainer"}
+    assert later == {step: loss for step, loss in losses.items() if step > 10}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_to_copy_is_short_and_says_how_to_start_it(script):
+    lines = (EXAMPLES / f"{script}.py").read_text().splitlines()
+    assert len(lines) <= 60
+    assert any(f"examples/{script}.py" in line for line in lines[:6])

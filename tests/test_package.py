@@ -66,7 +66,9 @@ def test_wheel_metadata(wheel):
     assert "Name: emerging-optimizers-adaptive-muon\n" in metadata
     required = set(re.findall(r"Requires-Dist: ([^;\n]+)\n", metadata))
     assert required == {"torch>=2.6", "absl-py", "emerging-optimizers<0.6,>=0.3"}
-    assert {"megatron", "nemo", "automodel", "test", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", metadata))
+    assert {"megatron", "nemo", "automodel", "huggingface", "test", "docs"} <= set(
+        re.findall(r"Provides-Extra: (\S+)", metadata)
+    )
 
 
 def test_wheel_is_found_by_lightning(wheel):
@@ -107,7 +109,7 @@ def test_every_file_names_its_licence():
 
 
 def test_import_pulls_in_no_framework():
-    names = ("megatron", "nemo", "lightning", "pytorch_lightning", "transformers", "matplotlib")
+    names = ("megatron", "nemo", "lightning", "pytorch_lightning", "transformers", "accelerate", "matplotlib")
     code = f"import sys, emerging_optimizers.adaptive_muon; print([n for n in {names} if n in sys.modules])"
     assert run_python(code) == "[]"
 

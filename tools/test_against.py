@@ -58,7 +58,7 @@ class Neighbor:
 
 
 # The other neighbors' tests, and what is not the package.
-NOT_CORE = ("test_automodel", "test_megatron", "test_nemo")
+NOT_CORE = ("test_automodel", "test_huggingface", "test_megatron", "test_nemo")
 NOT_CORE += ("test_against", "test_docs", "test_examples", "test_experiments", "test_written_files")
 NEIGHBORS = {
     "torch": Neighbor("torch", "torch", without=NOT_CORE),
