@@ -33,6 +33,7 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
 )
 from emerging_optimizers.adaptive_muon.routing.replicas import replica_group_of
 from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route, route_model
+from emerging_optimizers.adaptive_muon.sharding.blocks import in_words
 from emerging_optimizers.adaptive_muon.state import checkpoint
 
 
@@ -233,7 +234,7 @@ class HybridAdaptiveMuon(Optimizer):
         return loss
 
     def describe(self, *, each: bool = True) -> str:
-        """Return a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
+        """Return a table of the parameters: how many went where and, of ``each``, its shape, name, reason and blocks.
 
         The line of AdaptiveMuon says how many parameters are shared by how many replicas. The line of AdamW counts the
         two-dimensional parameters that are not the weights of linear maps, and the three-dimensional ones that may be
@@ -319,7 +320,8 @@ def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMu
         for replicas, count in sorted(shared.items()):
             line += f"; {count} shared by {replicas} replicas" if replicas > 1 else ""
         lines.append(line)
-        lines += [
-            f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({route.reason})" for name, p, route in rows if each
-        ]
+        for name, p, route in rows if each else ():
+            blocks = muon.state_format.sharding.rules.blocks(p) if route.algorithm == "adaptive_muon" else None
+            reason = route.reason + ("" if blocks is None else f", blocks of {in_words(blocks)}")
+            lines.append(f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({reason})")
     return "\n".join(lines)
