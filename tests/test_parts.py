@@ -317,9 +317,9 @@ def test_muon_blocks_and_blocks_fn_decide_before() -> None:
         moment2_method="namo",
         blocks_fn=lambda p: (6, 6) if p is model.known.out_proj.weight else None,
     )
-    assert lines(made)["known.in_proj_weight"] == "hidden matrix; its muon_blocks, (18, 18)"
+    assert lines(made)["known.in_proj_weight"] == "hidden matrix, blocks of 2 x 18 rows"
     assert lines(made)["known.out_proj.weight"] == "hidden matrix, blocks of 2 x 6 rows"
-    assert lines(made)["unknown.qkv.weight"] == "hidden matrix; its muon_blocks, (12, 12, 12)"
+    assert lines(made)["unknown.qkv.weight"] == "hidden matrix, blocks of 3 x 12 rows"
     assert [number_of_parts(made, p) for p in (model.known.in_proj_weight, model.known.out_proj.weight)] == [2, 2]
 
 
