@@ -285,6 +285,41 @@ def test_flags_reach_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built(config).bias_correction
 
 
+def test_diagnostics_go_to_megatrons_writers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A TensorBoard file read back, and what Weights & Biases gets, at the iterations at which Megatron logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    flags = "--optimizer adaptive_muon --adaptive-muon-diagnostics-every 2 --tensorboard-log-interval 4"
+    args = parsed(monkeypatch, *flags.split())
+    rows: list[tuple[int, dict[str, float]]] = []
+    wandb, writer = SimpleNamespace(log=lambda row, step: rows.append((step, row))), SummaryWriter(tmp_path)
+    monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", wandb)
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
+    global_vars._GLOBAL_ARGS = args
+    register()
+    optimizer = built(get_megatron_optimizer_config(args)[0])
+    [p] = optimizer.param_groups[0]["params"]
+    for args.curr_iteration in range(10):
+        p.grad = torch.full_like(p, 2.0 + args.curr_iteration)
+        optimizer.step()
+        if args.curr_iteration == 7:
+            last = optimizer.diagnostics_summary()
+    writer.close()
+    assert [step for step, _ in rows] == [4, 8] and rows[-1][1] == last
+    scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("adaptive_muon/gradient_norm/max")
+    assert [(each.step, each.value) for each in scalars] == [
+        (4, pytest.approx(5 * 32**0.5)),
+        (8, pytest.approx(9 * 32**0.5)),
+    ]
+    before = len(rows)
+    monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", None)  # as on all ranks but the last
+    monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", None)
+    for args.curr_iteration in range(10, 16):
+        optimizer.step()
+    assert len(rows) == before
+
+
 def test_defaults_of_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parsed(monkeypatch, "--optimizer", "adaptive_muon")
     config, defaults = get_megatron_optimizer_config(args)[0], OptimizerConfig()

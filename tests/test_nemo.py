@@ -2,6 +2,7 @@
 """NeMo's own flow, from the YAML to a trained model: a small Conformer-CTC on generated wavs, on the CPU."""
 
 import copy
+import csv
 import json
 import logging
 import os
@@ -755,3 +756,21 @@ def test_demo(tmp_path):
     assert len({of_method[0]["losses"][0] for of_method in runs.values()}) == 1  # the same weights, the same batch
     assert len({of_method[0]["losses"][1] for of_method in runs.values()}) == len(runs)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- diagnostics ----
+
+
+def test_diagnostics_are_in_the_loggers_of_a_stock_run(config, tmp_path):
+    """One key of the YAML is all: every Trainer has the callback where NeMo is in use."""
+    config.model.optim = optim("namo_d", diagnostics_every=2)
+    logger = pl.loggers.CSVLogger(tmp_path)
+    model, _ = fit(config, 4, logger=logger, log_every_n_steps=2)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("adaptive_muon/matrices")]
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    optimizer = model.trainer.optimizers[0]
+    for name, value in optimizer.diagnostics_summary().items():
+        assert float(rows[-1][name]) == pytest.approx(value)
+    assert any(name.startswith("encoder.layers.0.") for name in optimizer.diagnostics())
+    assert "stand" in optimizer.report()

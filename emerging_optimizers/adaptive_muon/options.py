@@ -329,12 +329,6 @@ class Options(MatrixOptions):
         rule=Rule("a positive number of bytes", partial(within, low=1), "the default is 2**30"),
         flag=True,
     )
-    capturable: bool = option_field(
-        False,
-        "Whether a CUDA graph may capture the step. The step count is then on the device, and lr may be a tensor there.",
-        megatron_field="optimizer_cuda_graph",
-        in_files=False,
-    )
     diagnostics_every: int | None = option_field(
         None,
         "Number of steps from one in which every matrix is measured to the next, see diagnostics(); None for never. With "
@@ -345,6 +339,12 @@ class Options(MatrixOptions):
             "pass the interval of your logger, such as 100",
         ),
         flag=True,
+    )
+    capturable: bool = option_field(
+        False,
+        "Whether a CUDA graph may capture the step. The step count is then on the device, and lr may be a tensor there.",
+        megatron_field="optimizer_cuda_graph",
+        in_files=False,
     )
 
     def __post_init__(self) -> None:
@@ -468,8 +468,8 @@ class OptionsDict(TypedDict, total=False):
     layout_fn: LayoutFn | None
     blocks_fn: BlocksFn | None
     max_bytes_in_flight: int
-    capturable: bool
     diagnostics_every: int | None
+    capturable: bool
 
 
 def _check_decay_method(options: Options) -> None:

@@ -17,13 +17,15 @@ def lightning_callbacks() -> list[Any]:
     """Registers adaptive_muon where NeMo is in use: the entry point of ``lightning.pytorch.callbacks_factory``.
 
     Returns:
-        The callbacks for Lightning to add to a ``Trainer``: none.
+        The callbacks for Lightning to add to a ``Trainer``: where NeMo is in use, one that writes the optimizer's
+        diagnostics if it measures.
     """
     if "nemo.core.optim.optimizers" in sys.modules:
         try:
-            from emerging_optimizers.adaptive_muon.integrations.nemo import register
+            from emerging_optimizers.adaptive_muon.integrations.nemo import diagnostics_callback, register
 
             register()
+            return [diagnostics_callback()]
         except Exception as error:  # a Trainer that never asked for adaptive_muon must not fail for it
             logging.getLogger(__name__).warning("NeMo's optim.name adaptive_muon is not available: %s", error)
     return []

@@ -82,6 +82,35 @@ def test_megatrons_own_losses_depend_on_the_tensor_parallel_size() -> None:
     assert losses_at(2, "namo", **rates) != pytest.approx(whole, rel=1e-3)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_diagnostics_have_the_models_names_and_do_not_depend_on_the_parallelism(bf16: bool) -> None:
+    """Also where bfloat16 parameters have float32 main ones in the optimizer. Queries, keys and values are apart."""
+    register(diagnostics_every=1)
+    seen = []
+    for tp in 1, 4:
+        with parallel(tp):
+            model = gpt(bf16=bf16)
+            optimizer = optimizer_of(model, "namo", muon_split_qkv=True)
+            train(model, optimizer, range(2))
+            [muon] = muons_of(optimizer)
+            seen.append(muon.diagnostics())
+    names = {f"decoder.layers.{i}.self_attention.linear_qkv.weight[{block}]" for i in range(2) for block in range(3)}
+    names |= {f"decoder.layers.{i}.mlp.linear_fc{number}.weight" for i in range(2) for number in (1, 2)}
+    assert names <= seen[0].keys() == seen[1].keys()
+    for name, row in seen[0].items():
+        assert seen[1][name] == pytest.approx(row, rel=0.1 if bf16 else 1e-3), name
+
+
+def test_blockwise_diagnostics_name_the_shards() -> None:
+    register(diagnostics_every=1)
+    with parallel(2):
+        model = gpt()
+        optimizer = optimizer_of(model, "namo", muon_tp_mode="blockwise")
+        train(model, optimizer, range(1))
+        [muon] = muons_of(optimizer)
+        assert all(f" (shard of rank {dist.get_rank() % 2})" in name for name in muon.diagnostics())
+
+
 @pytest.mark.parametrize("mode", [{}, {"muon_tp_mode": "layer_sharded"}], ids=["megatron's default", "layer_sharded"])
 def test_use_muon_of_a_parameter(mode: dict[str, str]) -> None:
     """Megatron 0.20 sends what is tagged False to its scalar optimizer; older ones have no such tag."""

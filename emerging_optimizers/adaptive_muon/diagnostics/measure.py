@@ -149,8 +149,11 @@ class BatchMeasures:
         share = torch.zeros_like(like) if clamped is None else clamped.view(like.shape)
         rest = [torch.zeros_like(like) + value for value in (factor, self._size, self._store.step_on(like.device))]
         columns = [measures[..., 0, _BEFORE], squares.view(like.shape), *of_scale, measures[..., 0, _ERROR], share]
-        rows = self._store.awaiting if self._late else self._store.complete
-        rows.put(self._keys, torch.cat([*columns, *rest], -1))
+        values = torch.cat([*columns, *rest], -1)
+        if self._late:
+            self._store.awaiting.put(self._keys, values)
+        else:
+            self._store.put(self._keys, values, self._store.steps + 1)
 
     def _of_scale(self, D: torch.Tensor, O: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
         """D's mean, least and largest; where shards know it together, the sum instead of the mean."""
@@ -171,7 +174,7 @@ class BatchMeasures:
         had = [index for index, key in enumerate(self._keys) if key in awaiting]
         if had:
             keys = self._keys if len(had) == len(self._keys) else [self._keys[index] for index in had]
-            self._store.complete.put(keys, values if keys is self._keys else values[had])
+            self._store.put(keys, values if keys is self._keys else values[had], self._store.steps)
 
 
 def _nothing(measures: torch.Tensor) -> torch.Tensor:

@@ -89,11 +89,12 @@ class Store:
     """
 
     def __init__(self, every: int, *, on_device: bool, assembles: bool) -> None:
-        self.every, self._on_device, self._assembles = every, on_device, assembles
+        self.every, self.on_device, self._assembles = every, on_device, assembles
         self.steps = 0  # that have ended
         self._counts: dict[torch.device, torch.Tensor] = {}
         self.complete = _Rows()
         self.awaiting = _Rows()  # of which the shards' part is on its way
+        self.newest = 0  # the last step of which values are complete, as far as the host knows: it does not see a graph's replays
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -106,6 +107,11 @@ class Store:
         measures, carries = step % self.every == 0, self.steps > 0 and self.steps % self.every == 0
         return Measuring(self, measures, carries, self._assembles) if measures or carries else None
 
+    def put(self, keys: Sequence[Key], values: torch.Tensor, step: int) -> None:
+        """Keep the complete values of matrices that were measured in a step."""
+        self.complete.put(keys, values)
+        self.newest = step
+
     def end_step(self) -> None:
         """Count a step that has ended. One that raised an error does not count, on any rank."""
         self.steps += 1
@@ -114,7 +120,7 @@ class Store:
 
     def step_on(self, device: torch.device) -> float | torch.Tensor:
         """Return the number of the step that has begun, as a tensor where it is counted on the device."""
-        if not self._on_device:
+        if not self.on_device:
             return float(self.steps + 1)
         if device not in self._counts:
             self._counts[device] = torch.full((), float(self.steps), device=device)

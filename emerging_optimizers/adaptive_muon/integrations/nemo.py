@@ -17,10 +17,11 @@ from torch import nn
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.checks import refusal, require
+from emerging_optimizers.adaptive_muon.integrations.lightning import AdaptiveMuonDiagnostics
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
 
 
-__all__ = ["AdaptiveMuonParams", "adaptive_muon", "register"]
+__all__ = ["AdaptiveMuonParams", "adaptive_muon", "diagnostics_callback", "register"]
 
 # Keys that a module may have in ``optim_param_groups``. HybridAdaptiveMuon has another name for the last.
 _GROUP_KEYS = ("lr", "weight_decay", "momentum", "beta2", "betas", "scalar_lr", "scalar_weight_decay", "eps")
@@ -49,6 +50,15 @@ def register() -> None:
     if optimizers.AVAILABLE_OPTIMIZERS.get("adaptive_muon") is not adaptive_muon:
         optimizers.register_optimizer("adaptive_muon", adaptive_muon, AdaptiveMuonParams)
     _wrap_setup()
+
+
+def diagnostics_callback() -> AdaptiveMuonDiagnostics:
+    """Return the callback that every ``Trainer`` has where NeMo is in use: it writes the summary if ``optim`` measures.
+
+    NeMo instantiates no class of another package from its YAML, so ``diagnostics_every`` in ``optim`` is all there is to say.
+    Pass a callback of that class to the ``Trainer`` for other matrices; this one then does nothing.
+    """
+    return AdaptiveMuonDiagnostics(required=False)
 
 
 @cache

@@ -2,7 +2,7 @@
 """Megatron-Core: AdaptiveMuon as Megatron's ``adaptive_muon``, with its configuration, layouts and checkpoints."""
 
 import logging as standard_logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, TensorParallelModeT, WeightDecayMethodT
 from emerging_optimizers.adaptive_muon.checks import require_known
 from emerging_optimizers.adaptive_muon.integrations.megatron.arguments import from_command_line, from_config
+from emerging_optimizers.adaptive_muon.integrations.megatron.diagnostics import ModelNames, write_diagnostics
 from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
     MegatronLayouts,
     qkv_split_shapes,
@@ -62,6 +63,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         weight_decay_method: As AdaptiveMuon's. It overrides ``use_decoupled_weight_decay``.
         split_heads, split_gate_up: As :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`, for weights that
             :func:`tag_patterns` has seen. Megatron's models have passed it where Megatron makes the optimizer.
+        names: The names of the model's parameters, for diagnostics.
         **options: Further options of AdaptiveMuon, by name.
 
     Raises:
@@ -85,9 +87,11 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
         weight_decay_method: WeightDecayMethodT | None = None,
         split_heads: bool = SplitOptions.split_heads,
         split_gate_up: bool = SplitOptions.split_gate_up,
+        names: ModelNames | None = None,
         **options: Any,
     ) -> None:
-        blockwise = tp_mode == "blockwise"
+        blockwise, self._names = tp_mode == "blockwise", names
+        self._blocks_of = pg_collection if blockwise else None  # the groups of which each shard is a matrix
         if blockwise:
             groups = [getattr(pg_collection, name, None) for name in ("tp", "expt_tp")]
             warn_of_blockwise(max(1 if group is None else group.size() for group in groups))
@@ -112,6 +116,17 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
             **options,
         )
         self._put_rates_on_devices()
+        if self.diagnostics_store is not None:
+            self.register_step_post_hook(write_diagnostics)
+
+    @override
+    def named_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the matrices with their names in the model where Megatron has made the optimizer."""
+        named = super().named_matrices()
+        for name, p in named if self._names is None else self._names.replaced(named):
+            group = getattr(self._blocks_of, "expt_tp" if getattr(p, "expert_tp", False) else "tp", None)
+            is_shard = group is not None and group.size() > 1 and getattr(p, "partition_dim", -1) in (0, 1)
+            yield f"{name} (shard of rank {group.rank()})" if group is not None and is_shard else name, p
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -215,6 +230,7 @@ def register(**options: Unpack[OptionsDict]) -> None:
         return {
             **arguments,
             "pg_collection": pg_collection,
+            "names": ModelNames(model_chunks),
             "qkv_split_shapes": qkv_split_shapes(model_chunks[0].config),
         }
 
