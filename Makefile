@@ -100,6 +100,7 @@ docs: $(DOCS)
 
 option-tables: $(STAMP)
 	$(BIN)/python tools/option_tables.py
+	$(BIN)/python tools/parts_table.py
 
 links: $(DOCS)
 	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck

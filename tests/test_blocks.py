@@ -368,6 +368,20 @@ def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
     assert len(optimizer.param_groups) == 1 and torch.equal(p, normal((96, 32)))
 
 
+def test_describe_shows_blocks() -> None:
+    model = nn.ModuleDict({name: nn.Linear(12, 12, bias=False) for name in ("q", "kv", "out", "up", "table")})
+    model.q.weight.muon_blocks, model.kv.weight.muon_blocks = (4, 4, 4), [2, 4, 4, 2]
+    model.out.weight.muon_blocks = model.table.weight.muon_blocks = ColumnBlocks((6, 6))
+    optimizer = HybridAdaptiveMuon.from_model(model, routes={"table.*": "adamw"})
+    assert [line.split("  ")[-1] for line in optimizer.describe().splitlines()[1:5]] == [
+        "(hidden matrix, blocks of 3 x 4 rows)",
+        "(hidden matrix, blocks of 2, 2 x 4, 2 rows)",
+        "(hidden matrix, blocks of 2 x 6 columns)",
+        "(hidden matrix)",
+    ]
+    assert optimizer.describe().endswith("(pattern 'table.*')\nfrozen: 0 parameters, 0 elements")
+
+
 # ------------------------------------------------------------------------------------------------------------ a GPT
 
 WIDTH, HEADS, GROUPS, VOCABULARY = 32, 4, 2, 19

@@ -4,6 +4,7 @@
 import copy
 import io
 import re
+import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from side_by_side import difference, normal, smooth
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
+from tree import ROOT
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.routing.fused import FUSED_CLASSES
@@ -317,9 +319,9 @@ def test_muon_blocks_and_blocks_fn_decide_before() -> None:
         moment2_method="namo",
         blocks_fn=lambda p: (6, 6) if p is model.known.out_proj.weight else None,
     )
-    assert lines(made)["known.in_proj_weight"] == "hidden matrix; its muon_blocks, (18, 18)"
-    assert lines(made)["known.out_proj.weight"] == "hidden matrix; blocks_fn's (6, 6)"
-    assert lines(made)["unknown.qkv.weight"] == "hidden matrix; its muon_blocks, (12, 12, 12)"
+    assert lines(made)["known.in_proj_weight"] == "hidden matrix, blocks of 2 x 18 rows"
+    assert lines(made)["known.out_proj.weight"] == "hidden matrix, blocks of 2 x 6 rows"
+    assert lines(made)["unknown.qkv.weight"] == "hidden matrix, blocks of 3 x 12 rows"
     assert [number_of_parts(made, p) for p in (model.known.in_proj_weight, model.known.out_proj.weight)] == [2, 2]
 
 
@@ -449,6 +451,14 @@ def test_columns_are_of_a_public_value() -> None:
     model = nn.MultiheadAttention(12, 3)
     HybridAdaptiveMuon.from_model(model, split_heads=True)
     assert model.out_proj.weight.muon_parts == ColumnBlocks((4, 4, 4)) and model.in_proj_weight.muon_parts == (4,) * 9
+
+
+def test_the_documented_tables_are_those_of_the_tests() -> None:
+    """``make option-tables`` writes them."""
+    made: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "parts_table.py"))
+    page = made["PAGE"].read_text(encoding="utf-8")
+    tables = {"attention": made["attention_table"](ATTENTION, tiny_models.tiny), "classes": made["class_list"]()}
+    assert made["with_tables"](page, tables) == page
 
 
 def test_phi3_with_both_switches() -> None:

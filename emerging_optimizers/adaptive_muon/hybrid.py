@@ -33,6 +33,7 @@ from emerging_optimizers.adaptive_muon.routing.groups import (
 )
 from emerging_optimizers.adaptive_muon.routing.replicas import replica_group_of
 from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route
+from emerging_optimizers.adaptive_muon.sharding.blocks import in_words
 from emerging_optimizers.adaptive_muon.state import checkpoint
 
 
@@ -239,7 +240,7 @@ class HybridAdaptiveMuon(Optimizer):
         return loss
 
     def describe(self, *, each: bool = True) -> str:
-        """Return a table of the parameters: how many went where and, of ``each``, its shape, its name and why.
+        """Return a table of the parameters: how many went where and, of ``each``, its shape, name, reason and blocks.
 
         The line of AdaptiveMuon says how many parameters are shared by how many replicas. The line of AdamW counts the
         two-dimensional parameters that are not the weights of linear maps, and the three-dimensional ones that may be
@@ -314,7 +315,7 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
 def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMuon, *, each: bool) -> str:
     """Return the table that :meth:`HybridAdaptiveMuon.describe` returns."""
     titles = {"adaptive_muon": f"AdaptiveMuon ({muon.moment2_method})", "adamw": "AdamW", "frozen": "frozen"}
-    lines, blocks_fn = [], muon.options.blocks_fn
+    lines = []
     for part, title in titles.items():
         rows = [row for row in routes if part == (row[2].algorithm if row[1].requires_grad else "frozen")]
         line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
@@ -326,7 +327,8 @@ def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMu
             line += f"; {count} shared by {replicas} replicas" if replicas > 1 else ""
         lines.append(line)
         for name, p, route in rows if each else ():
-            blocks = blocks_fn(p) if blocks_fn is not None and route.algorithm == "adaptive_muon" else None
-            text = route.text if blocks is None else f"{route.reason}; blocks_fn's {blocks}"
+            blocks = muon.state_format.sharding.rules.blocks(p) if route.algorithm == "adaptive_muon" else None
+            found = blocks is None or (route.parts is not None and route.parts.blocks is blocks)
+            text = route.text if found else f"{route.reason}, blocks of {in_words(blocks)}"
             lines.append(f"  {' x '.join(map(str, p.shape)):>15}  {name}  ({text})")
     return "\n".join(lines)

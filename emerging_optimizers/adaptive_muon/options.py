@@ -308,9 +308,9 @@ class Options(MatrixOptions):
     )
     blocks_fn: BlocksFn | None = option_field(
         None,
-        "Function that takes a fused parameter and returns the sizes of its row blocks, or None for the parameter's "
-        "attribute muon_blocks. Every block is a matrix of its own. Sizes whose sum is less than the rows repeat down "
-        "the matrix, as Megatron's query groups do.",
+        "Function that takes a fused parameter and returns the row counts of its blocks, or ColumnBlocks with their "
+        "column counts, or None for the parameter's attribute muon_blocks. Every block is a matrix of its own. Counts "
+        "whose sum is less than the rows, or columns, repeat, as Megatron's query groups do.",
         rule=Rule("a function of a parameter", _or_none(callable), "or set muon_blocks on the fused parameters"),
         scope="rank",
         in_files=False,

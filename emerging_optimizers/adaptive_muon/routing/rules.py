@@ -309,9 +309,8 @@ def _with_parts(
     route: Route, p: nn.Parameter, places: list[_Use], parts: Mapping[nn.Parameter, Parts], switches: SplitOptions
 ) -> Route:
     """Return a route with what is known of the matrices that its parameter holds."""
-    blocks = getattr(p, "muon_blocks", None)
-    if blocks is not None:
-        return replace(route, parts=Parts(None, f"its muon_blocks, {blocks}"))
+    if getattr(p, "muon_blocks", None) is not None:
+        return route
     if p in parts:
         return replace(route, parts=parts[p])
     if switches.split_heads and any(is_attention(module) for use in places for module in use.modules[-3:]):

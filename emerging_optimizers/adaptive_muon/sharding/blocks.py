@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.sharding.layout import Rectangle
 
 
-__all__ = ["Block", "ColumnBlocks", "Index", "blocks_of"]
+__all__ = ["Block", "ColumnBlocks", "Index", "blocks_of", "in_words"]
 
 # Some rows, or columns, of a tensor: a slice where they are adjacent.
 Index = slice | torch.Tensor
@@ -109,6 +109,15 @@ def blocks_of(blocks: Any, whole: tuple[int, int], name: str) -> Sequence[Block]
         f"give the {word}s of each block, or of each in one group where the groups repeat",
     )
     return _resolved(-1 if is_columns else -2, sizes)
+
+
+def in_words(blocks: Any) -> str:
+    """Return blocks in words, such as "64, 2 x 16 rows"; they need not have been checked."""
+    sizes, word = (blocks.sizes, "columns") if isinstance(blocks, ColumnBlocks) else (blocks, "rows")
+    if not isinstance(sizes, tuple):
+        return repr(blocks)
+    equal = [(size, len([*group])) for size, group in groupby(sizes)]
+    return ", ".join(f"{count} x {size}" if count > 1 else f"{size}" for size, count in equal) + f" {word}"
 
 
 @cache

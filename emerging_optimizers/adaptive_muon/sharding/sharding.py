@@ -64,7 +64,7 @@ class Sharding:
     """
 
     def __init__(self, rules: Rules, synced_options: Mapping[str, Any]) -> None:
-        self._rules, self._synced_options = rules, dict(synced_options)
+        self.rules, self._synced_options = rules, dict(synced_options)
         # The identities keep no parameter alive that has left the groups.
         self._known: dict[Key, tuple[torch.Size, tuple[Matrix, ...]]] = {}
         self._comparison = Comparison()
@@ -72,7 +72,7 @@ class Sharding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Sharding":
         """Return a registry for a copy of the optimizer, with the same process groups. :meth:`adopt` fills it."""
-        return Sharding(self._rules, self._synced_options)
+        return Sharding(self.rules, self._synced_options)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -94,17 +94,17 @@ class Sharding:
     def check(self, group: dict[str, Any]) -> None:
         """Raise a ``ValueError`` if a parameter group's sharding is wrong, as far as this process can find out alone."""
         for p, name in _named([group], lambda p: True):
-            split = self._rules.split(p, name)
-            self._rules.replicas(p, split, name)
+            split = self.rules.split(p, name)
+            self.rules.replicas(p, split, name)
             if isinstance(split, Layout):
-                whole_matrices(p, name, self._rules.blocks(p))
+                whole_matrices(p, name, self.rules.blocks(p))
 
     def replicas_of(self, p: torch.Tensor) -> int:
         """Return how many replicas share the work on a parameter, which :meth:`resolve` need not have seen."""
-        split = self._rules.split(p, "a parameter")
-        if not self._rules.shares(split):
+        split = self.rules.split(p, "a parameter")
+        if not self.rules.shares(split):
             return 1
-        replicas = self._rules.replicas(p, split, "a parameter")
+        replicas = self.rules.replicas(p, split, "a parameter")
         if isinstance(split, ReplicaPiece):
             return split.replicas
         return 1 if replicas is None else replicas.size()
@@ -212,9 +212,9 @@ class Sharding:
         numbers = {p: number for number, group in enumerate(param_groups) for p in group["params"]}
         found = []
         for p, name in new:
-            split = self._rules.split(p, name)
-            replicas, shares = self._rules.replicas(p, split, name), self._rules.shares(split)
-            found.append(Found(p, name, numbers[p], split, replicas, shares, self._rules.blocks(p)))
+            split = self.rules.split(p, name)
+            replicas, shares = self.rules.replicas(p, split, name), self.rules.shares(split)
+            found.append(Found(p, name, numbers[p], split, replicas, shares, self.rules.blocks(p)))
         for p, matrices in self._resolved(found).items():
             self._known[identity(p)] = as_matrices(p).shape, matrices
         shared = {p: layout.number_of_replicas for p, _ in new for layout in self._layouts(p)[:1] if layout.replicas}
@@ -224,7 +224,7 @@ class Sharding:
 
     def _resolved(self, found: Sequence[Found]) -> dict[torch.Tensor, tuple[Matrix, ...]]:
         """Return the matrices of parameters, which the ranks that hold them have compared."""
-        tp_group = self._rules.tp_group
+        tp_group = self.rules.tp_group
         comparing: dict[ProcessGroup, list[Found]] = {} if tp_group is None else {tp_group: []}
         for one in found:
             # A parameter that is whole for one rank may be a shard for another: the ranks of tp_group compare all.
@@ -253,7 +253,7 @@ class Sharding:
             p: whole_matrices(p, one.name, one.blocks)
             if group is None
             else sharded_matrices(
-                p, one.name, group, infos[p, group], self._rules.mode, one.replicas if one.shares else None
+                p, one.name, group, infos[p, group], self.rules.mode, one.replicas if one.shares else None
             )
             for one, (p, group) in zip(found, groups.items(), strict=True)
         }
@@ -262,7 +262,7 @@ class Sharding:
         """Return the group that holds a parameter together; None where this rank has all of it by itself."""
         if isinstance(one.split, ReplicaPiece) and not one.shares:
             return one.split.shards
-        if one.replicas is None or not one.shares or (one.holders is not None and self._rules.mode is None):
+        if one.replicas is None or not one.shares or (one.holders is not None and self.rules.mode is None):
             return one.holders
         if one.holders is None:
             return one.replicas
