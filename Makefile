@@ -109,6 +109,7 @@ docs: $(DOCS)
 
 option-tables: $(STAMP)
 	$(BIN)/python tools/option_tables.py
+	$(BIN)/python tools/parts_table.py
 
 version-table: $(STAMP)
 	$(BIN)/python tools/version_table.py

@@ -182,6 +182,36 @@ def test_split_qkv(monkeypatch: pytest.MonkeyPatch) -> None:
     assert qkv_blocks() == [16, 16, 8, 8]
 
 
+class Attention(torch.nn.Module):
+    """What shows Megatron's attention: two query groups of four heads of four rows."""
+
+    config, query_projection_size, kv_projection_size, hidden_size_per_attention_head = Chunk.config, 32, 8, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_qkv, self.linear_proj = (torch.nn.Linear(*shape, bias=False) for shape in ((8, 48), (32, 8)))
+
+
+@pytest.mark.parametrize("by", ["flag", "register", "neither"])
+def test_split_heads(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line or register(): every head of each query group, and those of the output projection."""
+    flags = ["--adaptive-muon-split-heads"] if by == "flag" else []
+    global_vars._GLOBAL_ARGS = parsed(monkeypatch, "--optimizer", "adaptive_muon", *flags)
+    register(**{"split_heads": True} if by == "register" else {})
+    chunk = Chunk()
+    chunk.attention = Attention()
+    entry, params = TABLE["adaptive_muon"], [*chunk.parameters()]
+    optimizer = entry.optimizer_cls(params, **entry.config_to_kwargs(NAMO_D, [chunk], None))
+    optimizer.state_format.sharding.resolve(optimizer.param_groups)
+    shapes = [[m.shape(p) for m in optimizer.state_format.sharding.matrices(p)] for p in params]
+    if by == "neither":
+        assert shapes == [[(32, 8), (8, 8), (8, 8)], [(8, 32)]]
+    else:
+        assert shapes == [[(4, 8)] * 12, [(8, 4)] * 8]
+    with pytest.raises(ValueError, match="split_heads must be True or False, got 'yes'"):
+        register(split_heads="yes")
+
+
 def test_split_qkv_without_blocks_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(48, 8))
     p.is_qkv = True

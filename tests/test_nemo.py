@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from torch.utils.data import DistributedSampler
@@ -37,9 +38,13 @@ from nemo.collections.asr.modules import (
     SpeakerDecoder,
 )
 from nemo.collections.asr.modules.sortformer_modules import SortformerModules
+from nemo.collections.asr.modules.transformer import transformer_modules
+from nemo.collections.asr.parts.submodules.multi_head_attention import RelPositionMultiHeadAttention
 from nemo.collections.asr.parts.submodules.token_classifier import TokenClassifier
 from nemo.collections.common.parts import MultiLayerPerceptron
 from nemo.collections.common.parts.adapter_modules import LinearAdapterConfig
+from nemo.collections.tts.modules import transformer as fastpitch
+from nemo.collections.tts.modules import transformer_2501
 from nemo.core.classes import ModelPT, NeuralModule, common
 from nemo.core.config.optimizers import AVAILABLE_OPTIMIZER_PARAMS
 from nemo.core.neural_types import LogitsType, NeuralType
@@ -287,6 +292,8 @@ def test_params_have_the_constructors_options_and_defaults():
         arguments.pop(not_for_yaml, None)
     names = {"eps": "moment2_eps", "scalar_eps": "eps"}
     wanted = {names.get(name, name): argument.default for name, argument in arguments.items()} | {"routes": None}
+    of_model = signature(HybridAdaptiveMuon.from_model).parameters
+    wanted |= {name: argument.default for name, argument in of_model.items() if name.startswith("split_")}
     ours = {field.name: field.default for field in fields(AdaptiveMuonParams) if field.name != "lr"}
     assert ours == wanted and MISSING not in ours.values()
 
@@ -333,6 +340,78 @@ def test_conformer_is_routed_as_documented(config):
         assert {a for name, a in routes.items() if special in name} == {"adamw"}, special
     assert len(shapes["encoder.layers.0.self_attn.pos_bias_u"]) == 2
     assert Counter(routes.values())["adaptive_muon"] == 19
+
+
+def test_heads_of_the_conformer(config):
+    config.model.optim.split_heads = True
+    optimizer = optimizer_of(config)
+    parts = {
+        name: route.text.partition("; ")[2] for name, _, route in optimizer.routes if "layers.0.self_attn" in name
+    }
+    heads, size = config.model.encoder.n_heads, config.model.encoder.d_model // config.model.encoder.n_heads
+    prefix = "encoder.layers.0.self_attn.linear_"
+    assert parts == {
+        f"{prefix}q.weight": f"{heads} query heads of {size} rows",
+        f"{prefix}k.weight": f"{heads} key heads of {size} rows",
+        f"{prefix}v.weight": f"{heads} value heads of {size} rows",
+        f"{prefix}out.weight": f"{heads} heads of {size} columns",
+        f"{prefix}pos.weight": f"{heads} heads of {size} rows",
+    }
+
+
+class OneAttention(nn.Module):
+    """One of NeMo's attention modules, and what it is run on."""
+
+    def __init__(self, attention: nn.Module, run: Any) -> None:
+        super().__init__()
+        self.layer, self.run = nn.ModuleDict({"attention": attention}), run
+        torch.manual_seed(0)
+        for p in self.double().eval().parameters():
+            p.data = torch.randn_like(p) * 0.3
+
+    def forward(self) -> None:
+        """Run it."""
+        x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        self.run(self.layer["attention"], x)
+
+
+# NeMo's attention modules, a run of each, and the heads that each block of their weights reaches.
+SEPARATE, TOGETHER = ("0 1 2 3", "0 1 2 3", "0* 1* 2* 3*"), "0 1 2 3 0 1 2 3 0* 1* 2* 3*"
+MODULES: dict[str, tuple[Any, Any, dict[str, str]]] = {
+    "conformer": (
+        lambda: RelPositionMultiHeadAttention(4, 32, 0.0, None, None),
+        lambda attention, x: attention(x, x, x, None, torch.cat([x, x[:, :6]], 1)),
+        dict(zip(("linear_q", "linear_k", "linear_v", "linear_pos"), (*SEPARATE, "0 1 2 3"), strict=True)),
+    ),
+    "transformer": (
+        lambda: transformer_modules.MultiHeadAttention(32, 4),
+        lambda attention, x: attention(x, x, x, None),
+        dict(zip(("query_net", "key_net", "value_net"), SEPARATE, strict=True)),
+    ),
+    "speech synthesis": (
+        lambda: fastpitch.MultiHeadAttn(4, 32, 8, 0.0),
+        lambda attention, x: attention(x, None),
+        {"qkv_net": TOGETHER},
+    ),
+    "self-attention": (
+        lambda: transformer_2501.SelfAttention(4, 32, 0.0, is_causal=False),
+        lambda attention, x: attention(x, torch.ones(1, 7).bool()),
+        {"qkv_net": TOGETHER},
+    ),
+    "cross-attention": (
+        lambda: transformer_2501.CrossAttention(4, 32, 32, 0.0),
+        lambda attention, x: attention(x, torch.ones(1, 7).bool(), x, torch.ones(1, 7).bool()),
+        {"q_net": "0 1 2 3", "kv_net": "0 1 2 3 0* 1* 2* 3*"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_block_reaches_its_heads(name):
+    """NeMo's own forward decides, as Hugging Face's in tests/test_parts.py."""
+    make, run, expected = MODULES[name]
+    [weights] = tiny_models.reach(OneAttention(make(), run)).values()
+    assert weights == expected
 
 
 class ManyOutputs(NeuralModule):

@@ -4,6 +4,7 @@
 import copy
 import io
 import re
+import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from side_by_side import difference, normal, smooth
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
+from tree import ROOT
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.routing.fused import FUSED_CLASSES
@@ -449,6 +451,14 @@ def test_columns_are_of_a_public_value() -> None:
     model = nn.MultiheadAttention(12, 3)
     HybridAdaptiveMuon.from_model(model, split_heads=True)
     assert model.out_proj.weight.muon_parts == ColumnBlocks((4, 4, 4)) and model.in_proj_weight.muon_parts == (4,) * 9
+
+
+def test_the_documented_tables_are_those_of_the_tests() -> None:
+    """``make option-tables`` writes them."""
+    made: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "parts_table.py"))
+    page = made["PAGE"].read_text(encoding="utf-8")
+    tables = {"attention": made["attention_table"](ATTENTION, tiny_models.tiny), "classes": made["class_list"]()}
+    assert made["with_tables"](page, tables) == page
 
 
 def test_phi3_with_both_switches() -> None:

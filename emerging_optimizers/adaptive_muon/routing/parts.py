@@ -94,7 +94,9 @@ def rows(sizes: Sequence[tuple[str, int, int]], *, each: str = "", times: int = 
     text = _listed(
         f"{number} {name}s of {size}" if number > 1 else f"{name} of {size}" for name, number, size in sizes
     )
-    return WHOLE if len(blocks) == 1 else Parts(blocks, f"{times} {each}s of {text} rows" if each else f"{text} rows")
+    return (
+        WHOLE if len(blocks) == 1 else Parts(blocks, f"{times} {each}s, each {text} rows" if each else f"{text} rows")
+    )
 
 
 def merged_rows(sizes: Sequence[tuple[str, int, int]], *, times: int = 1) -> Parts:
