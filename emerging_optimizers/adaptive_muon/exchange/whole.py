@@ -11,9 +11,11 @@ from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 
 
-__all__ = ["Orthogonalize", "Squares"]
+__all__ = ["Orthogonalize", "Squares", "Whole", "orthogonalize_together"]
 
 Squares = list[torch.Tensor]
+# What an Orthogonalize is called with.
+Whole = tuple[torch.Tensor, Squares, Sequence[int], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +45,44 @@ class Orthogonalize:
             members: Which members of the batch they belong to.
             dtype: The dtype of the sums of squares. O is returned in the dtype in which it is exact.
         """
-        if self.scale is not None:
-            momentum = (momentum * self.scale(squares, members)).to(momentum.dtype)  # D may be in float64
+        momentum = self.scaled(momentum, squares, members)
         if isinstance(self.function, NewtonSchulz):
             O = self.function.iterated(momentum)
         else:
             # A function may work in place, and M' may be the momentum buffer itself.
             Os = [self.function[i](matrix.clone()) for i, matrix in zip(members, momentum, strict=True)]
             O = as_batch(Os).to(dtype)
+        return self.with_sums(O, squares, dtype)
+
+    def scaled(self, momentum: torch.Tensor, squares: Squares, members: Sequence[int]) -> torch.Tensor:
+        """Return what is iterated on: D M' where D scales it, else M' itself."""
+        if self.scale is None:
+            return momentum
+        return (momentum * self.scale(squares, members)).to(momentum.dtype)  # D may be in float64
+
+    def with_sums(self, O: torch.Tensor, squares: Squares, dtype: torch.dtype) -> tuple[torch.Tensor, Squares]:
+        """Return O, and the sums of squares with those of O where they are asked for."""
         return O, [*squares, sum_of_squares(O, self.kept_dims, dtype)] if self.observes_result else squares
+
+    def goes_with(self, other: "Orthogonalize") -> bool:
+        """Return whether both iterate in the same way, so that their matrices can be iterated on together."""
+        return isinstance(self.function, NewtonSchulz) and self.function == other.function
 
     def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
         """Return the dtype in which O is exact, of matrices of a shape on a device."""
         return self.function.dtype(device, shape) if isinstance(self.function, NewtonSchulz) else torch.float32
+
+
+def orthogonalize_together(
+    functions: Sequence[Orthogonalize], wholes: Sequence[Whole]
+) -> list[tuple[torch.Tensor, Squares]]:
+    """Return what each function returns of its own arguments, where all iterate in the same way on matrices of one shape."""
+    iteration = functions[0].function
+    if len(functions) == 1 or not isinstance(iteration, NewtonSchulz):
+        return [function(*whole) for function, whole in zip(functions, wholes, strict=True)]
+    both = [*zip(functions, wholes, strict=True)]
+    scaled = [function.scaled(momentum, squares, members) for function, (momentum, squares, members, _) in both]
+    Os = torch.split(iteration.iterated(torch.cat(scaled)), [len(momentum) for momentum in scaled])
+    return [
+        function.with_sums(O, squares, dtype) for (function, (_, squares, _, dtype)), O in zip(both, Os, strict=True)
+    ]
