@@ -186,6 +186,17 @@ def test_owners_work_side_by_side_in_every_round(mode: Mode, number: int, ranks:
         assert max(shares.values()) == math.ceil(len(params) / ranks)
 
 
+def test_blocks_of_one_owner_are_adjacent() -> None:
+    """In their batch, so that a slice of it is sent."""
+    matrices = made(Group(3), [([(4, 6)] * 8, 1, [1, 1, 1], ())] * 2)
+    [one] = make_plan(ready(matrices), LAYER_SHARDED, NO_LIMIT)
+    [batch] = one.batches[0].matrices
+    assert len(batch.owners) == 16 and {*batch.owners} == {0, 1, 2} and [*batch.owners] == sorted(batch.owners)
+    assert {(place, matrix.block) for place, matrix in zip(batch.places, batch.matrices, strict=True)} == {
+        *product(range(2), range(8))
+    }
+
+
 def test_smaller_matrices_fill_the_round_of_a_larger() -> None:
     """Up to the larger one's bytes."""
     large, small, thin = ([([shape], 0, [1, 1], ())] for shape in ((64, 64), (32, 32), (2, 1500)))

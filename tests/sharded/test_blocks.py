@@ -4,7 +4,19 @@
 import pytest
 import torch
 from models import mesh as mesh_of
-from pieces import OPTIONS, Pair, difference, far_apart, options_of, set_gradients, stack, strip, strips, walk
+from pieces import (
+    OPTIONS,
+    Pair,
+    difference,
+    far_apart,
+    gathered,
+    options_of,
+    set_gradients,
+    stack,
+    strip,
+    strips,
+    walk,
+)
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -12,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.orthogonalize import newton_schulz
 
 
 # Rows of the whole matrix and its blocks: two halves; three, once, where no rank's strip ends with a block; Megatron's
@@ -74,6 +87,25 @@ def test_blocks_in_pieces(method: str, dim: int, mode: str, group: ProcessGroup)
     for pair, each in zip(pairs, parts, strict=True):
         for part, other in zip(each, apart(pair.whole.detach(), pair.whole.muon_blocks), strict=True):
             assert not far_apart({"W": difference(part.detach(), other)}, method)
+
+
+@pytest.mark.parametrize("mode", ["layer_sharded", "duplicated"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_owner_iterates_on_equal_blocks_together(
+    method: str, dim: int, mode: str, group: ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever ranks hold them."""
+    taken: list[int] = []
+    iterate = newton_schulz.iterate
+    monkeypatch.setattr(
+        newton_schulz, "iterate", lambda part, *rest: (taken.append(len(part)), iterate(part, *rest))[1]
+    )
+    pair = fused((54, 12), (6,) * 9, dim)
+    set_gradients([pair], 0)
+    AdaptiveMuon([pair.piece], tp_group=group, tp_mode=mode, **options_of(method)).step()
+    assert len(taken) == 1
+    assert sum(map(sum, gathered(taken))) == 9 * (group.size() if mode == "duplicated" else 1)
 
 
 def test_blocks_fn_comes_before_the_attribute(group: ProcessGroup) -> None:

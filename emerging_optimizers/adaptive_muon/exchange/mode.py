@@ -13,17 +13,15 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.exchange.measures import NUMBER, combined
 from emerging_optimizers.adaptive_muon.exchange.messages import Part
-from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares
+from emerging_optimizers.adaptive_muon.exchange.whole import Orthogonalize, Squares, Whole, orthogonalize_together
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import batch_size
 from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, ShardedLayout, kept_shape
 
 
-__all__ = ["Arrived", "Exchange", "LocalExchange", "Mode", "Shards", "in_order", "in_turn"]
+__all__ = ["Exchange", "LocalExchange", "Mode", "Shards", "in_order", "in_turn"]
 
 _MOMENTUM = torch.float32  # the orthogonalization's own precision
-
-# M' of whole matrices with what else Orthogonalize takes.
-Arrived = tuple[torch.Tensor, Squares, Squares, Sequence[int], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,7 @@ class Shards:
         """Return these shards without the values of M', of which the memory can be used again."""
         return replace(self, momentum=self.momentum.new_empty(()).expand(self.momentum.shape))
 
-    def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> Arrived:
+    def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> Whole:
         """Return M' of whole matrices and their sums of squares, with what else :class:`Orthogonalize` takes.
 
         Args:
@@ -229,10 +227,29 @@ class Mode(ABC):
         return
 
 
-def in_turn(batches: Sequence[Shards], whole: list[Arrived]) -> list[tuple[torch.Tensor, Squares]]:
-    """Return O of whole matrices, and the sums of squares, for every batch; what is in the list is released on the way."""
-    whole.reverse()
-    return [batch.orthogonalize(*whole.pop()) for batch in batches]
+def in_turn(batches: Sequence[Shards], whole: list[Whole]) -> list[tuple[torch.Tensor, Squares]]:
+    """Return O of whole matrices, and the sums of squares, for every batch; what is in the list is released on the way.
+
+    Successive batches of one shape, such as heads that other ranks hold, are iterated on together as far as they make one
+    batch.
+    """
+    results: list[tuple[torch.Tensor, Squares]] = []
+    while len(results) < len(batches):
+        start = end = len(results)
+        shape, size = whole[0][0].shape[1:], 0
+        most = batch_size(shape, whole[0][0].device)
+        for batch, (momentum, *_) in zip(batches[start:], whole, strict=True):
+            size += len(momentum)
+            if end > start and (
+                size > most
+                or momentum.shape[1:] != shape
+                or not batch.orthogonalize.goes_with(batches[start].orthogonalize)
+            ):
+                break
+            end += 1
+        together, whole[: end - start] = whole[: end - start], []
+        results += orthogonalize_together([batch.orthogonalize for batch in batches[start:end]], together)
+    return results
 
 
 def in_order(

@@ -147,7 +147,8 @@ def _matrix_batches(ready: Sequence[Ready], owners: Mapping[Matrix, int]) -> Ite
             layout = matrix.layout
             key = layout if isinstance(layout, ShardedLayout) else matrix.local_shape(one.shape)
             alike.setdefault(key, []).append((owners.get(matrix, 0), place, matrix))
-    for key, members in alike.items():
+    # Those of one shape as a whole follow one another: an owner iterates on them together.
+    for key, members in sorted(alike.items(), key=lambda item: getattr(item[0], "whole", (0, 0))):
         shape = key.largest.shape if isinstance(key, ShardedLayout) else key
         members.sort(key=lambda member: member[0])
         for part in in_batches(members, (*first.shape[:-2], *shape), first.device):
