@@ -80,7 +80,7 @@ CASES: dict[str, Any] = {
             apply.apply_kernel, APPLY, {"lr", "decay"},
             {
                 "W_TYPE": dtype, "ALIGNED": True, "O_COLUMN": 1, "D_COLUMN": column, "DECAY_COLUMN": column,
-                "HAS_DECAYS": bool(column), **COLUMNS,
+                "HAS_DECAYS": bool(column), "CAUTIOUS": bool(column), **COLUMNS,
             }, {},
         )
         for column, dtype in product((0, 1), (tl.float32, tl.bfloat16))

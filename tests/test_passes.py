@@ -85,7 +85,8 @@ def scales(kind, number, shape):
     [(torch.float32, torch.float16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32)],
     ids=str,
 )
-def test_apply(shape, kind, decay, W_dtype, O_dtype):
+@pytest.mark.parametrize("cautious", [False, True], ids=["", "cautious"])
+def test_apply(shape, kind, decay, W_dtype, O_dtype, cautious):
     Ws, D = tensors(3, shape, W_dtype, rows_between=2), scales(kind, 3, shape)
     O = torch.stack(tensors(3, shape, O_dtype, seed=2))
     if decay == "tensor":
@@ -93,8 +94,9 @@ def test_apply(shape, kind, decay, W_dtype, O_dtype):
     elif decay == "one tensor":
         decay = torch.full((1,) * D.ndim, 0.1, device=DEVICE)
     expected, before = [W.clone().cpu() for W in Ws], [W._base.clone() for W in Ws]
-    passes.apply(expected, O.cpu(), D.cpu(), lr=0.3, decay=decay.cpu() if isinstance(decay, torch.Tensor) else decay)
-    apply_on_cuda(Ws, O, D, lr=0.3, decay=decay)
+    of_torch = decay.cpu() if isinstance(decay, torch.Tensor) else decay
+    passes.apply(expected, O.cpu(), D.cpu(), lr=0.3, decay=of_torch, cautious=cautious)
+    apply_on_cuda(Ws, O, D, lr=0.3, decay=decay, cautious=cautious)
     scale = torch.finfo(W_dtype).eps
     for W, expected_W, base in zip(Ws, expected, before, strict=True):
         torch.testing.assert_close(W.cpu(), expected_W, atol=2 * scale, rtol=2 * scale)

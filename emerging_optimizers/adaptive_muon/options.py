@@ -37,7 +37,7 @@ __all__ = [
     "shows_options",
 ]
 
-WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive"]
+WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive", "cautious"]
 
 
 class Rule(NamedTuple):
@@ -151,7 +151,8 @@ class MatrixOptions:
     weight_decay_method: WeightDecayMethodT = option_field(
         "decoupled",
         'How the weight decay is applied. "adaptive", the NAMO paper\'s, is decoupled and scaled by D as the update is; '
-        'it is for "namo" and "namo_d". The others are those of upstream\'s WeightDecayMixin.',
+        'it is for "namo" and "namo_d". "cautious" (arXiv:2510.12402) is decoupled and spares the elements that the update '
+        "moves away from zero. The others are those of upstream's WeightDecayMixin.",
         flag=True,
     )
     fp32_matmul_prec: FP32MatmulPrecT = option_field(

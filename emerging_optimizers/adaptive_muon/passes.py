@@ -58,7 +58,15 @@ def average(
     return M_prime, [sum_of_squares(seen[name], kept_dims) for name in observed]
 
 
-def apply(Ws: list[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float, decay: float | torch.Tensor) -> None:
+def apply(
+    Ws: list[torch.Tensor],
+    O: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    lr: float,
+    decay: float | torch.Tensor,
+    cautious: bool = False,
+) -> None:
     """Decay and update weights in place: ``W <- W - decay W``, then ``W <- W - lr D O``.
 
     Args:
@@ -67,24 +75,29 @@ def apply(Ws: list[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float
         D: The adaptive scale, broadcastable to O.
         lr: Learning rate.
         decay: The share of itself that a weight loses: a number, or a tensor broadcastable to O.
+        cautious: Whether elements are spared that the update moves away from zero.
     """
     if _taken(Ws) and O.dtype in _DTYPES and D.dtype == torch.float32:
         from emerging_optimizers.adaptive_muon.kernels.apply import apply_on_cuda
 
-        apply_on_cuda(Ws, O, D, lr=lr, decay=decay)
+        apply_on_cuda(Ws, O, D, lr=lr, decay=decay, cautious=cautious)
         _changed(Ws)
         return
     worked = [in_work_dtype(W) for W in Ws]
-    decay_weights(worked, decay)
+    decay_weights(worked, decay, D * O if cautious else None)
     Os = O.to(worked[0].dtype).unbind(0)
     torch._foreach_addcmul_(worked, Os, D.expand(len(Os), *D.shape[1:]).unbind(0), value=-lr)
     for W, result in zip(Ws, worked, strict=True):
         round_into(W, result)
 
 
-def decay_weights(Ws: list[torch.Tensor], decay: float | torch.Tensor) -> None:
-    """Decay weights in place, without the update: see :func:`apply`."""
+def decay_weights(Ws: list[torch.Tensor], decay: float | torch.Tensor, updates: torch.Tensor | None = None) -> None:
+    """Decay weights in place, without the update: see :func:`apply`. With updates, D O, the decay is cautious."""
     worked = [in_work_dtype(W) for W in Ws]
+    if updates is not None and (isinstance(decay, torch.Tensor) or decay):
+        # Signs, for a product of small numbers may be zero.
+        agreeing = [U.sign().to(W.dtype).mul_(W) >= 0 for W, U in zip(worked, updates, strict=True)]
+        decay = as_batch(agreeing).to(worked[0].dtype) * decay
     if isinstance(decay, torch.Tensor):
         torch._foreach_addcmul_(worked, worked, decay.expand(len(Ws), *decay.shape[1:]).unbind(0), value=-1)
     elif decay:

@@ -108,7 +108,7 @@ class BatchUpdate:
         Ds = [scale.finish(O, squares) for scale, (O, squares) in zip(self._scales, results, strict=True)]
         if rule.bias_correction:
             self._correct(Ds)
-        decays = list(map(self._decay, Ds))
+        decays, cautious = list(map(self._decay, Ds)), rule.weight_decay.cautious
         for D, scale in zip(Ds, self._scales, strict=True):
             D.mul_(rule.shape_factor(*scale.shape))
         Os = [O for O, _ in results]
@@ -119,7 +119,7 @@ class BatchUpdate:
             Ds, lr = [D * lr for D in Ds], 1.0
         for matrix, O, D, decay in zip(self.matrices, Os, Ds, decays, strict=True):
             with matrix.in_place(self._Ws) as Ws:
-                apply(Ws, O, D, lr=lr, decay=decay)
+                apply(Ws, O, D, lr=lr, decay=decay, cautious=cautious)
         for p in self.params:
             rule.after_update(p)
 
@@ -152,10 +152,10 @@ class BatchUpdate:
     ) -> None:
         """Decay W; then update each W between functions that may change it and its update, in upstream's order."""
         rule = self._rule
-        for matrix, decay in zip(self.matrices, decays, strict=True):
-            with matrix.in_place(self._Ws) as Ws:
-                decay_weights(Ws, decay)
         updates = [D * O for D, O in zip(Ds, Os, strict=True)]
+        for matrix, decay, U in zip(self.matrices, decays, updates, strict=True):
+            with matrix.in_place(self._Ws) as Ws:
+                decay_weights(Ws, decay, U if rule.weight_decay.cautious else None)
         merged = merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape))
         for p, W, U in zip(self.params, self._Ws, merged, strict=True):
             update = wrapped_like(p, U.mT if is_transposed(p) else U)

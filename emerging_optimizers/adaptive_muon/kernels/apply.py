@@ -32,7 +32,7 @@ def apply_kernel(
     weights, O, D, decays,
     rows, columns, tiles_down, tiles_across, W_row, O_member, O_row, D_member, D_row, decay_member, decay_row, lr, decay,
     W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, O_COLUMN: tl.constexpr, D_COLUMN: tl.constexpr,
-    DECAY_COLUMN: tl.constexpr, HAS_DECAYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DECAY_COLUMN: tl.constexpr, HAS_DECAYS: tl.constexpr, CAUTIOUS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Works on one tile of one matrix."""
     program = tl.program_id(0).to(tl.int64)
@@ -44,18 +44,27 @@ def apply_kernel(
     places = at(weights, member, W_TYPE, ALIGNED) + row * W_row + column
     W = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     existing = tl.minimum(row, rows - 1)
-    if HAS_DECAYS:
-        W -= _broadcast(decays + member * decay_member, existing, column, decay_row, inside, DECAY_COLUMN) * W
-    else:
-        W -= decay * W
     o = tl.load(O + member * O_member + row * O_row + column * O_COLUMN, mask=inside, other=0.0).to(tl.float32)
     d = _broadcast(D + member * D_member, existing, column, D_row, inside, D_COLUMN)
+    decaying = W
+    if CAUTIOUS:
+        decaying = tl.where(((o * d >= 0) & (W >= 0)) | ((o * d <= 0) & (W <= 0)), W, 0.0)
+    if HAS_DECAYS:
+        W -= _broadcast(decays + member * decay_member, existing, column, decay_row, inside, DECAY_COLUMN) * decaying
+    else:
+        W -= decay * decaying
     W -= lr * (o * d)
     tl.store(places, W.to(W_TYPE), mask=inside)
 
 
 def apply_on_cuda(
-    Ws: Sequence[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float, decay: float | torch.Tensor
+    Ws: Sequence[torch.Tensor],
+    O: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    lr: float,
+    decay: float | torch.Tensor,
+    cautious: bool = False,
 ) -> None:
     """Decay and update weights in place. The arguments are those of ``passes.apply``.
 
@@ -65,6 +74,7 @@ def apply_on_cuda(
         D: Adaptive scale, float32, broadcastable to O.
         lr: Learning rate.
         decay: The share of itself that a weight loses; a tensor like D, or a number.
+        cautious: Whether elements are spared that the update moves away from zero.
     """
     first, (rows, columns) = Ws[0], Ws[0].shape[-2:]
     lead, members = O.shape[:-2], O.shape[:-2].numel()
@@ -85,6 +95,7 @@ def apply_on_cuda(
         "D_COLUMN": D.stride(2),
         "DECAY_COLUMN": share.stride(2),
         "HAS_DECAYS": isinstance(decay, torch.Tensor),
+        "CAUTIOUS": cautious,
         "ROWS": _ROWS,
         "COLUMNS": _COLUMNS,
     }
