@@ -23,10 +23,11 @@ LEVELS = (
     {"options"},
     {"pipeline"},
     {"planner", "update"},
-    {"passes", "exchange", "state"},
+    {"passes", "exchange", "state", "rounding"},
     {"sharding", "orthogonalize", "moment2"},
     {"parameters", "modes", "identity", "weight_decay", "hooks"},
     {"checks", "kernels", "versions"},
+    {"noise"},
 )
 # These parts may import less than the levels allow.
 ONLY = {"routing": {"parameters", "identity", "checks"}, "moment2": set[str]()}

@@ -25,6 +25,7 @@ from emerging_optimizers.utils import FP32MatmulPrecT
 
 
 __all__ = [
+    "MomentumDtypeT",
     "Option",
     "Options",
     "OptionsDict",
@@ -37,6 +38,7 @@ __all__ = [
     "shows_options",
 ]
 
+MomentumDtypeT = Literal["float32", "bfloat16"]
 WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive", "cautious"]
 
 
@@ -227,6 +229,19 @@ class MatrixOptions:
         "paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.",
         flag=True,
     )
+    momentum_dtype: MomentumDtypeT = option_field(
+        "float32",
+        'Dtype of the momentum buffer. "bfloat16" saves 2 bytes per parameter: the momentum is averaged in float32 and '
+        'rounded stochastically. "float32" is float64 for float64 parameters, which "bfloat16" does not take.',
+        flag=True,
+    )
+    stochastic_rounding: bool = option_field(
+        False,
+        "Whether bfloat16 weights are rounded stochastically, so that updates below their precision are not lost. Replicas "
+        "and shards round alike, and a resumed run goes on the same. float32 and float64 weights are not rounded, and "
+        "float16 ones are not taken.",
+        flag=True,
+    )
     weight_update_hook: WeightUpdateHook | None = option_field(
         None,
         "Hook around the weight update, such as HyperballHook, RadialBrakeHook and RelativeUpdateHook of "
@@ -367,6 +382,11 @@ class Options(MatrixOptions):
         return self.moment2.bias_correction if self.bias_correction is None else self.bias_correction
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether the state has a step count: for bias correction, and as part of the noise of stochastic rounding."""
+        return self.corrects_bias or self.stochastic_rounding or self.momentum_dtype == "bfloat16"
+
+    @property
     def synced(self) -> dict[str, Any]:
         """The values that must be the same on all ranks, by name. Of a hook that is its class."""
         shared = [option.name for option in options_of(type(self)) if option.scope == "shared"]
@@ -404,6 +424,8 @@ class OptionsDict(TypedDict, total=False):
     eps: float
     bias_correction: bool | None
     namo_d_clamp: float
+    momentum_dtype: MomentumDtypeT
+    stochastic_rounding: bool
     weight_update_hook: WeightUpdateHook | None
     use_syrk: bool
     tp_group: ProcessGroup | None

@@ -15,9 +15,11 @@ from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.hooks import WeightUpdateHook
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
+from emerging_optimizers.adaptive_muon.noise import Noise, round_into
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, work_dtype
 from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
+from emerging_optimizers.adaptive_muon.rounding import Purpose, Rounding
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, local_of, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
@@ -38,6 +40,7 @@ class StepRule:
         nesterov: Whether the momentum looks ahead.
         weight_decay: The way of weight decay.
         bias_correction: Whether D is corrected for the averages having started at zero.
+        rounding: How bfloat16 weights and momenta are rounded, for which steps are counted; None where to nearest.
         steps_on_device: Whether the step count is on the device, where no step may read it.
         shape_factor: Returns s for the rows and columns of a whole matrix.
         functions: Returns the iteration for parameters of a group, or for each parameter a user's function in its place.
@@ -50,6 +53,7 @@ class StepRule:
     nesterov: bool
     weight_decay: WeightDecay
     bias_correction: bool
+    rounding: Rounding | None
     steps_on_device: bool
     shape_factor: Callable[[int, int], float]
     functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
@@ -96,7 +100,9 @@ class BatchUpdate:
         if self._rule.weight_decay.share is None and weight_decay:
             Gs = [G.to(work_dtype(W)).add(W, alpha=weight_decay) for G, W in zip(Gs, self._Ws, strict=True)]
         Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self.params, self._states, strict=True)]
-        return [scale.begin(Ms, Gs, self._rule.nesterov) for scale in self._scales]
+        return [
+            scale.begin(Ms, Gs, self._rule.nesterov, self._noise("momentum", scale.matrix)) for scale in self._scales
+        ]
 
     def finish(self, results: Sequence[tuple[torch.Tensor, Squares]]) -> None:
         """Average V, and decay and update W.
@@ -106,6 +112,8 @@ class BatchUpdate:
         """
         rule, lr = self._rule, self._group["lr"]
         Ds = [scale.finish(O, squares) for scale, (O, squares) in zip(self._scales, results, strict=True)]
+        if rule.bias_correction or rule.rounding is not None:
+            torch._foreach_add_([state["step"] for state in self._states], 1)
         if rule.bias_correction:
             self._correct(Ds)
         decays, cautious = list(map(self._decay, Ds)), rule.weight_decay.cautious
@@ -119,9 +127,14 @@ class BatchUpdate:
             Ds, lr = [D * lr for D in Ds], 1.0
         for matrix, O, D, decay in zip(self.matrices, Os, Ds, decays, strict=True):
             with matrix.in_place(self._Ws) as Ws:
-                apply(Ws, O, D, lr=lr, decay=decay, cautious=cautious)
+                apply(Ws, O, D, lr=lr, decay=decay, cautious=cautious, noise=self._noise("weight", matrix))
         for p in self.params:
             rule.after_update(p)
+
+    def _noise(self, purpose: Purpose, matrix: Matrix, members: slice = slice(None)) -> Noise | None:
+        """Return the noise with which a matrix of some parameters is rounded, or None where it is to nearest."""
+        rounding, params, states = self._rule.rounding, self.params[members], self._states[members]
+        return None if rounding is None else rounding.noise(purpose, params, states, matrix)
 
     def _decay(self, D: torch.Tensor) -> Number:
         """Return the share of itself that the weight loses, where D is its adaptive scale."""
@@ -134,10 +147,9 @@ class BatchUpdate:
         return share * D.new_ones((1,) * D.ndim) if isinstance(share, torch.Tensor) else share
 
     def _correct(self, Ds: Sequence[torch.Tensor]) -> None:
-        """Count the step, and correct D of each matrix in place for the averages having started at zero."""
+        """Correct D of each matrix in place for the averages having started at zero."""
         momentum, beta2 = self._group["momentum"], self._group["beta2"]
         steps = [state["step"] for state in self._states]
-        torch._foreach_add_(steps, 1)
         if self._rule.steps_on_device:  # where a graph's replays count
             correction = self._rule.moment2.correction(torch.stack(steps).double(), momentum=momentum, beta2=beta2)
             for D in Ds:
@@ -155,15 +167,26 @@ class BatchUpdate:
         updates = [D * O for D, O in zip(Ds, Os, strict=True)]
         for matrix, decay, U in zip(self.matrices, decays, updates, strict=True):
             with matrix.in_place(self._Ws) as Ws:
-                decay_weights(Ws, decay, U if rule.weight_decay.cautious else None)
+                decay_weights(Ws, decay, U if rule.weight_decay.cautious else None, self._noise("decay", matrix))
         merged = merge_blocks(self.matrices, updates, (len(self._Ws), *self._Ws[0].shape))
-        for p, W, U in zip(self.params, self._Ws, merged, strict=True):
+        for index, (p, W, U) in enumerate(zip(self.params, self._Ws, merged, strict=True)):
             update = wrapped_like(p, U.mT if is_transposed(p) else U)
             if rule.before_update is not None:
                 rule.before_update(p, update)
             with _within(rule.hook, p, update):
-                W.copy_(in_work_dtype(W) - self._group["lr"] * U)
+                self._subtract(W, self._group["lr"] * U, index)
                 rule.after_update(p)
+
+    def _subtract(self, W: torch.Tensor, update: torch.Tensor, index: int) -> None:
+        """Subtract an update from a parameter's weight in place, and round it."""
+        result = in_work_dtype(W) - update
+        for matrix in self.matrices:
+            noise = self._noise("weight", matrix, slice(index, index + 1))
+            if noise is None:
+                W.copy_(result)
+                return
+            with matrix.in_place([W]) as parts:
+                round_into(parts, [matrix.of(result)], noise)
 
 
 @contextmanager
@@ -205,13 +228,16 @@ class _Scale:
         self._V = SecondMoment(params, states, matrix, self._kept_dims, group["beta2"])
         self._squares: Squares = []  # of elements, which wait here for those of O
 
-    def begin(self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], nesterov: bool) -> Shards:
+    def begin(
+        self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], nesterov: bool, noise: Noise | None
+    ) -> Shards:
         """Average M; return M', scaled where D scales it and is known already, with its partial sums of squares.
 
         Args:
             Ms: The momentum of each parameter.
             Gs: The gradient of each parameter.
             nesterov: Whether the momentum looks ahead.
+            noise: With which bfloat16 momenta are rounded.
         """
         method, kept = self._moment2, self._kept_dims
         observed = [name for name in method.observed if name != "orthogonalized"]
@@ -223,6 +249,7 @@ class _Scale:
                 nesterov=nesterov,
                 kept_dims=kept,
                 observed=observed,
+                noise=noise,
             )
         scale, observes_result = None, "orthogonalized" in method.observed and not self._per_element
         if self._per_element:
