@@ -19,7 +19,7 @@ LEVELS = (
     {"integrations"},
     {""},
     {"hybrid"},
-    {"optimizer", "routing"},
+    {"optimizer", "routing", "adamw"},
     {"options"},
     {"pipeline"},
     {"planner", "update"},

@@ -24,16 +24,20 @@ class Noise:
         keys: int32, of shape ``(2, batch, ...)``: for the rows and the columns of every matrix.
         top: The first row of the shard in the whole matrix.
         left: The first column.
+        rows: The number of every row, where they do not follow one another.
     """
 
     keys: torch.Tensor
     top: int = 0
     left: int = 0
+    rows: torch.Tensor | None = None
 
     def at(self, members: slice, rows: range, columns: int) -> torch.Tensor:
         """Return the noise for some rows of some members' shards: 0 to 65535, int32, ``(members, ..., rows, columns)``."""
         device = self.keys.device
         row = torch.arange(self.top + rows.start, self.top + rows.stop, dtype=torch.int32, device=device)
+        if self.rows is not None:
+            row = self.rows[rows.start : rows.stop]
         column = torch.arange(self.left, self.left + columns, dtype=torch.int32, device=device)
         of_rows, of_columns = self.keys[:, members]
         return mixed(of_rows[..., None] + row, of_columns[..., None] + column)

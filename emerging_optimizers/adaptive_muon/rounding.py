@@ -16,7 +16,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.noise import MULTIPLIERS, Noise, hashed
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, offset_of
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, local_of, offset_of
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_rounding",
     "make_keys",
     "make_rounding",
+    "noise_of",
 ]
 
 # What is rounded; each has noise of its own. "decay" is a decay that is rounded before the update.
@@ -105,8 +106,8 @@ def make_rounding(
     return Rounding(places, options.stochastic_rounding, steps_on_device)
 
 
-def check_rounding(group: dict[str, Any], options: RoundingOptions) -> None:
-    """Raise a ``ValueError`` if a parameter of a group has a dtype that is not rounded as the options say."""
+def check_rounding(group: dict[str, Any], options: RoundingOptions, *, scalar: bool = False) -> None:
+    """Raise a ``ValueError`` if a parameter of a group, AdamW's if scalar, has a dtype that is not rounded as options say."""
     stochastic, momentum_dtype = options.stochastic_rounding, options.momentum_dtype
     if not stochastic and momentum_dtype == "float32":
         return
@@ -118,11 +119,28 @@ def check_rounding(group: dict[str, Any], options: RoundingOptions) -> None:
             "convert it to bfloat16, or pass stochastic_rounding=False",
         )
         require(
-            momentum_dtype == "float32" or p.dtype != torch.float64,
+            scalar or momentum_dtype == "float32" or p.dtype != torch.float64,
             f'with momentum_dtype="{momentum_dtype}" weights must not be in float64; {parameter_name(group, index)} is in',
             p.dtype,
             'convert it to float32, or pass momentum_dtype="float32", which is float64 for it',
         )
+
+
+def noise_of(p: torch.Tensor, place: int, step: torch.Tensor) -> Noise:
+    """Return the noise for what this process holds of a parameter of any shape, its last dimension taken for columns.
+
+    Args:
+        p: The parameter. Of a DTensor the noise is that of the shard's place in it.
+        place: Its place among the parameters of its optimizer.
+        step: Its step count.
+    """
+    local, device = local_of(p), local_of(p).device
+    prefix, on_device = (_PURPOSES.index("scalar"), place, 0), step.device.type != "cpu"
+    keys = make_keys([prefix], [step], device, steps_on_device=on_device)
+    row = torch.zeros(1, dtype=torch.int32, device=device)
+    for size, own, first in zip(p.shape[:-1], local.shape[:-1], offset_of(p)[:-1], strict=True):
+        row = (row[:, None] * size + torch.arange(first, first + own, dtype=torch.int32, device=device)).flatten()
+    return Noise(keys, 0, (*offset_of(p), 0)[p.ndim - 1] if p.ndim else 0, row)
 
 
 def make_keys(

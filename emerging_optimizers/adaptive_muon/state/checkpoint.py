@@ -30,24 +30,24 @@ def load(
     state_dict: dict[str, Any],
     torch_load: Callable[[dict[str, Any]], None],
     state_format: StateFormat,
+    widened: Callable[[torch.Tensor], bool] | None = None,
 ) -> None:
     """Loads a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and in its own dtypes.
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
-    A float32 momentum is rounded to nearest where the optimizer has its own in bfloat16.
-    Two hooks around torch's own loading put it right: one after all hooks that may change the checkpoint, one before
-    all hooks that may change what was loaded.
+    Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
 
     Args:
         optimizer: The optimizer of the matrices, or one that holds its groups too.
         state_dict: The checkpoint.
         torch_load: The torch class's ``load_state_dict`` of ``optimizer``.
         state_format: The format of the matrices' state.
+        widened: Returns whether another parameter, in 16 bit, has its state in float32; None if none has.
 
     Raises:
         ValueError: If the checkpoint does not fit. Nothing has changed then.
     """
-    saved: dict[torch.Tensor, dict[str, Any]] = {}
+    saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
@@ -64,12 +64,17 @@ def load(
             )
             if group.get("use_muon", True):
                 saved.update(_checked_states(saved_group, group, state_dict["state"], state_format))
+            elif widened is not None:
+                pairs = zip(group["params"], saved_group["params"], strict=True)
+                wide.update((p, state_dict["state"].get(key, {})) for p, key in pairs if widened(p))
 
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
             optimizer.state[p].update(_own_form(p, state, state_format))
             if not state_format.counts_steps:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
+        for p, state in wide.items():
+            optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in state if key != "step")
 
     hooks = (
         optimizer.register_load_state_dict_pre_hook(before),
@@ -83,7 +88,10 @@ def load(
 
 
 def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat) -> dict[str, torch.Tensor]:
-    """Return the tensors of a parameter's saved state in the optimizer's own dtypes and places, with a count if it counts."""
+    """Return the tensors of a parameter's saved state in the optimizer's own dtypes and places, with a count if it counts.
+
+    A float32 momentum is rounded to nearest where the optimizer has its own in bfloat16.
+    """
     own = {}
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
