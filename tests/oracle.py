@@ -148,6 +148,8 @@ def step(method: str, W: Tensor, M: Tensor, V: Tensor, G: Tensor, t: int, h: Hyp
     if h.weight_decay_method == "adaptive":
         W = W * (1 - h.lr * h.weight_decay * D)  # NAMO's own decay: W shrinks where, and as far as, it moves
     s = muon_scale(*W.shape, h.scale_mode) * h.extra_scale_factor
+    if h.weight_decay_method == "cautious":
+        W = W - h.lr * h.weight_decay * W * (s * D * O * W >= 0)  # only where the step goes towards zero too
     return W - h.lr * s * D * O, M, V
 
 

@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "not corrected": {"bias_correction": False, "weight_decay_method": "independent", "weight_decay": 0.01},
     "palm": {"weight_decay_method": "palm", "num_ns_steps": 3},
     "l2": {"weight_decay_method": "l2", "scale_mode": "shape_scaling"},
+    "cautious": {"weight_decay_method": "cautious"},
     "adaptive": {"weight_decay_method": "adaptive", "bias_correction": True, "namo_d_clamp": 0.3},
 }
 

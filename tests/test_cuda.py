@@ -73,7 +73,7 @@ def test_walks_the_cpus_path(method, algorithm, precision, tolerance, use_syrk):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("decay", ["decoupled", "palm", "independent"])
+@pytest.mark.parametrize("decay", ["decoupled", "palm", "independent", "cautious"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("precision", "use_syrk"), [("highest", False), ("medium", False), ("medium", True)])
 def test_a_step_never_waits_for_the_device(method, decay, dtype, precision, use_syrk):

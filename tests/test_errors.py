@@ -28,7 +28,7 @@ BAD = [
     ({"scale_mode": "rms"}, "scale_mode", "'rms'", "spectral"),
     ({"coefficient_type": "quartic"}, "coefficient_type", "'quartic'", "polar_express"),
     ({"coefficient_type": "custom"}, "coefficient_type", "'custom'", "quintic"),
-    ({"weight_decay_method": "cautious"}, "weight_decay_method", "'cautious'", "decoupled"),
+    ({"weight_decay_method": "gentle"}, "weight_decay_method", "'gentle'", "decoupled"),
     ({"fp32_matmul_prec": "low"}, "fp32_matmul_prec", "'low'", "highest"),
     ({"lr": -1e-3}, "lr must be >= 0", "-0.001", "rates"),
     ({"lr": "1e-3"}, "lr must be >= 0", "'1e-3'", "rates"),

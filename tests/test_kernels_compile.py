@@ -54,8 +54,15 @@ def resources(found: Any) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-AVERAGE = {"gradients": "*i64", "buffers": "*i64", "momentum_out": "*fp32", "G_sums": "*fp32", "M_sums": "*fp32"}
-APPLY = {"weights": "*i64", "O": "*fp16", "D": "*fp32", "decays": "*fp32"}
+AVERAGE = {
+    "gradients": "*i64",
+    "buffers": "*i64",
+    "momentum_out": "*fp32",
+    "G_sums": "*fp32",
+    "M_sums": "*fp32",
+    "keys": "*i32",
+}
+APPLY = {"weights": "*i64", "O": "*fp16", "D": "*fp32", "decays": "*fp32", "keys": "*i32"}
 PRODUCT = {name: "*fp16" for name in ("S", "T", "plus", "out")}
 ROWS, COLUMNS = {"ROWS": 32, "COLUMNS": 128}, {"ROWS": 16, "COLUMNS": 256}
 BY_ROWS, BY_COLUMNS = {"S_column": 1, "T_row": 1}, {"S_row": 1, "T_column": 1}
@@ -64,7 +71,10 @@ CASES: dict[str, Any] = {
     **{
         f"average, sums {summed}, {dtype}": (
             average.average_kernel, AVERAGE, {"weight", "momentum"},
-            {"G_TYPE": dtype, "ALIGNED": True, "NESTEROV": True, "SUMMED": summed, **ROWS}, {},
+            {
+                "G_TYPE": dtype, "M_TYPE": dtype, "ALIGNED": True, "NESTEROV": True, "SUMMED": summed,
+                "STOCHASTIC": dtype == tl.bfloat16, **ROWS,
+            }, {},
         )
         for summed, dtype in product((-1, 0, 1, 2), (tl.float32, tl.bfloat16))
     },
@@ -73,7 +83,8 @@ CASES: dict[str, Any] = {
             apply.apply_kernel, APPLY, {"lr", "decay"},
             {
                 "W_TYPE": dtype, "ALIGNED": True, "O_COLUMN": 1, "D_COLUMN": column, "DECAY_COLUMN": column,
-                "HAS_DECAYS": bool(column), **COLUMNS,
+                "HAS_DECAYS": bool(column), "CAUTIOUS": bool(column),
+                "STOCHASTIC": dtype == tl.bfloat16, **COLUMNS,
             }, {},
         )
         for column, dtype in product((0, 1), (tl.float32, tl.bfloat16))

@@ -15,7 +15,9 @@ from emerging_optimizers.adaptive_muon import moment2 as registered
 def decays(method: str) -> list[str]:
     kind = registered.METHODS[method]
     return (
-        ["decoupled", "independent", "palm"] + ["adaptive"] * kind.adaptive_decay + ["l2"] * (not kind.reads_gradient)
+        ["decoupled", "independent", "palm", "cautious"]
+        + ["adaptive"] * kind.adaptive_decay
+        + ["l2"] * (not kind.reads_gradient)
     )
 
 

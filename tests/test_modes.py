@@ -395,7 +395,7 @@ def test_a_compiled_lightning_module_steps_in_manual_optimization(make: Any, bac
 
 # ------------------------------------------------------------------------------------------------- making the state
 
-DECAYS = ["decoupled", "independent", "palm", "adaptive"]
+DECAYS = ["decoupled", "independent", "palm", "adaptive", "cautious"]
 
 
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])

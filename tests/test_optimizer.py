@@ -510,7 +510,7 @@ def test_distributed_checkpoints_way_of_making_the_state_changes_no_weight(decay
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("decay", ["decoupled", "independent", "palm", "adaptive", "l2"])
+@pytest.mark.parametrize("decay", ["decoupled", "independent", "palm", "adaptive", "cautious", "l2"])
 def test_capturable_walks_the_same_path(method, decay):
     """With the count and the rate as tensors, and a schedule between the steps."""
     options = {"moment2_method": method, "weight_decay": 0.1, "weight_decay_method": decay, "bias_correction": True}

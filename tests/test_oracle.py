@@ -13,7 +13,7 @@ from emerging_optimizers.adaptive_muon import AdaptiveMuon, Moment2MethodT
 
 
 METHODS = tuple(oracle.METHODS)
-DECAYS = ("decoupled", "independent", "l2", "palm", "adaptive")
+DECAYS = ("decoupled", "independent", "l2", "palm", "adaptive", "cautious")
 SCALES = ("shape_scaling", "spectral", "unit_rms_norm")
 COEFFICIENTS = ("simple", "quintic", "polar_express", "cans", "aol", "deepseekv4")
 SHAPES = [(24, 8), (8, 24), (12, 12), (1, 16), (16, 1)]

@@ -10,6 +10,8 @@ from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of
 from emerging_optimizers.adaptive_muon.kernels.apply import apply_on_cuda
 from emerging_optimizers.adaptive_muon.kernels.average import average_on_cuda
 from emerging_optimizers.adaptive_muon.kernels.normalize import divide_on_cuda
+from emerging_optimizers.adaptive_muon.noise import Noise, round_into
+from emerging_optimizers.adaptive_muon.rounding import make_keys
 
 
 SHAPES = [(32, 128), (33, 129), (5, 300), (70, 3), (1, 1), (3, 40, 50)]
@@ -79,7 +81,7 @@ def scales(kind, number, shape):
 @runs_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["matrix", "columns", "rows", "elements"])
-@pytest.mark.parametrize("decay", [0.0, 0.1, "tensor", "one tensor"])
+@pytest.mark.parametrize("decay", [0.0, 0.1, "tensor", "one tensor", "cautious"])
 @pytest.mark.parametrize(
     ("W_dtype", "O_dtype"),
     [(torch.float32, torch.float16), (torch.bfloat16, torch.float16), (torch.float16, torch.float32)],
@@ -87,14 +89,17 @@ def scales(kind, number, shape):
 )
 def test_apply(shape, kind, decay, W_dtype, O_dtype):
     Ws, D = tensors(3, shape, W_dtype, rows_between=2), scales(kind, 3, shape)
-    O = torch.stack(tensors(3, shape, O_dtype, seed=2))
+    O, cautious = torch.stack(tensors(3, shape, O_dtype, seed=2)), decay == "cautious"
+    if cautious:
+        decay = 0.1 if kind == "matrix" else torch.full((1,) * D.ndim, 0.1, device=DEVICE)
     if decay == "tensor":
         decay = 0.1 * D
     elif decay == "one tensor":
         decay = torch.full((1,) * D.ndim, 0.1, device=DEVICE)
     expected, before = [W.clone().cpu() for W in Ws], [W._base.clone() for W in Ws]
-    passes.apply(expected, O.cpu(), D.cpu(), lr=0.3, decay=decay.cpu() if isinstance(decay, torch.Tensor) else decay)
-    apply_on_cuda(Ws, O, D, lr=0.3, decay=decay)
+    of_torch = decay.cpu() if isinstance(decay, torch.Tensor) else decay
+    passes.apply(expected, O.cpu(), D.cpu(), lr=0.3, decay=of_torch, cautious=cautious)
+    apply_on_cuda(Ws, O, D, lr=0.3, decay=decay, cautious=cautious)
     scale = torch.finfo(W_dtype).eps
     for W, expected_W, base in zip(Ws, expected, before, strict=True):
         torch.testing.assert_close(W.cpu(), expected_W, atol=2 * scale, rtol=2 * scale)
@@ -110,6 +115,52 @@ def test_apply_takes_an_orthogonalized_momentum_of_any_strides():
     apply_on_cuda(Ws, O, D, lr=0.3, decay=0.1)
     for W, expected_W in zip(Ws, expected, strict=True):
         torch.testing.assert_close(W.cpu(), expected_W, atol=1e-6, rtol=1e-6)
+
+
+def noise(number, shape, **place):
+    """The noise for a batch of shards that begin at a place."""
+    prefixes, steps = [(0, i, 0) for i in range(number)], [torch.tensor(1.0)] * number
+    keys = make_keys(prefixes, steps, torch.device(DEVICE), steps_on_device=False)
+    for experts in shape[:-2]:
+        keys = keys[..., None] + torch.arange(experts, dtype=torch.int32, device=DEVICE)
+    return Noise(keys, **place)
+
+
+@runs_kernels
+@pytest.mark.parametrize("place", [{}, {"top": 5, "left": 300}, {"top": 1, "left": 16}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stochastic_rounding_has_the_bits_of_torchs(shape, place):
+    """Where no product and no sum is rounded: the numbers have few bits. NaN and the largest numbers are among them."""
+    Ws, D = tensors(3, shape, torch.bfloat16, rows_between=2), torch.ones(3, *[1] * len(shape), device=DEVICE)
+    O = torch.stack(tensors(3, shape, seed=2)).mul_(2**18).round_().div_(2**30)
+    largest = torch.finfo(torch.bfloat16).max
+    for W, extreme in zip(Ws, (torch.nan, largest, -largest), strict=True):
+        W.clamp_(0.5, 1)[..., -1, -1] = extreme
+    expected = [W.clone() for W in Ws]
+    worked = [W.float() - each for W, each in zip(Ws, O, strict=True)]
+    round_into(expected, worked, noise(3, shape, **place))
+    apply_on_cuda(Ws, O, D, lr=1.0, decay=0.0, noise=noise(3, shape, **place))
+    for W, expected_W in zip(Ws, expected, strict=True):
+        torch.testing.assert_close(W, expected_W, atol=0, rtol=0, equal_nan=True)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kept_dims", [None, (-1,)], ids=str)
+def test_a_momentum_in_bfloat16(shape, kept_dims):
+    """M' and the sums are made of the average in float32, whose rounding has the bits of torch's: all have few bits."""
+    Ms = [M.clamp(0.5, 1) for M in tensors(3, shape, torch.bfloat16, rows_between=1)]
+    Gs = [M.float() + G.mul(2**8).round().div(2**18) for M, G in zip(Ms, tensors(3, shape, seed=1), strict=True)]
+    place = {"top": 3, "left": 8}
+    expected_Ms = [M.clone() for M in Ms]
+    worked = [M.float().lerp(G, 0.25) for M, G in zip(Ms, Gs, strict=True)]
+    round_into(expected_Ms, worked, noise(3, shape, **place))
+    options = {"momentum": 0.75, "nesterov": True, "kept_dims": kept_dims, "noise": noise(3, shape, **place)}
+    M_prime, sums = average_on_cuda(Ms, Gs, **options)
+    expected = torch.stack([G.lerp(M, 0.75) for M, G in zip(worked, Gs, strict=True)])
+    torch.testing.assert_close(M_prime, expected, atol=1e-6, rtol=1e-6)
+    assert len(sums) == (0 if kept_dims is None else 2)
+    assert all(torch.equal(M, of_torch) for M, of_torch in zip(Ms, expected_Ms, strict=True))
 
 
 @runs_kernels

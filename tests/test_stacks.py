@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nesterov": {"nesterov": True, "beta2": 0.8, "scale_mode": "unit_rms_norm"},
     "corrected": {"bias_correction": True, "weight_decay_method": "palm"},
     "l2": {"weight_decay_method": "l2", "bias_correction": False},
+    "cautious": {"weight_decay_method": "cautious"},
     "adaptive": {"weight_decay_method": "adaptive", "namo_d_clamp": 0.3},
 }
 

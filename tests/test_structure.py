@@ -19,15 +19,16 @@ LEVELS = (
     {"integrations"},
     {""},
     {"hybrid"},
-    {"optimizer", "routing"},
+    {"optimizer", "routing", "adamw"},
     {"options"},
     {"pipeline"},
     {"planner", "update"},
     {"diagnostics"},
-    {"passes", "exchange", "state"},
+    {"passes", "exchange", "state", "rounding"},
     {"sharding", "orthogonalize", "moment2"},
     {"parameters", "modes", "identity", "weight_decay", "hooks"},
     {"checks", "kernels", "versions"},
+    {"noise"},
 )
 # These parts may import less than the levels allow.
 ONLY = {"routing": {"options", "sharding", "parameters", "identity", "checks"}, "moment2": set[str]()}

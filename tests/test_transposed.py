@@ -16,6 +16,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "corrected": {"bias_correction": True, "nesterov": True, "scale_mode": "unit_rms_norm"},
     "palm": {"weight_decay_method": "palm", "scale_mode": "shape_scaling", "fp32_matmul_prec": "highest"},
+    "cautious": {"weight_decay_method": "cautious", "fp32_matmul_prec": "highest"},
     "standard": {"ns_algorithm": "standard", "fp32_matmul_prec": "highest"},
 }
 # Shape as it is stored, and blocks of the transpose.

@@ -3,7 +3,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Self, Unpack, overload, override
 
@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
+from emerging_optimizers.adaptive_muon.adamw import in_float32, is_widened
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.diagnostics.face import Diagnosed
 from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
@@ -20,6 +21,7 @@ from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
+from emerging_optimizers.adaptive_muon.rounding import check_rounding
 from emerging_optimizers.adaptive_muon.routing.groups import (
     Entries,
     ModelRoutes,
@@ -202,6 +204,7 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
             check_scalar({**inner.defaults, **part})
         inner.add_param_group(part)
         group = inner.param_groups[-1]
+        check_rounding(group, self._muon.options, scalar=inner is self._adamw)
         held = {p for group in self.param_groups for p in group["params"]}
         repeated = [tuple(p.shape) for p in group["params"] if p in held]
         require(not repeated, "a parameter must be in one group only", repeated, "remove it from the other group")
@@ -234,9 +237,11 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
             for group in self._adamw.param_groups:
                 check_gradients(group, "AdamW", complex_too=True)
                 check_capturable(group)
+                check_rounding(group, self._muon.options, scalar=True)
                 _fuse(group, self.state)
             self._muon.step()  # checks its own parameters before it changes anything
-            self._adamw.step()
+            with in_float32(self._adamw) if self._muon.options.stochastic_rounding else nullcontext():
+                self._adamw.step()
         return loss
 
     def describe(self, *, each: bool = True) -> str:
@@ -268,7 +273,8 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
                 :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
         self._entries.follow(self.param_groups, self._model)
-        checkpoint.load(self, state_dict, super().load_state_dict, self.state_format)
+        widened = is_widened if self._muon.options.stochastic_rounding else None
+        checkpoint.load(self, state_dict, super().load_state_dict, self.state_format, widened)
 
     @override
     def __getstate__(self) -> dict[str, Any]:

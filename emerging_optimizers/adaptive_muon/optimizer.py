@@ -20,6 +20,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import Newton
 from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
 from emerging_optimizers.adaptive_muon.pipeline import RoundUpdate, knock, pipelined
 from emerging_optimizers.adaptive_muon.planner import Planner
+from emerging_optimizers.adaptive_muon.rounding import check_rounding, make_rounding
 from emerging_optimizers.adaptive_muon.sharding.comparison import Flag
 from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.rules import Rules
@@ -96,8 +97,9 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
         placement = {name: getattr(self.options, name) for name in _OF_RULES}
         rules = Rules(**placement, mode=self._mode, hooked=self.options.weight_update_hook is not None)
         self._sharding = Sharding(rules, self.options.synced)
-        method = self.options.moment2_method, self.options.moment2
-        self.state_format = StateFormat(self._sharding, *method, self.bias_correction, self.capturable)
+        of_state = self.options.moment2_method, self.options.moment2, getattr(torch, self.options.momentum_dtype)
+        counted = self.bias_correction, self.options.counts_steps, self.capturable
+        self.state_format = StateFormat(self._sharding, *of_state, *counted)
         self._planner = Planner(self.state_format, self._mode, self.max_bytes_in_flight)
         self.diagnostics_store = make_store(self.options.diagnostics_every, self._mode, on_device=self.capturable)
         self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
@@ -143,6 +145,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)
+            check_rounding(group, self.options)
             check_gradients(group, "AdaptiveMuon")
         self._sharding.check_last_step(self.param_groups)
         self._sharding.resolve(self.param_groups)
@@ -171,6 +174,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
             nesterov=self.nesterov,
             weight_decay=WEIGHT_DECAYS[self.weight_decay_method],
             bias_correction=self.bias_correction,
+            rounding=make_rounding(self.param_groups, self.options, steps_on_device=self.capturable),
             steps_on_device=self.capturable,
             shape_factor=lambda m, n: get_muon_scale_factor(m, n, mode=self.scale_mode) * self.extra_scale_factor,
             functions=self._functions,
@@ -245,6 +249,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
             group = self.param_groups[-1]
             check_group(group, self.options)
             check_matrices(group)
+            check_rounding(group, self.options)
             self._sharding.check(group)
         except Exception:
             self.param_groups.pop()

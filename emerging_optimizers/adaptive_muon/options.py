@@ -26,6 +26,7 @@ from emerging_optimizers.utils import FP32MatmulPrecT
 
 
 __all__ = [
+    "MomentumDtypeT",
     "Option",
     "Options",
     "OptionsDict",
@@ -39,7 +40,8 @@ __all__ = [
     "shows_options",
 ]
 
-WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive"]
+MomentumDtypeT = Literal["float32", "bfloat16"]
+WeightDecayMethodT = Literal["decoupled", "independent", "l2", "palm", "adaptive", "cautious"]
 
 
 class Rule(NamedTuple):
@@ -159,7 +161,8 @@ class MatrixOptions:
     weight_decay_method: WeightDecayMethodT = option_field(
         "decoupled",
         'How the weight decay is applied. "adaptive", the NAMO paper\'s, is decoupled and scaled by D as the update is; '
-        'it is for "namo" and "namo_d". The others are those of upstream\'s WeightDecayMixin.',
+        'it is for "namo" and "namo_d". "cautious" (arXiv:2510.12402) is decoupled and spares the elements that the update '
+        "moves away from zero. The others are those of upstream's WeightDecayMixin.",
         flag=True,
     )
     fp32_matmul_prec: FP32MatmulPrecT = option_field(
@@ -232,6 +235,19 @@ class MatrixOptions:
         NamoD.namo_d_clamp,
         'Bound c in (0, 1] of "namo_d": column scales stay within [c, 1/c] of their mean. The default is from the '
         "paper's grid {0.12, 0.40, 0.75, 0.90}; its small model used 0.01.",
+        flag=True,
+    )
+    momentum_dtype: MomentumDtypeT = option_field(
+        "float32",
+        'Dtype of the momentum buffer. "bfloat16" saves 2 bytes per parameter: the momentum is averaged in float32 and '
+        'rounded stochastically. "float32" is float64 for float64 parameters, which "bfloat16" does not take.',
+        flag=True,
+    )
+    stochastic_rounding: bool = option_field(
+        False,
+        "Whether bfloat16 weights are rounded stochastically, so that updates below their precision are not lost. Replicas "
+        "and shards round alike, and a resumed run goes on the same. float32 and float64 weights are not rounded, and "
+        "float16 ones are not taken.",
         flag=True,
     )
     weight_update_hook: WeightUpdateHook | None = option_field(
@@ -391,6 +407,11 @@ class Options(MatrixOptions):
         return self.moment2.bias_correction if self.bias_correction is None else self.bias_correction
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether the state has a step count: for bias correction, and as part of the noise of stochastic rounding."""
+        return self.corrects_bias or self.stochastic_rounding or self.momentum_dtype == "bfloat16"
+
+    @property
     def synced(self) -> dict[str, Any]:
         """The values that must be the same on all ranks, by name. Of a hook that is its class."""
         shared = [option.name for option in options_of(type(self)) if option.scope == "shared"]
@@ -459,6 +480,8 @@ class OptionsDict(TypedDict, total=False):
     eps: float
     bias_correction: bool | None
     namo_d_clamp: float
+    momentum_dtype: MomentumDtypeT
+    stochastic_rounding: bool
     weight_update_hook: WeightUpdateHook | None
     use_syrk: bool
     tp_group: ProcessGroup | None

@@ -22,7 +22,6 @@ __all__ = [
     "in_work_dtype",
     "is_matrix",
     "parameter_name",
-    "round_into",
     "work_dtype",
 ]
 
@@ -156,9 +155,3 @@ def work_dtype(p: torch.Tensor) -> torch.dtype:
 def in_work_dtype(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor itself where it has the precision to work in, else a copy in that precision."""
     return tensor.to(work_dtype(tensor))
-
-
-def round_into(p: torch.Tensor, worked: torch.Tensor) -> None:
-    """Round what :func:`in_work_dtype` returned, updated since, into ``p`` in place, unless it is ``p`` itself."""
-    if worked is not p:
-        p.copy_(worked)

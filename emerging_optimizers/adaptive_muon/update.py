@@ -4,7 +4,7 @@
 A letter with an s is a list, of a tensor per parameter or matrix; a letter without is one tensor, of a batch of matrices.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,11 @@ from emerging_optimizers.adaptive_muon.exchange import Orthogonalize, Shards
 from emerging_optimizers.adaptive_muon.exchange.whole import Squares
 from emerging_optimizers.adaptive_muon.hooks import WeightUpdateHook
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
+from emerging_optimizers.adaptive_muon.noise import Noise, round_into
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, work_dtype
 from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
+from emerging_optimizers.adaptive_muon.rounding import Purpose, Rounding
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, local_of, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBatch, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
@@ -40,6 +42,7 @@ class StepRule:
         nesterov: Whether the momentum looks ahead.
         weight_decay: The way of weight decay.
         bias_correction: Whether D is corrected for the averages having started at zero.
+        rounding: How bfloat16 weights and momenta are rounded, for which steps are counted; None where to nearest.
         steps_on_device: Whether the step count is on the device, where no step may read it.
         shape_factor: Returns s for the rows and columns of a whole matrix.
         functions: Returns the iteration for parameters of a group, or for each parameter a user's function in its place.
@@ -53,6 +56,7 @@ class StepRule:
     nesterov: bool
     weight_decay: WeightDecay
     bias_correction: bool
+    rounding: Rounding | None
     steps_on_device: bool
     shape_factor: Callable[[int, int], float]
     functions: Callable[[Sequence[torch.Tensor], dict[str, Any]], NewtonSchulz | Sequence[Function]]
@@ -96,7 +100,7 @@ class BatchUpdate:
         if self._rule.weight_decay.share is None and weight_decay:
             Gs = [G.to(work_dtype(W)).add(W, alpha=weight_decay) for G, W in zip(Gs, self._Ws, strict=True)]
         Ms = [as_matrices(p, state["momentum_buffer"]) for p, state in zip(self.params, self._states, strict=True)]
-        return [scale.begin(Ms, Gs, self._Ws) for scale in self._scales]
+        return [scale.begin(Ms, Gs, self._Ws, self._noise("momentum", scale.batch)) for scale in self._scales]
 
     def finish(self, results: Sequence[tuple[torch.Tensor, Squares]]) -> None:
         """Average V, and decay and update W.
@@ -106,6 +110,8 @@ class BatchUpdate:
         """
         rule, lr = self._rule, self._lr
         Ds = [scale.finish(O, sums) for scale, (O, sums) in zip(self._scales, results, strict=True)]
+        if rule.bias_correction or rule.rounding is not None:
+            torch._foreach_add_([state["step"] for state in self._states], 1)
         if rule.bias_correction:
             self._correct(Ds)
         factors = [rule.shape_factor(*scale.shape) for scale in self._scales]
@@ -113,7 +119,7 @@ class BatchUpdate:
             scale.local(D, O, lr, factor)
             for scale, D, (O, _), factor in zip(self._scales, Ds, results, factors, strict=True)
         ]
-        decays = list(map(self._decay, Ds))
+        decays, cautious = list(map(self._decay, Ds)), rule.weight_decay.cautious
         for D, factor in zip(Ds, factors, strict=True):
             D.mul_(factor)
         Os = [O for O, _ in results]
@@ -124,9 +130,14 @@ class BatchUpdate:
             Ds, lr = [D * lr for D in Ds], 1.0
         for batch, O, D, decay in zip(self.batches, Os, Ds, decays, strict=True):
             with batch.in_place(self._Ws) as Ws:
-                apply(Ws, O, D, lr=lr, decay=decay)
+                apply(Ws, O, D, lr=lr, decay=decay, cautious=cautious, noise=self._noise("weight", batch))
         for p in self.params:
             rule.after_update(p)
+
+    def _noise(self, purpose: Purpose, batch: MatrixBatch) -> Noise | None:
+        """Return the noise with which a batch is rounded, or None where it is to nearest."""
+        rounding = self._rule.rounding
+        return None if rounding is None else rounding.noise(purpose, self.params, self._states, batch)
 
     def _decay(self, D: torch.Tensor) -> Number:
         """Return the share of itself that the weight loses, where D is its adaptive scale."""
@@ -139,10 +150,9 @@ class BatchUpdate:
         return share * D.new_ones((1,) * D.ndim) if isinstance(share, torch.Tensor) else share
 
     def _correct(self, Ds: Sequence[torch.Tensor]) -> None:
-        """Count the step, and correct D of each batch in place for the averages having started at zero."""
+        """Correct D of each batch in place for the averages having started at zero."""
         momentum, beta2 = self._group["momentum"], self._group["beta2"]
         steps = [state["step"] for state in self._states]
-        torch._foreach_add_(steps, 1)
         if self._rule.steps_on_device:  # where a graph's replays count
             for D, batch in zip(Ds, self.batches, strict=True):
                 of_members = torch.stack([steps[place] for place in batch.places]).double()
@@ -160,18 +170,32 @@ class BatchUpdate:
         rule = self._rule
         updates: list[dict[Matrix, torch.Tensor]] = [{} for _ in self.params]
         for batch, O, D, decay in zip(self.batches, Os, Ds, decays, strict=True):
+            U = D * O
             with batch.in_place(self._Ws) as Ws:
-                decay_weights(Ws, decay)
-            for matrix, place, U in zip(batch.matrices, batch.places, D * O, strict=True):
-                updates[place][matrix] = U
-        for p, W, of_p in zip(self.params, self._Ws, updates, strict=True):
+                decay_weights(Ws, decay, U if rule.weight_decay.cautious else None, self._noise("decay", batch))
+            for matrix, place, of_matrix in zip(batch.matrices, batch.places, U, strict=True):
+                updates[place][matrix] = of_matrix
+        for place, (p, W, of_p) in enumerate(zip(self.params, self._Ws, updates, strict=True)):
             U = merge_blocks([*of_p], [*of_p.values()], W.shape)
             update = wrapped_like(p, U.mT if is_transposed(p) else U)
             if rule.before_update is not None:
                 rule.before_update(p, update)
             with _within(rule.hook, p, update):
-                W.copy_(in_work_dtype(W) - self._lr * U)
+                self._subtract(place, self._lr * U, of_p)
                 rule.after_update(p)
+
+    def _subtract(self, place: int, update: torch.Tensor, matrices: Iterable[Matrix]) -> None:
+        """Subtract an update from the weight of the parameter at a place, in place, and round it."""
+        W = self._Ws[place]
+        result = in_work_dtype(W) - update
+        for matrix in matrices:
+            alone = MatrixBatch([matrix], [place], [0])
+            noise = self._noise("weight", alone)
+            if noise is None:
+                W.copy_(result)
+                return
+            with alone.in_place(self._Ws) as parts:
+                round_into(parts, [matrix.of(result)], noise)
 
 
 def _rate(lr: Number, *, on_device: bool) -> Number:
@@ -231,13 +255,16 @@ class _Scale:
         self._ahead_D: torch.Tensor | None = None  # what has scaled M'
         self._clamped: torch.Tensor | None = None
 
-    def begin(self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], Ws: Sequence[torch.Tensor]) -> Shards:
+    def begin(
+        self, Ms: Sequence[torch.Tensor], Gs: Sequence[torch.Tensor], Ws: Sequence[torch.Tensor], noise: Noise | None
+    ) -> Shards:
         """Average M; return M', scaled where D scales it and is known already, with its partial sums of squares.
 
         Args:
             Ms: The momentum of each parameter.
             Gs: The gradient of each parameter.
             Ws: The weight of each parameter.
+            noise: With which bfloat16 momenta are rounded.
         """
         method, kept, measured = self._moment2, self._kept_dims, self._measures
         observed = [name for name in method.observed if name != "orthogonalized"]
@@ -250,6 +277,7 @@ class _Scale:
                 nesterov=self._nesterov,
                 kept_dims=kept,
                 observed=observed,
+                noise=noise,
             )
         measures = []
         if measured is not None:

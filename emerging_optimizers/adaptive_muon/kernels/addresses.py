@@ -13,7 +13,7 @@ import triton.language as tl
 from emerging_optimizers.adaptive_muon.kernels.launch import launch
 
 
-__all__ = ["Addresses", "addresses_of", "at"]
+__all__ = ["Addresses", "addresses_of", "at", "table_of"]
 
 _AT_ONCE = 16
 _ALIGNED_TO = 16  # bytes that a thread loads at once
@@ -75,18 +75,23 @@ def addresses_of(tensors: Sequence[torch.Tensor]) -> Addresses:
     return _remembered(starts, bytes_apart, in_stack, first.device, stream)
 
 
-def _addresses(
-    starts: tuple[int, ...], bytes_apart: tuple[int, ...], in_stack: int, device: torch.device
-) -> Addresses:
-    """The addresses of matrices in stacks that start at these.
+def table_of(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return numbers as int64 on a GPU, in a table with more entries, which mean nothing.
 
     They travel as arguments of a kernel. A copy from the host would read freed memory in a replayed graph.
     """
-    found = [start + i * bytes_apart[0] for start in starts for i in range(in_stack)]
-    table = torch.empty(-(-len(found) // _AT_ONCE), _AT_ONCE, dtype=torch.int64, device=device)
-    for row, part in zip(table, batched(found, _AT_ONCE), strict=True):
+    table = torch.empty(-(-len(numbers) // _AT_ONCE), _AT_ONCE, dtype=torch.int64, device=device)
+    for row, part in zip(table, batched(numbers, _AT_ONCE), strict=True):
         padded = (*part, *[part[0]] * (_AT_ONCE - len(part)))
         launch(store_kernel, None, 1, (row, *padded), {}, num_warps=1)
+    return table
+
+
+def _addresses(
+    starts: tuple[int, ...], bytes_apart: tuple[int, ...], in_stack: int, device: torch.device
+) -> Addresses:
+    """The addresses of matrices in stacks that start at these."""
+    table = table_of([start + i * bytes_apart[0] for start in starts for i in range(in_stack)], device)
     return Addresses(table, all(each % _ALIGNED_TO == 0 for each in (*starts, *bytes_apart)))
 
 

@@ -10,6 +10,8 @@ import triton.language as tl
 from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of, at
 from emerging_optimizers.adaptive_muon.kernels.average import triton_type
 from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
+from emerging_optimizers.adaptive_muon.kernels.noise import rounded
+from emerging_optimizers.adaptive_muon.noise import Noise
 
 
 __all__ = ["apply_on_cuda"]
@@ -29,10 +31,12 @@ def _broadcast(start, row, column, row_stride, inside, COLUMN_STRIDE: tl.constex
 
 @triton.jit
 def apply_kernel(
-    weights, O, D, decays,
+    weights, O, D, decays, keys,
     rows, columns, tiles_down, tiles_across, W_row, O_member, O_row, D_member, D_row, decay_member, decay_row, lr, decay,
+    members, top, left,
     W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, O_COLUMN: tl.constexpr, D_COLUMN: tl.constexpr,
-    DECAY_COLUMN: tl.constexpr, HAS_DECAYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DECAY_COLUMN: tl.constexpr, HAS_DECAYS: tl.constexpr, CAUTIOUS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Works on one tile of one matrix."""
     program = tl.program_id(0).to(tl.int64)
@@ -44,18 +48,30 @@ def apply_kernel(
     places = at(weights, member, W_TYPE, ALIGNED) + row * W_row + column
     W = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     existing = tl.minimum(row, rows - 1)
-    if HAS_DECAYS:
-        W -= _broadcast(decays + member * decay_member, existing, column, decay_row, inside, DECAY_COLUMN) * W
-    else:
-        W -= decay * W
     o = tl.load(O + member * O_member + row * O_row + column * O_COLUMN, mask=inside, other=0.0).to(tl.float32)
     d = _broadcast(D + member * D_member, existing, column, D_row, inside, D_COLUMN)
+    decaying = W
+    if CAUTIOUS:
+        decaying = tl.where(((o * d >= 0) & (W >= 0)) | ((o * d <= 0) & (W <= 0)), W, 0.0)
+    if HAS_DECAYS:
+        W -= _broadcast(decays + member * decay_member, existing, column, decay_row, inside, DECAY_COLUMN) * decaying
+    else:
+        W -= decay * decaying
     W -= lr * (o * d)
+    if STOCHASTIC:
+        W = rounded(W, keys, members, member, row + top, column + left)
     tl.store(places, W.to(W_TYPE), mask=inside)
 
 
 def apply_on_cuda(
-    Ws: Sequence[torch.Tensor], O: torch.Tensor, D: torch.Tensor, *, lr: float, decay: float | torch.Tensor
+    Ws: Sequence[torch.Tensor],
+    O: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    lr: float,
+    decay: float | torch.Tensor,
+    cautious: bool = False,
+    noise: Noise | None = None,
 ) -> None:
     """Decay and update weights in place. The arguments are those of ``passes.apply``.
 
@@ -65,6 +81,8 @@ def apply_on_cuda(
         D: Adaptive scale, float32, broadcastable to O.
         lr: Learning rate.
         decay: The share of itself that a weight loses; a tensor like D, or a number.
+        cautious: Whether elements are spared that the update moves away from zero.
+        noise: With which bfloat16 weights are rounded; None to round to nearest.
     """
     first, (rows, columns) = Ws[0], Ws[0].shape[-2:]
     lead, members = O.shape[:-2], O.shape[:-2].numel()
@@ -85,17 +103,20 @@ def apply_on_cuda(
         "D_COLUMN": D.stride(2),
         "DECAY_COLUMN": share.stride(2),
         "HAS_DECAYS": isinstance(decay, torch.Tensor),
+        "CAUTIOUS": cautious,
+        "STOCHASTIC": noise is not None,
         "ROWS": _ROWS,
         "COLUMNS": _COLUMNS,
     }
+    keys, place = (weights.table, (0, 0)) if noise is None else (noise.keys, (noise.top, noise.left))
     strides = (first.stride(-2), *O.stride()[:2], *D.stride()[:2], *share.stride()[:2])
     launch(
         apply_kernel,
-        (O.shape, O.dtype, strides, are_aligned(O, D, share), *constants.values()),
+        (O.shape, O.dtype, strides, place, are_aligned(O, D, share, keys), *constants.values()),
         members * down * across,
         (
-            *(weights.table, O, D, share, rows, columns, down, across, *strides),
-            *(float(lr), 0.0 if isinstance(decay, torch.Tensor) else float(decay)),
+            *(weights.table, O, D, share, keys, rows, columns, down, across, *strides),
+            *(float(lr), 0.0 if isinstance(decay, torch.Tensor) else float(decay), members, *place),
         ),
         constants,
     )

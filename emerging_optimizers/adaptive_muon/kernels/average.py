@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from emerging_optimizers.adaptive_muon.kernels.addresses import addresses_of, at
-from emerging_optimizers.adaptive_muon.kernels.launch import launch
+from emerging_optimizers.adaptive_muon.kernels.launch import are_aligned, launch
+from emerging_optimizers.adaptive_muon.kernels.noise import rounded
+from emerging_optimizers.adaptive_muon.noise import Noise
 
 
 __all__ = ["average_on_cuda"]
@@ -25,10 +27,10 @@ def _lerp(start, end, weight):
 
 @triton.jit
 def average_kernel(
-    gradients, buffers, momentum_out, G_sums, M_sums,
-    rows, columns, tiles_down, tiles_across, G_row, M_row, weight, momentum,
-    G_TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, SUMMED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gradients, buffers, momentum_out, G_sums, M_sums, keys,
+    rows, columns, tiles_down, tiles_across, G_row, M_row, weight, momentum, members, top, left,
+    G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, SUMMED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Works on one tile of one matrix. SUMMED is the tile's dimension that sums of squares add up: 0, 1, 2 for both."""
     program = tl.program_id(0).to(tl.int64)
@@ -39,11 +41,14 @@ def average_kernel(
     inside = (row < rows)[:, None] & (column < columns)[None, :]
 
     gradient = at(gradients, member, G_TYPE, ALIGNED)
-    buffer = at(buffers, member, tl.float32, ALIGNED)  # type: ignore[arg-type]
+    buffer = at(buffers, member, M_TYPE, ALIGNED)
     G = tl.load(gradient + row[:, None] * G_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     places = buffer + row[:, None] * M_row + column[None, :]
-    M = _lerp(tl.load(places, mask=inside, other=0.0), G, weight)
-    tl.store(places, M, mask=inside)
+    M = _lerp(tl.load(places, mask=inside, other=0.0).to(tl.float32), G, weight)
+    stored = M
+    if STOCHASTIC:
+        stored = rounded(M, keys, members, member, (row + top)[:, None], (column + left)[None, :])
+    tl.store(places, stored.to(M_TYPE), mask=inside)
     if NESTEROV:
         M = _lerp(G, M, momentum)
     tl.store(momentum_out + (member * rows + row[:, None]) * columns + column[None, :], M, mask=inside)
@@ -68,20 +73,22 @@ def average_on_cuda(
     momentum: float,
     nesterov: bool,
     kept_dims: tuple[int, ...] | None,
+    noise: Noise | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Average gradients into momentum buffers in place. The arguments are those of ``passes.average``, as is the result.
 
     Args:
-        Ms: Momentum buffers of one shape, float32; the columns and the dimensions of a stack are contiguous.
+        Ms: Momentum buffers of one shape, float32, or bfloat16 with noise; the columns and the dimensions of a stack are contiguous.
         Gs: Their gradients, likewise, in any floating dtype.
         momentum: Decay rate of the momentum.
         nesterov: Whether the momentum looks ahead.
         kept_dims: The dimensions, at most one of -2 and -1, that sums of squares keep; None for no sums.
+        noise: With which bfloat16 momentum buffers are rounded.
     """
     first, (*lead, rows, columns) = Ms[0], Ms[0].shape
     members = len(Ms) * first.shape[:-2].numel()
     down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
-    M_prime = first.new_empty((len(Ms), *lead, rows, columns))
+    M_prime = first.new_empty((len(Ms), *lead, rows, columns), dtype=torch.float32)
     # For each case: what SUMMED is, the shape of the tiles' sums, and that of the matrices' sums.
     cases: dict[Any, Any] = {
         None: (-1, (0,), ()),
@@ -90,25 +97,29 @@ def average_on_cuda(
         (-2,): (1, (members, across, rows), (rows, 1)),
     }
     summed, partial, result = cases[kept_dims]
-    both = first.new_empty((2, *partial))
+    both = M_prime.new_empty((2, *partial))
     G_sums, M_sums = both.unbind(0)
     gradients, buffers = addresses_of(Gs), addresses_of(Ms)
     constants = {
         "G_TYPE": triton_type(Gs[0].dtype),
+        "M_TYPE": triton_type(first.dtype),
         "ALIGNED": gradients.aligned and buffers.aligned,
         "NESTEROV": nesterov,
         "SUMMED": summed,
+        "STOCHASTIC": noise is not None,
         "ROWS": _ROWS,
         "COLUMNS": _COLUMNS,
     }
+    keys, place = (buffers.table, (0, 0)) if noise is None else (noise.keys, (noise.top, noise.left))
     strides = (Gs[0].stride(-2), first.stride(-2))
     launch(
         average_kernel,
-        (members, rows, columns, strides, *constants.values()),
+        (members, rows, columns, strides, place, are_aligned(keys), *constants.values()),
         members * down * across,
         (
-            *(gradients.table, buffers.table, M_prime, G_sums, M_sums),
+            *(gradients.table, buffers.table, M_prime, G_sums, M_sums, keys),
             *(rows, columns, down, across, *strides, 1.0 - momentum, float(momentum)),
+            *(members, *place),
         ),
         constants,
     )

@@ -7,6 +7,7 @@ been imported already.
 
 import math
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "is_dtensor",
     "is_transposed",
     "local_of",
+    "offset_of",
     "placements_like",
     "shard_of",
     "wrapped_like",
@@ -126,6 +128,19 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
         replicas=math.prod(mesh.size(dim) for dim in replicating),
         shards=_group(mesh, splitting) if apart and splitting else None,
     )
+
+
+def offset_of(p: torch.Tensor) -> tuple[int, ...]:
+    """Return where what this process holds of a tensor begins in the whole one: zeros for what is no DTensor."""
+    return _offset(p.shape, p.device_mesh, tuple(p.placements)) if is_dtensor(p) else (0,) * p.ndim
+
+
+@lru_cache(maxsize=4096)
+def _offset(shape: torch.Size, mesh: DeviceMesh, placements: "tuple[Placement, ...]") -> tuple[int, ...]:
+    """The same; it takes torch long to find out."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":

@@ -47,12 +47,19 @@ class StateFormat:
     sharding: Sharding
     moment2_method: str
     moment2: Moment2
-    bias_correction: bool  # whether steps are counted
+    momentum_dtype: torch.dtype  # of all parameters but those in float64
+    bias_correction: bool
+    counts_steps: bool  # as bias correction and stochastic rounding need it
     capturable: bool  # whether the count is on the parameter's device
 
     def kept_dims(self, p: torch.Tensor, matrix: Matrix) -> tuple[int, ...]:
         """Return the dimensions that V keeps of a matrix of a parameter."""
         return self.moment2.kept_dims(*matrix.shape(p))
+
+    def dtype(self, p: torch.Tensor, key: str) -> torch.dtype:
+        """Return the dtype of a parameter's buffer of this name."""
+        work = work_dtype(p)
+        return self.momentum_dtype if key == "momentum_buffer" and work == torch.float32 else work
 
     def buffers(self, p: torch.Tensor) -> dict[str, Buffer]:
         """Return a parameter's buffers by their names."""
@@ -68,12 +75,16 @@ class StateFormat:
         state, device = {}, local_of(p).device
         for key, buffer in self.buffers(p).items():
             # not new_zeros, which gives a subclass of torch.Tensor, as some weights are, its own kind
-            state[key] = torch.zeros(buffer.local, dtype=work_dtype(p), device=device)
+            state[key] = torch.zeros(buffer.local, dtype=self.dtype(p, key), device=device)
             if buffer.placements is not None:
                 state[key] = wrapped_like(p, state[key], buffer.placements, buffer.shape)
-        if self.bias_correction:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if self.capturable else "cpu")
+        if self.counts_steps:
+            state["step"] = self.new_step(p)
         return state
+
+    def new_step(self, p: torch.Tensor) -> torch.Tensor:
+        """Return a parameter's step count, zero."""
+        return torch.zeros((), dtype=torch.float32, device=p.device if self.capturable else "cpu")
 
 
 def check_state(
@@ -86,8 +97,8 @@ def check_state(
         if momentum is None:
             continue
         require(
-            momentum.dtype == work_dtype(p),
-            f"the state of {parameter_name(group, index)} must be in {work_dtype(p)}, in which it is worked on",
+            momentum.dtype == state_format.dtype(p, "momentum_buffer"),
+            f"the momentum of {parameter_name(group, index)} must be in {state_format.dtype(p, 'momentum_buffer')}",
             momentum.dtype,
             "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
         )

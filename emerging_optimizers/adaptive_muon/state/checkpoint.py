@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
-from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
+from emerging_optimizers.adaptive_muon.parameters import parameter_name
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
@@ -20,6 +20,9 @@ from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstr
 __all__ = ["attributes", "deep_copy", "load"]
 
 _BUFFERS = ("momentum_buffer", "moment2_buffer")
+# The count of a state that had none, for stochastic rounding. Whoever corrects the bias later by it is right: the averages
+# of then have long forgotten that they started at zero.
+_LONG_AGO = 2**20
 
 
 def load(
@@ -27,23 +30,24 @@ def load(
     state_dict: dict[str, Any],
     torch_load: Callable[[dict[str, Any]], None],
     state_format: StateFormat,
+    widened: Callable[[torch.Tensor], bool] | None = None,
 ) -> None:
-    """Loads a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and not rounded.
+    """Loads a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and in its own dtypes.
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
-    Two hooks around torch's own loading put it right: one after all hooks that may change the checkpoint, one before
-    all hooks that may change what was loaded.
+    Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
 
     Args:
         optimizer: The optimizer of the matrices, or one that holds its groups too.
         state_dict: The checkpoint.
         torch_load: The torch class's ``load_state_dict`` of ``optimizer``.
         state_format: The format of the matrices' state.
+        widened: Returns whether another parameter, in 16 bit, has its state in float32; None if none has.
 
     Raises:
         ValueError: If the checkpoint does not fit. Nothing has changed then.
     """
-    saved: dict[torch.Tensor, dict[str, Any]] = {}
+    saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
         groups = state_dict["param_groups"]
@@ -60,18 +64,17 @@ def load(
             )
             if group.get("use_muon", True):
                 saved.update(_checked_states(saved_group, group, state_dict["state"], state_format))
+            elif widened is not None:
+                pairs = zip(group["params"], saved_group["params"], strict=True)
+                wide.update((p, state_dict["state"].get(key, {})) for p, key in pairs if widened(p))
 
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    dtype = work_dtype(p) if key.startswith(_BUFFERS) else value.dtype
-                    on_host = key == "step" and not state_format.capturable
-                    if not is_traceable_wrapper_subclass(value):
-                        value = value.as_subclass(torch.Tensor)  # buffers of older checkpoints may be of a subclass
-                    optimizer.state[p][key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
-            if not state_format.bias_correction:
+            optimizer.state[p].update(_own_form(p, state, state_format))
+            if not state_format.counts_steps:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
+        for p, state in wide.items():
+            optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in state if key != "step")
 
     hooks = (
         optimizer.register_load_state_dict_pre_hook(before),
@@ -82,6 +85,24 @@ def load(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat) -> dict[str, torch.Tensor]:
+    """Return the tensors of a parameter's saved state in the optimizer's own dtypes and places, with a count if it counts.
+
+    A float32 momentum is rounded to nearest where the optimizer has its own in bfloat16.
+    """
+    own = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            dtype = state_format.dtype(p, key) if key.startswith(_BUFFERS) else value.dtype
+            on_host = key == "step" and not state_format.capturable
+            if not is_traceable_wrapper_subclass(value):
+                value = value.as_subclass(torch.Tensor)  # buffers of older checkpoints may be of a subclass
+            own[key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
+    if state_format.counts_steps and "step" not in state:
+        own["step"] = state_format.new_step(p).fill_(_LONG_AGO)
+    return own
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
