@@ -15,7 +15,7 @@ WRITTEN = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 BUILD = TemporaryDirectory()
 
 MEGATRON = ["megatron-core>=0.18.2,<0.21", "psutil"]
-NEMO = ["nemo-toolkit[core,asr]>=2.7,<4", "lightning<=2.4"]
+NEMO = ["nemo-toolkit[core,asr]>=2.7,<4"]
 AUTOMODEL = ["nemo-automodel>=0.7,<0.8"]
 HUGGINGFACE = ["transformers>=5,<6", "accelerate>=1.1"]
 TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "numpy", "ruff>=0.9.9", "mypy>=1.13"]
