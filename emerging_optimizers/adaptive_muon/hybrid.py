@@ -234,11 +234,7 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
         with self._shared(), plain_modes([p for group in self.param_groups for p in group["params"]]):
             for inner in (self._muon, self._adamw):
                 check_options(inner)
-            for group in self._adamw.param_groups:
-                check_gradients(group, "AdamW", complex_too=True)
-                check_capturable(group)
-                check_rounding(group, self._muon.options, scalar=True)
-                _fuse(group, self.state)
+            _prepare(self._adamw, self._muon.options)
             self._muon.step()  # checks its own parameters before it changes anything
             with in_float32(self._adamw) if self._muon.options.stochastic_rounding else nullcontext():
                 self._adamw.step()
@@ -247,10 +243,8 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
     def describe(self, *, each: bool = True) -> str:
         """Return a table of the parameters: how many went where and, of ``each``, its shape, name, reason and blocks.
 
-        The line of AdaptiveMuon says how many parameters are shared by how many replicas. The line of AdamW counts the
-        two-dimensional parameters that are not the weights of linear maps, and the three-dimensional ones that may be
-        stacks of experts: look whether they are where you want them. Parameters that are frozen now have a line of their
-        own.
+        The line of AdaptiveMuon counts parameters that replicas share. The line of AdamW counts two-dimensional parameters
+        that are not the weights of linear maps, and three-dimensional ones that may be stacks of experts: check them.
         """
         return _description(self.routes, self._muon, each=each)
 
@@ -315,6 +309,15 @@ def _misrouted(routes: list[tuple[str, torch.Tensor, Route]]) -> list[Finding]:
         for size, name, route in rows
         if route.algorithm == "adamw" and route.reason.startswith((NOT_A_MAP, STACK)) and size > largest
     ]
+
+
+def _prepare(adamw: AdamW, options: Options) -> None:
+    """Check AdamW's groups before a step, and choose its kernel."""
+    for group in adamw.param_groups:
+        check_gradients(group, "AdamW", complex_too=True)
+        check_capturable(group)
+        check_rounding(group, options, scalar=True)
+        _fuse(group, adamw.state)
 
 
 def _fuse(group: dict[str, Any], states: Mapping[torch.Tensor, dict[str, Any]]) -> None:

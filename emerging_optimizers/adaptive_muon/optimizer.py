@@ -64,12 +64,11 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
     ``muon_transposed = True`` is stored as (in, out), as Hugging Face's ``Conv1D`` stores it, and the step works on its
     transpose. Set attributes before you make the optimizer. State and arithmetic are in float32 (float64 for float64
-    parameters, save for the orthogonalization), and a low-precision weight is rounded once a step. Convolutions,
-    embeddings, output heads, norms and biases belong to AdamW, see
-    :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
+    parameters, save for the orthogonalization), and a low-precision weight is rounded once per step. Give embeddings,
+    output heads, norms and biases to AdamW, as :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon` does.
 
-    A step gives the same result inside ``torch.autocast``, inference mode and any setting of the float32 matmul
-    precision, and changes none of them. A compiled function may call it; the step itself runs uncompiled.
+    A step gives the same result inside ``torch.autocast``, inference mode and any float32 matmul precision, and changes
+    none of them. A compiled function may call it; the step itself runs uncompiled.
 
     Args:
         params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group

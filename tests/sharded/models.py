@@ -110,7 +110,7 @@ def set_gradients_of_both(
 ) -> None:
     """Random gradients for whole parameters, and for each one's sharded twin this rank's shard of them."""
     for p, q in pairs:
-        p.grad, q.grad = torch.randn(p.shape, generator=generator), q.detach().clone()
+        p.grad, q.grad = torch.randn(p.shape, generator=generator).to(p.dtype), q.detach().clone()
         local(q.grad).copy_(p.grad.flatten()[places[q]])
 
 

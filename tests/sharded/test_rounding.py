@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stochastic rounding and cautious decay do not depend on how a matrix is sharded, and replicas stay the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import WAYS, full, models, step_both
+from pieces import Pair, fused_layers, gathered, grid, options_of, set_gradients, stack, strips
+from torch import distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+
+
+LESS: dict[str, Any] = {"stochastic_rounding": True, "momentum_dtype": "bfloat16", "weight_decay": 0.1}
+
+
+def pairs_of(kind: str, group: ProcessGroup) -> tuple[list[Pair], dict[torch.Tensor, Piece]]:
+    """Whole matrices and shards of them in bfloat16, and the layouts that the shards do not show."""
+    pieces: dict[torch.Tensor, Piece] = {}
+    if kind == "grid":
+        pair, piece = grid((30, 22), group)
+        pairs, pieces = [pair], {pair.piece: piece}
+    elif kind == "fused":
+        torch.manual_seed(0)
+        pairs = fused_layers(2)
+    else:
+        pairs = [stack(1), stack(2)] if kind == "stacks" else strips()
+    for pair in pairs:
+        for p in (pair.whole, pair.piece):
+            p.data = p.data.bfloat16()
+    return pairs, pieces
+
+
+@pytest.mark.parametrize("kind", ["strips", "grid", "fused", "stacks"])
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_are_rounded_as_the_whole(method: str, kind: str, group: ProcessGroup) -> None:
+    """The momentum to the bit. The weights but where D or O differ by a rounding, which noise of another place would not."""
+    pairs, pieces = pairs_of(kind, group)
+    options = {**options_of(method), **LESS, "weight_decay_method": "cautious", "ns_algorithm": "standard"}
+    one = AdaptiveMuon([pair.whole for pair in pairs], **options)
+    other = AdaptiveMuon([pair.piece for pair in pairs], tp_group=group, layout_fn=pieces.get, **options)
+    for step in range(2):
+        set_gradients(pairs, step)
+        one.step()
+        other.step()
+        differing = total = 0
+        for pair in pairs:
+            M, expected = other.state[pair.piece]["momentum_buffer"], one.state[pair.whole]["momentum_buffer"]
+            assert torch.equal(M, pair.cut(expected)) and M.dtype == torch.bfloat16
+            differing += int((pair.piece != pair.cut(pair.whole.detach())).sum())
+            total += pair.piece.numel()
+        assert differing <= (0.02 if method == "adamuon" else 0.005) * (step + 1) * total
+
+
+def test_the_noise_of_another_place_would_be_seen(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above would find if rows and columns were counted from the shard's own first."""
+    from emerging_optimizers.adaptive_muon import noise
+
+    at = noise.Noise.at
+    pairs, _ = pairs_of("strips", group)
+    one, other = (
+        AdaptiveMuon([getattr(pair, name) for pair in pairs], tp_group=group, **options_of("namo"), **LESS)
+        for name in ("whole", "piece")
+    )
+    set_gradients(pairs, 0)
+    one.step()
+    own = lambda self, *where: at(noise.Noise(self.keys), *where)  # noqa: E731
+    monkeypatch.setattr(noise.Noise, "at", own)
+    other.step()
+    seen = [
+        torch.equal(other.state[pair.piece]["momentum_buffer"], pair.cut(one.state[pair.whole]["momentum_buffer"]))
+        for pair in pairs
+    ]
+    assert all(seen) is (dist.get_world_size() == 1 or dist.get_rank() == 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dtensors(way: Callable[[nn.Module], None]) -> None:
+    """AdamW's part too, which is elementwise: to the bit."""
+    whole, sharded, places = models(way, hidden=14)
+    options = {**options_of("namo"), **LESS, "scalar_lr": 1e-2}
+    for model in (whole, sharded):
+        model.to(torch.bfloat16)
+        model.fused.weight.muon_blocks = (5, 2, 1)  # a DTensor that is converted is a new one
+    optimizers = [HybridAdaptiveMuon.from_model(model, **options) for model in (whole, sharded)]
+    pairs = [*zip(whole.parameters(), sharded.parameters(), strict=True)]
+    places = dict(zip(sharded.parameters(), places.values(), strict=True))
+    step_both(optimizers, pairs, places, 3)
+    scalars = {p for group in optimizers[0].param_groups if not group["use_muon"] for p in group["params"]}
+    for p, q in pairs:
+        assert q.dtype == torch.bfloat16
+        if p in scalars:
+            assert torch.equal(full(q), p.detach())
+        else:
+            assert torch.equal(
+                full(optimizers[1].state[q]["momentum_buffer"]), optimizers[0].state[p]["momentum_buffer"]
+            )
+            assert (full(q) != p.detach()).double().mean() < 0.02
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replicas_stay_the_same(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(shape, generator=generator).bfloat16()) for shape in [(24, 16)] * 3 + [(16, 40)]
+    ]
+    optimizer = AdaptiveMuon(params, replica_group=dist.group.WORLD, **options_of(method), **LESS)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+        optimizer.step()
+    for p in params:
+        states = gathered([p.detach().float(), *(value.float() for value in optimizer.state[p].values())])
+        assert all(torch.equal(one, two) for each in states for one, two in zip(states[0], each, strict=True))
