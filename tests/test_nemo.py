@@ -344,10 +344,8 @@ def test_conformer_is_routed_as_documented(config):
 
 def test_heads_of_the_conformer(config):
     config.model.optim.split_heads = True
-    optimizer = optimizer_of(config)
-    parts = {
-        name: route.text.partition("; ")[2] for name, _, route in optimizer.routes if "layers.0.self_attn" in name
-    }
+    routes = [(name, route) for name, _, route in optimizer_of(config).routes if "layers.0.self_attn" in name]
+    parts = {name: route.parts.text for name, route in routes if route.algorithm == "adaptive_muon"}
     heads, size = config.model.encoder.n_heads, config.model.encoder.d_model // config.model.encoder.n_heads
     prefix = "encoder.layers.0.self_attn.linear_"
     assert parts == {

@@ -24,7 +24,7 @@ def keywords(record: type = Options) -> str:
 def flags(record: type = Options, of_split: type = SplitOptions) -> str:
     """Return the table of Megatron's flags about Muon, its own and ours."""
     rows = []
-    for option in (*options_of(record), *(option for option in options_of(of_split) if option.flag)):
+    for option in (*(option for option in options_of(of_split) if option.flag), *options_of(record)):
         field = option.megatron_field
         if option.flag or field not in ("", option.name):  # one with the option's name is of all Megatron's optimizers
             flag = "adaptive_muon_" + option.name if option.flag else field
