@@ -55,10 +55,9 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
       of the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
-    With the same arguments "adamuon", "normuon" and "namo" walk the path of Emerging-Optimizers 0.4, which is that of 0.3
-    except where the norm of the momentum is below 1e-7 and the steps of 0.3 vanish. The paper's NAMO and NAMO-D are
-    ``nesterov=True, beta2=0.99, bias_correction=True, weight_decay_method="adaptive", coefficient_type="simple",
-    extra_scale_factor=0.2``.
+    With the same arguments "adamuon", "normuon" and "namo" make the steps of Emerging-Optimizers 0.4, and of 0.3 except for
+    momenta with a norm below 1e-7. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True,
+    weight_decay_method="adaptive", coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
     (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
