@@ -18,6 +18,9 @@ from emerging_optimizers.adaptive_muon.kernels import addresses, apply, average,
 from emerging_optimizers.adaptive_muon.orthogonalize import symmetric_kernel
 
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    pytest.skip("Triton 3.2 compiles other sources, and its kernels are not used", allow_module_level=True)
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # The bytes of shared memory that a block can have.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -159,6 +159,8 @@ def test_float16_rounds_less_than_the_standards_bfloat16(
     monkeypatch: Any, shape: tuple[int, int], name: Any, steps: int
 ) -> None:
     """As it runs on CUDA, whose products of float16 sum in float32 as the CPU's do."""
+    if min(shape) >= 512 and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 takes minutes for products of float16 into views, on a CPU")
     standard = errors("standard", "medium", name, steps, shape)
     monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: torch.float16)
     assert sum(error < 0.3 for error in standard.values()) >= (12 if steps > 5 else 20)

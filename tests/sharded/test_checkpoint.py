@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import fsdp, full, hsdp, local, models, tensor_parallel_and_fsdp, train
+from models import fsdp, full, hsdp, local, models, require_trainable, tensor_parallel_and_fsdp, train
 from pieces import difference, options_of
 from torch import distributed as dist
 from torch import nn
@@ -59,6 +59,7 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> di
 def test_training_goes_on(method: str, way: Callable[[nn.Module], None], flat: bool) -> None:
     """On fewer ranks and replicas, on one also without any sharding; what two replicas share, each does alone then."""
     place = Path(DIRECTORY or "") / f"{method}-{way.__name__}-{flat}"
+    require_trainable(make(way, method)[0])
     if dist.get_world_size() == 4:
         model, optimizer = make(way, method)
         train(model, optimizer, range(SAVED_AFTER))
