@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two figures: validation loss while training, and tuning loss against the learning rate."""
+"""The figures: validation loss while training, the matrices meanwhile, and tuning loss against the learning rate."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rates import Rates
-from training import Record
+from training import SHOWN, Record
 
 
 # Okabe and Ito's colours, told apart by the colour-blind; markers and dashes tell them apart in print too.
@@ -47,6 +48,41 @@ def curves(records: Sequence[Record], path: Path) -> None:
     panels[1].legend(title="loss after the last step", frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+# What the rows of the second figure are called.
+TITLES = {"cosine": "cosine of gradient and momentum", "update_ratio": "RMS of the update over that of the weight"}
+
+
+def matrices(records: Sequence[Record], path: Path) -> bool:
+    """Draws what AdaptiveMuon measured of its matrices: a thin line for each of them, and their median.
+
+    Args:
+        records: Best first; the panels keep this order.
+        path: Where to write the PNG.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    measured = [record for record in records if record.measured]
+    if not measured:
+        return False
+    size = {"figsize": (2.2 + 2.6 * len(measured), 5.6), "layout": "constrained"}
+    figure, panels = plt.subplots(len(SHOWN), len(measured), sharex=True, sharey="row", squeeze=False, **size)
+    for row, value in zip(panels, SHOWN, strict=True):
+        for axes, record in zip(row, measured, strict=True):
+            color, lines = STYLES[record.method]["color"], [*record.measured[value].values()]
+            for line in lines:
+                axes.plot(record.measured_steps, line, color=color, linewidth=0.6, alpha=0.35)
+            medians = [statistics.median(of_step) for of_step in zip(*lines, strict=True)]
+            axes.plot(record.measured_steps, medians, color=color, linewidth=2.2)
+            frame(axes, "training step" if value == SHOWN[-1] else "", TITLES[value] if axes is row[0] else "")
+            axes.set_yscale("log" if value == "update_ratio" else "linear")
+            if value == SHOWN[0]:
+                axes.set_title(f"{record.method}, {len(lines)} matrices", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True
 
 
 def sweep(rates: Rates, path: Path) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains one small GPT on real text with six optimizers, and says which learned fastest.
 
-All start from the same weights and see the same batches. The table is printed; the measurements (JSON) and the curves
-(PNG) are written to runs/.
+All start from the same weights and see the same batches. The table is printed; the measurements (JSON), the curves and
+what AdaptiveMuon's diagnostics show of the matrices meanwhile (PNG) are written to runs/.
 """
 
 import math
@@ -57,6 +57,9 @@ def main() -> None:
     numbers.write_text(report.document(records, protocol, text.describe(), arguments.seed, arguments.device))
     plots.curves(records, picture)
     print(f"\nMeasurements: {numbers}   Curves: {picture}")
+    inside = arguments.out / "train_gpt_matrices.png"
+    if plots.matrices(records, inside):
+        print(f"The matrices through training: {inside}")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class Protocol:
         return {max(1, round(self.steps * k / self.evaluations)) for k in range(1, self.evaluations + 1)}
 
 
+# What the second figure shows of the optimizer's diagnostics.
+SHOWN = ("cosine", "update_ratio")
+
+
 @dataclass
 class Record:
     """What one training run measured.
@@ -70,6 +74,8 @@ class Record:
         step_ms: Median time of a training step.
         optimizer_ms: Median of the part of it that the optimizer takes.
         state_bytes_per_parameter: Size of the optimizer's state tensors.
+        measured_steps: The steps of which AdaptiveMuon measured its matrices.
+        measured: For each of SHOWN, and each matrix, its value in these steps.
     """
 
     method: str
@@ -83,6 +89,8 @@ class Record:
     step_ms: float = 0.0
     optimizer_ms: float = 0.0
     state_bytes_per_parameter: float = 0.0
+    measured_steps: list[int] = field(default_factory=list)
+    measured: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def final_train_loss(self) -> float:
@@ -128,7 +136,10 @@ def train(
     """
     model = GPT(protocol.shape, seed).to(device)
     chosen = METHODS[method]
-    optimizers = replace(chosen, settings=chosen.settings | (changes or {})).optimizers(model, lr, scalar_lr)
+    every = max(1, protocol.steps // protocol.evaluations)
+    measuring = {"diagnostics_every": every} if "moment2_method" in chosen.settings else {}
+    settings = chosen.settings | measuring | (changes or {})
+    optimizers = replace(chosen, settings=settings).optimizers(model, lr, scalar_lr)
     schedules = [LambdaLR(optimizer, protocol.rate_factor) for optimizer in optimizers]
     batches = _batches(train_text, protocol, torch.Generator().manual_seed(seed), device)
     held_out = spaced_windows(held_out_text, protocol.evaluation_windows, protocol.shape.context + 1).to(device)
@@ -154,6 +165,8 @@ def train(
         step_times.append(end - begin)
         optimizer_times.append(end - before_optimizer)
         record.train_losses.append(loss.item())
+        if measuring and step % every == 0:
+            _read(record, step, optimizers)
         if step in protocol.evaluated_steps():
             record.steps.append(step)
             with _precision(device):
@@ -165,6 +178,15 @@ def train(
     record.optimizer_ms = 1e3 * statistics.median(optimizer_times)
     record.state_bytes_per_parameter = sum(map(_state_bytes, optimizers)) / record.parameters
     return record
+
+
+def _read(record: Record, step: int, optimizers: list[Optimizer]) -> None:
+    """Adds to a record what AdaptiveMuon has measured in a step."""
+    record.measured_steps.append(step)
+    for optimizer in optimizers:
+        for matrix, row in optimizer.diagnostics().items():
+            for value in SHOWN:
+                record.measured.setdefault(value, {}).setdefault(matrix, []).append(row[value])
 
 
 def _precision(device: str) -> torch.autocast:

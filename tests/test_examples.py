@@ -54,7 +54,8 @@ def test_demo(tmp_path, text):
     assert len({record["train_losses"][0] for record in measured["records"]}) == 1  # the same weights, the same batch
     assert len({record["train_losses"][1] for record in measured["records"]}) == 3
     assert str(text.parent) not in json.dumps(measured)
-    assert (tmp_path / "train_gpt.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("train_gpt.png", "train_gpt_matrices.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_sweep_goes_beyond_the_end_where_the_best_is_and_on_where_it_was(tmp_path, monkeypatch):

@@ -254,6 +254,12 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
         return self._entries.follow(self.param_groups, self._model)
 
     @override
+    def named_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parameters that AdaptiveMuon updates, with their names in the model where it is known."""
+        names = {id(p): name for name, p, _ in self.routes}
+        yield from ((names.get(id(p)) or name, p) for name, p in super().named_matrices())
+
+    @override
     def further_findings(self) -> list[Finding]:
         """Return the parameters that went to AdamW though they are the largest, and for want of a better reason only."""
         return _misrouted(self.routes)
