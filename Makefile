@@ -2,6 +2,7 @@
 # make demo: train the six optimizers on real text.   make demo-nemo: the same question to a speech model in NeMo.
 # make bench: steps beside upstream's and torch's.   make bench-growth, make bench-communication: two more questions.
 # make bench-scale: the plan of a step on up to 4096 ranks, from shapes alone.
+# make bench-memory: the peak of a step's temporary memory.
 # make gpu: all that only a GPU can say, without .venv and network.
 # make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
 # make test-upstream UPSTREAM=path: tests against a checkout of emerging_optimizers in place of the release.
@@ -15,7 +16,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale gpu convergence upstream-patch test test-long test-torch test-upstream test-megatron test-nemo lint docs option-tables version-table links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale bench-memory gpu convergence upstream-patch test test-long test-torch test-upstream test-megatron test-nemo lint docs option-tables version-table links release-check clean
 
 venv: $(STAMP)
 
@@ -46,6 +47,9 @@ bench-communication: $(STAMP)
 
 bench-scale: $(STAMP)
 	$(BIN)/python benchmarks/scale.py $(ARGS)
+
+bench-memory: $(STAMP)
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 # A machine with a GPU has its own torch, and perhaps no network. WHEELS is a folder with what its Python lacks.
 GPU_SITE := $(CURDIR)/build/gpu-site
