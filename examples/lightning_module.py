@@ -47,7 +47,7 @@ class LanguageModel(lightning.LightningModule):
 if __name__ == "__main__":
     lightning.seed_everything(0)
     rows = torch.randint(VOCABULARY, (160, 32))  # ten batches an epoch
-    # After it has resumed, Lightning 2.4 may train on a batch twice: a stateful loader, as torchdata's, prevents it.
+    # Lightning 2.4 repeats the first batch after it resumes. The StatefulDataLoader of torchdata prevents this.
     saving = ModelCheckpoint(FOLDER, filename="{step:06}", save_top_k=-1)
     trainer = lightning.Trainer(max_steps=STEPS, gradient_clip_val=1.0, callbacks=[saving], logger=False)
     saved = sorted(FOLDER.glob("*.ckpt"))
