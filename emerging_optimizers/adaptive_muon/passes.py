@@ -52,7 +52,8 @@ def average(
         return M_prime, [sums["gradient" != name] for name in observed]
     Gs = [G.to(M.dtype) for G, M in zip(Gs, Ms, strict=True)]
     torch._foreach_lerp_(Ms, Gs, 1 - momentum)
-    G, M = as_batch(Gs), as_batch(Ms)
+    M = as_batch(Ms)
+    G = as_batch(Gs) if nesterov or "gradient" in observed else M  # which nobody reads
     M_prime = G.lerp(M, momentum) if nesterov else M
     seen = {"gradient": G, "momentum": M_prime}
     return M_prime, [sum_of_squares(seen[name], kept_dims) for name in observed]
