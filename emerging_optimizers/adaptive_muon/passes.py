@@ -58,7 +58,8 @@ def average(
     Gs = [G.to(M.dtype) for G, M in zip(Gs, worked, strict=True)]
     torch._foreach_lerp_(worked, Gs, 1 - momentum)
     round_into(Ms, worked, noise)
-    G, M = as_batch(Gs), as_batch(worked)
+    M = as_batch(worked)
+    G = as_batch(Gs) if nesterov or "gradient" in observed else M  # which nobody reads
     M_prime = G.lerp(M, momentum) if nesterov else M
     seen = {"gradient": G, "momentum": M_prime}
     return M_prime, [sum_of_squares(seen[name], kept_dims) for name in observed]
