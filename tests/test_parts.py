@@ -111,6 +111,27 @@ def test_each_block_of_a_fused_weight_reaches_its_heads(name: str) -> None:
     assert [*weights.values()] == ["0 1 2 3 01 23 01* 23*" if name == "Exaone4_5_VisionAttention" else TOGETHER]
 
 
+FUSED = [row for row in ATTENTION if f"transformers.{row[2]}" in FUSED_CLASSES]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(pytest.param(lambda name=name: alone(ALONE[name], name), id=name) for name in ALONE),
+        *(
+            pytest.param(lambda row=row: tiny_models.tiny(*row[:2]), id=f"{row[0]}-{i}")
+            for i, row in enumerate([*FUSED, ("deberta", None)])
+        ),
+    ],
+)
+def test_fused_queries_keys_and_values_are_told_apart(make: Callable[[], nn.Module]) -> None:
+    """All rows of the values reach all heads in proportion, and those of queries and of keys do not."""
+    found = tiny_models.reach(make(), by_head=False)
+    [blocks] = [list(weights.values()) for weights in found.values() if weights]
+    # CodeGen has its values before its keys.
+    assert blocks in (["0123 0123 0123*"], ["0123 0123* 0123"] if "CodeGenAttention" in found else [])
+
+
 def test_the_table_of_fused_weights_has_what_is_installed() -> None:
     assert len(ALONE) >= 37
     assert {f"transformers.{name}" for name in folders()} == {c for c in FUSED_CLASSES if c.startswith("transformers")}

@@ -7,6 +7,7 @@ into the output projection change. It knows nothing of names, attributes and cla
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -80,25 +81,29 @@ def run(model: Any) -> None:
     raise ExceptionGroup("the model takes none of the inputs", errors)
 
 
-def parts_of(model: nn.Module) -> dict[nn.Parameter, Any]:
-    """The blocks that split_heads finds in the weights of a model, by HybridAdaptiveMuon."""
-    routes = HybridAdaptiveMuon.from_model(model, split_heads=True).routes
+def parts_of(model: nn.Module, *, split_heads: bool = True) -> dict[nn.Parameter, Any]:
+    """The blocks that a switch finds in the weights of a model, by HybridAdaptiveMuon."""
+    routes = HybridAdaptiveMuon.from_model(model, split_heads=split_heads).routes
     return {p: route.parts.blocks for _, p, route in routes if route.parts is not None and route.parts.blocks}
 
 
-def reach(model: nn.Module) -> dict[str, dict[str, str]]:
+def reach(model: nn.Module, *, by_head: bool = True) -> dict[str, dict[str, str]]:
     """For each class of attention, each of its weights and each block: the heads that it reaches, with a * if linearly.
 
     Two query heads, a key and a value that both use are "0 1 01 01*". What a value is multiplied by does not depend on
-    it: the heads that it reaches change in proportion. Queries and keys are in a softmax.
+    it: the heads that it reaches change in proportion. Queries and keys are in a softmax. Not ``by_head``, blocks are those
+    of fused weights without split_heads.
     """
     parts, found = parts_of(model), {}
+    merged = {} if by_head else parts_of(model, split_heads=False)
     owners = {p: (module, name) for name, module in model.named_modules() for p in module.parameters(recurse=False)}
     for output, blocks in parts.items():
         if not isinstance(blocks, ColumnBlocks):
             continue
         projection, path = owners[output]
         attention, weights = _around(model, path, parts)
+        if not by_head:
+            weights = {p: merged[p] for p in weights if p in merged}
         if attention is not None and (kind := type(attention).__name__) not in found:
             of_weights = _reached(model, projection, list(blocks.sizes), weights, owners)
             if of_weights:
@@ -161,14 +166,16 @@ def _reached(
         for p, sizes in weights.items() if before else ():
             module, name = owners[p]
             rows = p.data.T if type(module).__name__ == "Conv1D" else p.data
-            assert sum(sizes) == len(rows)
-            for block in rows.split(sizes):
-                kept = block.clone()
-                block += 0.3 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            assert len(rows) % sum(sizes) == 0
+            for start, stop in pairwise(accumulate(sizes, initial=0)):
+                block = [row for row in range(len(rows)) if start <= row % sum(sizes) < stop]
+                kept = rows[block]
+                change = 0.3 * torch.randn(kept.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+                rows[block] = kept + change
                 once = [after - b for after, b in zip(heads(), before, strict=True)]
-                block += block - kept
+                rows[block] = kept + 2 * change
                 twice = [after - b for after, b in zip(heads(), before, strict=True)]
-                block.copy_(kept)
+                rows[block] = kept
                 changed = "".join(str(head) for head, change in enumerate(once) if change.abs().max() > 1e-9)
                 is_linear = all(
                     torch.allclose(two, 2 * one, rtol=1e-6, atol=1e-9) for one, two in zip(once, twice, strict=True)
