@@ -51,7 +51,7 @@ def curves(records: Sequence[Record], path: Path) -> None:
 
 
 # What the rows of the second figure are called.
-TITLES = {"cosine": "cosine of gradient and momentum", "update_ratio": "RMS of the update over that of the weight"}
+TITLES = {"cosine": "cosine of gradient\nand momentum", "update_ratio": "RMS of the update\nover that of the weight"}
 
 
 def matrices(records: Sequence[Record], path: Path) -> bool:

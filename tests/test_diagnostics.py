@@ -225,3 +225,104 @@ def test_with_capturable_the_device_counts() -> None:
         step(optimizer, {p: normal((6, 7))})
         steps.append(optimizer.diagnostics()["0.0"]["step"])
     assert steps == [1, 2, 3]
+
+
+# ----------------------------------------------------------------------------------------------- summary and report
+
+
+def healthy(count: int, **options: Any) -> tuple[AdaptiveMuon, list[nn.Parameter]]:
+    """An optimizer of named matrices of one shape, and these."""
+    params = [nn.Parameter(normal((12, 20), seed)) for seed in range(count)]
+    named = [(f"layer{index}", p) for index, p in enumerate(params)]
+    return AdaptiveMuon(named, **{"moment2_method": "namo", "diagnostics_every": 1, **options}), params
+
+
+def rows_of(report: str) -> dict[str, str]:
+    """What a report says of each matrix, in its order."""
+    return {line.split()[0]: line for line in report.splitlines()[1:]}
+
+
+def test_summary_is_the_quantiles() -> None:
+    optimizer, params = healthy(11)
+    step(optimizer, {p: normal((12, 20), 50 + i) * (i + 1) for i, p in enumerate(params)})
+    norms = sorted(row["gradient_norm"] for row in optimizer.diagnostics().values())
+    summary = optimizer.diagnostics_summary()
+    shown = [summary[f"adaptive_muon/gradient_norm/{name}"] for name in ("min", "10%", "median", "90%", "max")]
+    assert shown == pytest.approx([norms[i] for i in (0, 1, 5, 9, 10)])
+    assert summary["adaptive_muon/matrices"] == 11 and summary["adaptive_muon/not_finite"] == 0
+    assert "adaptive_muon/step/min" not in summary
+    params[3].grad = torch.full((12, 20), math.nan)
+    optimizer.step()
+    summary = optimizer.diagnostics_summary()
+    assert summary["adaptive_muon/not_finite"] == 1
+    assert all(map(math.isfinite, summary.values()))
+
+
+def test_report_of_healthy_matrices() -> None:
+    optimizer, params = healthy(3)
+    assert "Nothing has been measured yet" in optimizer.report()
+    step(optimizer, {p: normal((12, 20), 9) for p in params})
+    assert optimizer.report() == "Nothing stands out among 3 matrices."
+
+
+@each_method
+def test_report_of_gradients_that_are_zero_or_not_finite(method: str) -> None:
+    optimizer, params = healthy(4, moment2_method=method)
+    bad = [torch.full((12, 20), math.inf), torch.zeros(12, 20)]
+    step(optimizer, dict(zip(params, [normal((12, 20), 9), bad[1], bad[0], normal((12, 20), 8)], strict=True)))
+    rows = rows_of(optimizer.report())
+    assert [*rows] == ["layer2", "layer1"]
+    assert "gradient is not finite (inf); look at the loss" in rows["layer2"]
+    assert "gradient is zero; see that the loss depends on it" in rows["layer1"]
+
+
+def test_report_of_a_large_update() -> None:
+    """One by its group's rate, one by a weight that is small."""
+    params = [nn.Parameter(normal((12, 20), seed)) for seed in range(8)]
+    params[5].data *= 1e-2
+    groups = [{"params": [params[0]], "lr": 0.5}, {"params": params[1:], "lr": 0.02}]
+    optimizer = AdaptiveMuon(groups, moment2_method="namo", diagnostics_every=1)
+    step(optimizer, {p: normal((12, 20), 9) for p in params})
+    rows = rows_of(optimizer.report())
+    assert [*rows] == ["1.4", "0.0"]
+    assert "its update is 25 times the median; give it a group with a smaller lr" in rows["0.0"]
+    assert "its update, relative to the weight, is 9" in rows["1.4"]
+
+
+def test_report_of_a_clamped_scale() -> None:
+    """Of columns whose gradients agree, and such that cancel, none is near the mean."""
+    p = nn.Parameter(normal((12, 20)))
+    optimizer = AdaptiveMuon([("layer", p)], moment2_method="namo_d", namo_d_clamp=0.95, diagnostics_every=1)
+    G = normal((12, 20), 1)
+    for number in range(6):
+        step(optimizer, {p: torch.cat([G[:, :10], G[:, 10:] * (-1) ** number], 1)})
+    assert optimizer.diagnostics()["layer"]["clamped"] == 1
+    assert "layer  the clamp moves 100% of its D" in optimizer.report()
+    assert "lower namo_d_clamp" in optimizer.report()
+
+
+def test_report_of_what_is_far_from_orthogonal() -> None:
+    optimizer, params = healthy(2)
+    step(optimizer, {params[0]: normal((12, 20), 9), params[1]: normal((12, 1), 9) @ normal((1, 20), 8)})
+    [(name, row)] = rows_of(optimizer.report()).items()
+    assert name == "layer1" and "its O is far from orthogonal (0.9" in row and "raise num_ns_steps" in row
+
+
+def test_report_of_what_went_to_adamw() -> None:
+    model = nn.Module()
+    model.hidden, model.table = nn.Linear(8, 8), nn.Parameter(normal((40, 30)))
+    model.embed = nn.Embedding(100, 40)  # larger, and rightly AdamW's
+    optimizer = HybridAdaptiveMuon.from_model(model, diagnostics_every=1)
+    step(optimizer, {p: normal((*p.shape,), 3) for p in model.parameters()})
+    assert [*optimizer.diagnostics()] == ["hidden.weight"]
+    [(name, row)] = rows_of(optimizer.report()).items()
+    assert name == "table" and "AdamW has it, though it is larger than all matrices of AdaptiveMuon" in row
+    assert 'routes={"table": "adaptive_muon"}' in row
+
+
+def test_report_of_many() -> None:
+    optimizer, params = healthy(40)
+    step(optimizer, {p: torch.zeros(12, 20) if i < 32 else normal((12, 20), i) for i, p in enumerate(params)})
+    lines = optimizer.report().splitlines()
+    assert lines[0] == "32 of 40 matrices stand out:"
+    assert len(lines) == 22 and lines[-1] == "  and 12 more"

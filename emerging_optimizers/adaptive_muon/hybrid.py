@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One torch optimizer for a whole model: hidden matrices to AdaptiveMuon, everything else to torch's AdamW."""
 
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -44,7 +45,27 @@ from emerging_optimizers.adaptive_muon.state import checkpoint
 __all__ = ["HybridAdaptiveMuon"]
 
 
-class HybridAdaptiveMuon(Diagnosed, Optimizer):
+class _DiagnosedModel(Diagnosed, ABC):
+    """The diagnostics of an optimizer that has routed the parameters of a model."""
+
+    @property
+    @abstractmethod
+    def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
+        """The name, the parameter and the route of every parameter."""
+
+    @override
+    def named_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the parameters that AdaptiveMuon updates, with their names in the model where it is known."""
+        names = {id(p): name for name, p, _ in self.routes}
+        yield from ((names.get(id(p)) or name, p) for name, p in super().named_matrices())
+
+    @override
+    def further_findings(self) -> list[Finding]:
+        """Return the parameters that went to AdamW though they are the largest, and for want of a better reason only."""
+        return _misrouted(self.routes)
+
+
+class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
     """AdaptiveMuon for the hidden matrices and ``torch.optim.AdamW`` for everything else, as one torch optimizer.
 
     Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first
@@ -249,20 +270,10 @@ class HybridAdaptiveMuon(Diagnosed, Optimizer):
         return _description(self.routes, self._muon, each=each)
 
     @property
+    @override
     def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """The name, the parameter and the route of every parameter."""
         return self._entries.follow(self.param_groups, self._model)
-
-    @override
-    def named_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the parameters that AdaptiveMuon updates, with their names in the model where it is known."""
-        names = {id(p): name for name, p, _ in self.routes}
-        yield from ((names.get(id(p)) or name, p) for name, p in super().named_matrices())
-
-    @override
-    def further_findings(self) -> list[Finding]:
-        """Return the parameters that went to AdamW though they are the largest, and for want of a better reason only."""
-        return _misrouted(self.routes)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ Row = Mapping[str, float]
 _MOST_ROWS = 20
 _LARGER = 10.0  # times the others' median
 _CLAMPED = 0.9  # the share of D from which on the clamp decides
-# The default iteration leaves singular values in [0.7, 1.2], an error of about 0.3. An O of zeros has the error 1.
+# With the default iteration, matrices of full rank in our tests have an error of 0.03 to 0.25. An O of zeros has the error 1.
 _FAR_FROM_ORTHOGONAL = 0.6
 
 
@@ -76,6 +76,7 @@ def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, st
         ratio = row[value] / medians[value] if medians[value] > 0 else 0.0
         if ratio >= _LARGER and math.isfinite(ratio):
             yield 1e6 * ratio, f"its {what} is {ratio:.0f} times the median", "give it a group with a smaller lr"
+            break
     if row.get("clamped", 0.0) >= _CLAMPED:
         what = f"the clamp moves {row['clamped']:.0%} of its D, in [{row['scale_min']:.3g}, {row['scale_max']:.3g}]"
         yield 1e5 * row["clamped"], what, 'lower namo_d_clamp, or use "namo"'
