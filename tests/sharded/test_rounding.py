@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
@@ -86,7 +86,8 @@ def test_dtensors(way: Callable[[nn.Module], None]) -> None:
     options = {**options_of("namo"), **LESS, "scalar_lr": 1e-2}
     for model in (whole, sharded):
         model.to(torch.bfloat16)
-        model.fused.weight.muon_blocks = (5, 2, 1)  # a DTensor that is converted is a new one
+        # A DTensor that is converted is a new one.
+        model.fused.weight.muon_blocks, model.down.weight.muon_blocks = (5, 2, 1), ColumnBlocks((5, 6, 3))
     optimizers = [HybridAdaptiveMuon.from_model(model, **options) for model in (whole, sharded)]
     pairs = [*zip(whole.parameters(), sharded.parameters(), strict=True)]
     places = dict(zip(sharded.parameters(), places.values(), strict=True))
