@@ -55,8 +55,8 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
       of the raw gradient's :math:`\\|G\\|_F^2` and M' the momentum before orthogonalization.
     - "namo_d" (arXiv:2602.17080): the same for each column, clamped around the columns' mean.
 
-    With the same arguments "adamuon", "normuon" and "namo" make the steps of Emerging-Optimizers 0.4, and of 0.3 except for
-    momenta with a norm below 1e-7. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True,
+    With the same arguments "adamuon", "normuon" and "namo" make the steps of Emerging-Optimizers 0.4. Those of 0.3 differ
+    for momenta with a norm below 1e-7. The paper's NAMO and NAMO-D are ``nesterov=True, beta2=0.99, bias_correction=True,
     weight_decay_method="adaptive", coefficient_type="simple", extra_scale_factor=0.2``.
 
     Parameters are matrices of shape (out, in), or with the attribute ``muon_stacked = True`` stacks of matrices
