@@ -36,7 +36,8 @@ def contestants(precision: str, algorithms: list[str]) -> Iterator[tuple[str, Ma
         options = COMMON | {"fp32_matmul_prec": precision, "moment2_method": method}
         yield f"upstream {method}", lambda params, options=options: upstream.AdaptiveMuon(params, **options)
     yield "upstream Muon", lambda params: Muon(params, **COMMON, fp32_matmul_prec=precision)
-    yield "torch Muon", lambda params: torch.optim.Muon(params, lr=LR)
+    if hasattr(torch.optim, "Muon"):  # from torch 2.9 on
+        yield "torch Muon", lambda params: torch.optim.Muon(params, lr=LR)
     yield "torch AdamW", lambda params: torch.optim.AdamW(params, lr=LR, fused=True)
     if find_spec("dion"):
         from dion import NorMuon

@@ -86,6 +86,8 @@ def trained(mode: Callable[[], AbstractContextManager[Any]], **options: Any) -> 
 )
 def test_a_step_is_the_same_inside_a_mode(mode: str, options: dict[str, Any]) -> None:
     """Bit for bit, weights and state, whose dtypes and devices are the same too."""
+    if "default device" in mode and not options.get("capturable") and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6's AdamW counts its steps on the default device, and cannot read them on meta")
     weights, state = trained(nullcontext, **options)
     inside, state_inside = trained(MODES[mode], **options)
     assert all(map(torch.equal, weights, inside))
@@ -265,7 +267,8 @@ def test_threads_that_step_side_by_side_leave_the_precision_as_it_was() -> None:
         for index, weights in together([*range(4)]).items():
             assert all(map(torch.equal, weights, alone[index]))
         assert torch.get_float32_matmul_precision() == "highest"
-        assert torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+        # torch 2.6 has the old switch alone.
+        assert getattr(torch.backends.cuda.matmul, "fp32_precision", "none") in ("none", "ieee")
 
 
 def test_threads_that_need_the_same_precision_have_it_together() -> None:

@@ -135,6 +135,29 @@ def test_a_supported_upstream_is_not(version):
     )
 
 
+OLD_TRITON = """
+import sys
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name == "emerging_optimizers.orthogonalized_optimizers":
+            raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+sys.meta_path.insert(0, Refuses())
+try:
+    import emerging_optimizers.adaptive_muon
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_an_old_triton_without_a_gpu_is_said():
+    """That of torch 2.6 and 2.7, with which upstream cannot be imported there."""
+    said = run_python(OLD_TRITON)
+    assert "must find a GPU where Triton is older than 3.4, got 0 active drivers" in said
+    assert said.endswith("or install torch 2.8 or newer")
+
+
 WITHOUT_TRITON = """
 import sys, types
 

@@ -154,7 +154,9 @@ def run_tests(name: str, version: str, source: str, arguments: Sequence[str], en
         if recorded:
             sys.exit("a record is of all tests that concern a neighbor: leave out --record, or the files of tests")
         tests = []
-    commit = git(ROOT, "describe", "--always", "--dirty")
+    commit = git(ROOT, "describe", "--always")
+    if git(ROOT, "status", "--porcelain", "--", "emerging_optimizers", "tests"):
+        commit += " with changes"
     with tempfile.TemporaryDirectory() as folder:
         report, in_processes = Path(folder) / "report.xml", Path(folder) / "in_processes"
         environment = {**environment, "TEST_RECORD": str(in_processes)}

@@ -2,6 +2,7 @@
 """The versions of emerging-optimizers that this package works with."""
 
 import re
+from importlib import import_module
 
 import emerging_optimizers
 
@@ -18,10 +19,17 @@ def upstream_version() -> str:
 
 
 def require_supported_upstream() -> None:
-    """Raise an ``ImportError`` unless the version of emerging-optimizers is supported."""
+    """Raise an ``ImportError`` unless the version of emerging-optimizers is supported, and can be imported here."""
     found = upstream_version()
     version = tuple(map(int, re.findall(r"\d+", found)[:2]))
     require_supported("emerging-optimizers", version, found, _SUPPORTED, ImportError)
+    try:
+        import_module("emerging_optimizers.orthogonalized_optimizers")
+    except RuntimeError as error:  # from Triton 3.2 and 3.3, which torch 2.6 and 2.7 bring along
+        raise ImportError(
+            f"emerging-optimizers {found} must find a GPU where Triton is older than 3.4, got {error}: import it on a "
+            "machine with a GPU, or install torch 2.8 or newer"
+        ) from error
 
 
 def require_supported(
