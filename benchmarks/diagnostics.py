@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What diagnostics cost: steps without them, beside those of another checkout, and with every step measured.
 
-Both sides are in one process, on the same parameters, and take turns: ``python benchmarks/diagnostics.py --before PATH``,
-where PATH is a checkout without diagnostics, such as of a git worktree.
+Both sides are in one process, on the same parameters, and take turns, in another order in every round:
+``python benchmarks/diagnostics.py --before PATH``, where PATH is a checkout without diagnostics, such as of a git worktree.
+On a CPU the process's own seconds are counted, in which other programs of a busy machine have a small part only.
 """
 
 import argparse
 import importlib
+import random
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, by_turns, circumstances, ratio, save, table
+from common import RESULTS, circumstances, ratio, save, table
 from shapes import SETS
 
 
@@ -45,19 +48,37 @@ def main() -> None:
             makers["before"] = adaptive_muon(args.before)
         steps: dict[str, Callable[[], object]] = {name: make(params, **options).step for name, make in makers.items()}
         steps["every step"] = adaptive_muon()(params, diagnostics_every=1, **options).step
-        seconds = by_turns(steps, args.rounds, device, warm_up=2)
+        seconds = shuffled_turns(steps, args.rounds, device)
         base = "before" if args.before else "off"
         of_method = {name: ratio(of, seconds[base]) for name, of in seconds.items()}
         result["methods"][method] = {
             name: {"median_ms": 1e3 * statistics.median(of), f"x {base}": of_method[name]}
             for name, of in seconds.items()
         }
+        print(method, {name: round(each["median"], 4) for name, each in of_method.items()}, flush=True)
         rows += [
             (f"{method}, {name}", f"{1e3 * statistics.median(of):.1f}", f"{of_method[name]['median']:.4f}")
             for name, of in seconds.items()
         ]
     print(table(("", "median ms", f"x {base}, median of rounds"), rows))
     print("wrote", save(args.name, result, RESULTS))
+
+
+def shuffled_turns(
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Returns the seconds of every round of every contestant."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    clock, order = time.perf_counter if device.type == "cuda" else time.process_time, random.Random(0)
+    for index in range(warm_up + rounds):
+        for name in order.sample([*steps], len(steps)):
+            start = clock()
+            steps[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if index >= warm_up:
+                seconds[name].append(clock() - start)
+    return seconds
 
 
 def adaptive_muon(checkout: Path | None = None) -> Any:
