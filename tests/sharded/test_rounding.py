@@ -82,14 +82,10 @@ def test_the_noise_of_another_place_would_be_seen(group: ProcessGroup, monkeypat
 @pytest.mark.parametrize("way", WAYS)
 def test_dtensors(way: Callable[[nn.Module], None]) -> None:
     """AdamW's part too, which is elementwise: to the bit."""
-    whole, sharded, places = models(way, hidden=14)
+    whole, sharded, places = models(way, hidden=14, dtype=torch.bfloat16)
     options = {**options_of("namo"), **LESS, "scalar_lr": 1e-2}
-    for model in (whole, sharded):
-        model.to(torch.bfloat16)
-        model.fused.weight.muon_blocks = (5, 2, 1)  # a DTensor that is converted is a new one
     optimizers = [HybridAdaptiveMuon.from_model(model, **options) for model in (whole, sharded)]
     pairs = [*zip(whole.parameters(), sharded.parameters(), strict=True)]
-    places = dict(zip(sharded.parameters(), places.values(), strict=True))
     step_both(optimizers, pairs, places, 3)
     scalars = {p for group in optimizers[0].param_groups if not group["use_muon"] for p in group["params"]}
     for p, q in pairs:
