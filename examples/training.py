@@ -119,6 +119,7 @@ def train(
     device: str = "cpu",
     show: bool = True,
     changes: Mapping[str, Any] | None = None,
+    make_model: Callable[[Shape, int], GPT] = GPT,
 ) -> Record:
     """Trains from the initial weights of this seed, on the batches of this seed: both the same for every method.
 
@@ -133,8 +134,9 @@ def train(
         device: "cpu" or "cuda".
         show: Whether to draw a progress bar.
         changes: Settings in which the run differs from the method's.
+        make_model: Makes the model from its shape and the seed.
     """
-    model = GPT(protocol.shape, seed).to(device)
+    model = make_model(protocol.shape, seed).to(device)
     chosen = METHODS[method]
     every = max(1, protocol.steps // protocol.evaluations)
     measuring = {"diagnostics_every": every} if "moment2_method" in chosen.settings else {}

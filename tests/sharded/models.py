@@ -74,7 +74,7 @@ WAYS: tuple[Callable[[nn.Module], None], ...] = (fsdp, hsdp, tensor_parallel, te
 
 
 def models(
-    way: Callable[[nn.Module], None], hidden: int = 12
+    way: Callable[[nn.Module], None], hidden: int = 12, dtype: torch.dtype = torch.float32
 ) -> tuple[Model, Model, dict[nn.Parameter, torch.Tensor]]:
     """The same model whole and sharded, and for each sharded parameter the places of its elements in the whole one.
 
@@ -82,7 +82,8 @@ def models(
     """
     torch.manual_seed(0)
     whole = Model(hidden)
-    numbered, sharded = copy.deepcopy(whole), copy.deepcopy(whole)
+    numbered = copy.deepcopy(whole)
+    sharded = copy.deepcopy(whole.to(dtype))
     for p in numbered.parameters():
         p.data = torch.arange(p.numel(), dtype=p.dtype).view_as(p)
     way(numbered)

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
@@ -82,15 +82,10 @@ def test_the_noise_of_another_place_would_be_seen(group: ProcessGroup, monkeypat
 @pytest.mark.parametrize("way", WAYS)
 def test_dtensors(way: Callable[[nn.Module], None]) -> None:
     """AdamW's part too, which is elementwise: to the bit."""
-    whole, sharded, places = models(way, hidden=14)
+    whole, sharded, places = models(way, hidden=14, dtype=torch.bfloat16)
     options = {**options_of("namo"), **LESS, "scalar_lr": 1e-2}
-    for model in (whole, sharded):
-        model.to(torch.bfloat16)
-        # A DTensor that is converted is a new one.
-        model.fused.weight.muon_blocks, model.down.weight.muon_blocks = (5, 2, 1), ColumnBlocks((5, 6, 3))
     optimizers = [HybridAdaptiveMuon.from_model(model, **options) for model in (whole, sharded)]
     pairs = [*zip(whole.parameters(), sharded.parameters(), strict=True)]
-    places = dict(zip(sharded.parameters(), places.values(), strict=True))
     step_both(optimizers, pairs, places, 3)
     scalars = {p for group in optimizers[0].param_groups if not group["use_muon"] for p in group["params"]}
     for p, q in pairs:

@@ -145,7 +145,9 @@ def _checked_states(
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yields each parameter of a group with its saved state, or raises."""
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
-        state, name = saved_states.get(key), parameter_name(group, index)
+        # torch's set_optimizer_state_dict makes an empty dict of what a flattened checkpoint lacks.
+        state = {name: value for name, value in saved_states.get(key, {}).items() if value != {}}
+        name = parameter_name(group, index)
         if not state:
             continue  # it had no gradient yet
         require(
