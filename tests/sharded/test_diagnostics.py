@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
@@ -104,12 +105,44 @@ def test_rounds_and_16_bit(method: str, rounds: int, group: ProcessGroup) -> Non
 @each_mode
 @each_method
 def test_every_third_step(method: str, mode: str, group: ProcessGroup) -> None:
-    """What shards find out is there one step later, and messages between have nothing of it."""
+    """What shards find out is there one step later."""
     pairs = strips([(24, 64), (30, 17)])
     last = walked(pairs, method, 5, 3, tp_group=group, tp_mode=mode)[-1]
     assert {row["step"] for row in last.values()} == {3}
     last = walked(pairs, method, 6, 3, tp_group=group, tp_mode=mode)[-1]
     assert {row["step"] for row in last.values()} <= {3, 6}
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps what torch does, and the sizes of what it does it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append((func._schema.name, [tuple(each.shape) for each in args if isinstance(each, torch.Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+
+@each_mode
+def test_other_steps_do_nothing_for_it(mode: str, group: ProcessGroup) -> None:
+    """Every third step measures, and the one after it carries what shards alone knew: not even a byte in the others."""
+    seen = []
+    for options in ({}, {"diagnostics_every": 3}):
+        pairs = strips([(24, 64), (30, 17)])
+        optimizer = AdaptiveMuon([pair.piece for pair in pairs], tp_group=group, tp_mode=mode, **options)
+        of_steps = []
+        for number in range(6):
+            set_gradients(pairs, number)
+            with Recorded() as mode_of_torch:
+                optimizer.step()
+            of_steps.append(mode_of_torch.seen)
+        seen.append(of_steps)
+    # In the first step ranks also compare the options themselves.
+    differs = [one != other for one, other in zip(*seen, strict=True)][1:]
+    carries = dist.get_world_size() > 1  # adamuon, by default
+    assert differs == [False, True, carries, False, True]
 
 
 @each_mode
