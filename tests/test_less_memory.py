@@ -181,6 +181,35 @@ def test_equal_parameters_and_equal_steps_have_noise_of_their_own() -> None:
     assert 0.1 < (twins[0] != twins[1]).double().mean() < 0.6
 
 
+def test_nothing_that_a_step_rounds_shares_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and momenta, of parameters in two groups, and their blocks: each has a key of its own."""
+    from emerging_optimizers.adaptive_muon import rounding
+
+    make_keys, seen = rounding.make_keys, list[tuple[int, ...]]()
+
+    def recorded(prefixes: Any, *others: Any, **options: Any) -> torch.Tensor:
+        seen.extend(prefixes)
+        return make_keys(prefixes, *others, **options)
+
+    monkeypatch.setattr(rounding, "make_keys", recorded)
+    params, others = matrices(), matrices()
+    optimizer = made([{"params": params}, {"params": others}], **LESS["both"])  # type: ignore[list-item]
+    give_gradients([*params, *others], 1)
+    optimizer.step()
+    assert len(seen) == len(set(seen)) > 2 * len([*params, *others])
+
+
+def test_equal_parameters_of_adamw_have_noise_of_their_own() -> None:
+    twins = [nn.Parameter(normal((24, 16)).bfloat16()) for _ in range(2)]
+    for p in twins:
+        p.use_muon = False  # type: ignore[attr-defined]
+    optimizer = made(twins, kind=HybridAdaptiveMuon, stochastic_rounding=True)
+    for p in twins:
+        p.grad = normal((24, 16), 1).bfloat16()
+    optimizer.step()
+    assert 0.05 < (twins[0] != twins[1]).double().mean() < 0.6
+
+
 def test_a_gradient_that_stays_away_changes_no_other_parameters_noise() -> None:
     params, others = matrices(), matrices()
     one, two = made(params, stochastic_rounding=True), made(others, stochastic_rounding=True)

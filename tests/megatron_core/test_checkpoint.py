@@ -79,6 +79,35 @@ def test_torch_dist(method: str, bf16: bool, folder: Path) -> None:
                 assert train(model, optimizer, range(3, 8)) == pytest.approx(expected, rel=rel)
 
 
+@pytest.mark.parametrize(("method", "bf16"), [("namo", True), ("adamuon", False)])
+def test_a_momentum_in_bfloat16(method: str, bf16: bool, folder: Path) -> None:
+    """Saved and loaded without a change, at any tensor-parallel size; then every step rounds as it would have."""
+    register(momentum_dtype="bfloat16", stochastic_rounding=True)
+    with parallel(2):
+        model = gpt(bf16=bf16)
+        optimizer = optimizer_of(model, method)
+        train(model, optimizer, range(3))
+        dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(folder))
+        saved = muon_state(optimizer)
+        assert all(state["momentum_buffer"].dtype == torch.bfloat16 for state in saved)
+        expected = train(model, optimizer, range(3, 6))
+        after = muon_state(optimizer)
+    for tp in 2, 1, 4:
+        with parallel(tp):
+            model = gpt(bf16=bf16)
+            optimizer = optimizer_of(model, method)
+            load(model, optimizer, folder)
+            loaded = muon_state(optimizer)
+            assert all(state["step"] == 3 for state in loaded)
+            assert all(state["momentum_buffer"].dtype == torch.bfloat16 for state in loaded)
+            if tp == 2:
+                torch.testing.assert_close(loaded, saved, atol=0, rtol=0)
+            losses = train(model, optimizer, range(3, 6))
+            assert losses == (expected if tp == 2 else pytest.approx(expected, rel=1e-2 if bf16 else 1e-4))
+            if tp == 2:
+                torch.testing.assert_close(muon_state(optimizer), after, atol=0, rtol=0)
+
+
 @each_method
 def test_torch_format(method: str, tmp_path: Path) -> None:
     with parallel(2):

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, Piece
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
@@ -55,6 +55,28 @@ def test_shards_are_rounded_as_the_whole(method: str, kind: str, group: ProcessG
             differing += int((pair.piece != pair.cut(pair.whole.detach())).sum())
             total += pair.piece.numel()
         assert differing <= (0.02 if method == "adamuon" else 0.005) * (step + 1) * total
+
+
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+def test_equal_blocks_have_noise_of_their_own(dim: int, group: ProcessGroup) -> None:
+    """Blocks of the same numbers, which are one batch. Without gradients they only decay: whole as sharded, to the bit."""
+    torch.manual_seed(0)
+    [pair] = fused_layers(dim + 1)[dim:]
+    block = torch.randn(4, 40).bfloat16()
+    whole = block.repeat(6, 1) if dim == 0 else block.mT.repeat(1, 6)
+    for p, value in ((pair.whole, whole), (pair.piece, pair.cut(whole))):
+        p.data = value.clone()
+        p.muon_blocks = ColumnBlocks((4,) * 6) if dim else (4,) * 6  # type: ignore[attr-defined]
+        p.grad = torch.zeros_like(p)
+    for p, options in ((pair.whole, {}), (pair.piece, {"tp_group": group})):
+        AdaptiveMuon([p], **options_of("namo"), **LESS, **options).step()
+    assert torch.equal(pair.piece, pair.cut(pair.whole.detach()))
+    blocks = pair.whole.detach().split(4, dim)
+    decayed = block.float() * (1 - options_of()["lr"] * LESS["weight_decay"])
+    for index, one in enumerate(blocks):
+        moved = (one.mT if dim else one).float() != decayed.bfloat16().float()
+        assert 0.05 < moved.double().mean() < 0.5
+        assert all(0.1 < (one != other).double().mean() < 0.7 for other in blocks[:index])
 
 
 def test_the_noise_of_another_place_would_be_seen(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
