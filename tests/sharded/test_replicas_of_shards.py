@@ -79,13 +79,7 @@ def same_on_replicas(optimizer: AdaptiveMuon, replica_group: ProcessGroup) -> bo
 # ------------------------------------------------------------------------------------------------------------- DTensors
 
 
-def walked(
-    method: str,
-    steps: int,
-    placed: tuple[str, tuple[Placement, ...]],
-    columns: tuple[int, ...] = (6, 6, 6, 6),
-    **options: Any,
-) -> list[AdaptiveMuon]:
+def walked(method: str, steps: int, placed: tuple[str, tuple[Placement, ...]], **options: Any) -> list[AdaptiveMuon]:
     """Whole matrices and a stack, and the same as DTensors with and without sharing, after some steps."""
     generator = torch.Generator().manual_seed(0)
     wholes = [torch.randn(shape, generator=generator) for shape in [*SHAPES, (3, 12, 8)]]
@@ -95,7 +89,7 @@ def walked(
         made.append([distributed(whole, *(of_stack if whole.ndim == 3 else placed)) for whole in wholes])
     for params in made:
         params[-1].muon_stacked = True  # type: ignore[attr-defined]
-        params[0].muon_blocks, params[1].muon_blocks = (4, 2), ColumnBlocks(columns)  # type: ignore[attr-defined]
+        params[0].muon_blocks, params[1].muon_blocks = (4, 2), ColumnBlocks((6,) * 4)  # type: ignore[attr-defined]
     options = {**options_of(method), "weight_decay": 0.1, "bias_correction": True, **options}
     optimizers = [AdaptiveMuon(params, share_replicas=i != 2, **options) for i, params in enumerate(made)]
     for _ in range(steps):
@@ -130,12 +124,8 @@ def test_dtensors_step_as_the_whole(method: str, placed: tuple[str, tuple[Placem
 def test_one_matrix_at_a_time_has_the_same_bits(
     method: str, placed: tuple[str, tuple[Placement, ...]], most: int
 ) -> None:
-    """ "standard" takes one matrix at a time, so that any owner meets the same operations.
-
-    Equal blocks would be one batch, of which owners have different numbers: sums over it may be rounded differently.
-    """
-    options = {"ns_algorithm": "standard", "max_bytes_in_flight": most}
-    _, shared, unshared = walked(method, 2, placed, columns=(5, 7, 4, 8), **options)
+    """ "standard" takes one matrix at a time, so that any owner meets the same operations."""
+    _, shared, unshared = walked(method, 2, placed, ns_algorithm="standard", max_bytes_in_flight=most)
     for p, q in zip(*(each.param_groups[0]["params"] for each in (shared, unshared)), strict=True):
         assert torch.equal(p.to_local(), q.to_local())
         for key, value in unshared.state[q].items():

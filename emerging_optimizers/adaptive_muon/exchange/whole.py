@@ -75,8 +75,9 @@ class Orthogonalize:
         return O, [*squares, *of_O, *measures]
 
     def goes_with(self, other: "Orthogonalize") -> bool:
-        """Return whether both iterate in the same way, so that their matrices can be iterated on together."""
-        return isinstance(self.function, NewtonSchulz) and self.function == other.function
+        """Return whether both iterate in the same way, and on several matrices at once."""
+        function = self.function
+        return isinstance(function, NewtonSchulz) and function.takes_batches and function == other.function
 
     def dtype(self, device: torch.device, shape: Sequence[int]) -> torch.dtype:
         """Return the dtype in which O is exact, of matrices of a shape on a device."""

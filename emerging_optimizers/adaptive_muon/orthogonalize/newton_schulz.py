@@ -106,6 +106,11 @@ class NewtonSchulz:
         """
         return self.iterated(matrices).to(matrices.dtype)
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether it iterates on several matrices at once, and not on one after the other."""
+        return self.algorithm != "standard"
+
     def iterated(self, matrices: torch.Tensor) -> torch.Tensor:
         """Return what a call returns, in the dtype of the iteration, see :meth:`dtype`, or in float32."""
         if not matrices.numel():
