@@ -13,8 +13,7 @@ from emerging_optimizers.adaptive_muon.diagnostics.store import VALUES, Key, Sto
 from emerging_optimizers.adaptive_muon.diagnostics.summary import quantiles
 from emerging_optimizers.adaptive_muon.identity import identity
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.sharding.dtensor import first_of_stack
-from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
+from emerging_optimizers.adaptive_muon.sharding.dtensor import offset_of
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 
 
@@ -48,7 +47,7 @@ class Diagnosed:
         return {
             name: _shown(dict(zip(VALUES, row, strict=True)), clamps)
             for of_p in self._keys(values)
-            for name, row in _named_rows(*of_p, values, self.state_format.sharding)
+            for name, row in self._named_rows(*of_p, values)
         }
 
     def diagnostics_summary(self) -> dict[str, float]:
@@ -85,6 +84,10 @@ class Diagnosed:
                 names = group.get("param_names") or [f"{number}.{index}" for index in range(len(group["params"]))]
                 yield from zip(names, group["params"], strict=True)
 
+    def place_of_shard(self, p: torch.Tensor) -> int | None:
+        """Return this rank's place among those with shards of a parameter, if each shard is a matrix by itself; else None."""
+        return self.state_format.sharding.rules.place_of_shard(p)
+
     def _store(self) -> Store:
         if self.diagnostics_store is None:
             raise refusal(
@@ -102,19 +105,18 @@ class Diagnosed:
         for name, p in self.named_matrices():
             yield name, p, of_parameter.get(identity(p), [])
 
-
-def _named_rows(
-    name: str, p: torch.Tensor, keys: Sequence[Key], values: dict[Key, list[list[float]]], sharding: Sharding
-) -> Iterator[tuple[str, list[float]]]:
-    """The rows of values of one parameter's matrices, with the names of these."""
-    if not keys:
-        return
-    place = sharding.rules.place_of_shard(p)
-    name += "" if place is None else f" (shard of rank {place})"
-    for key in keys:
-        block = "" if key[1] is None else f"[{key[1]}]"
-        for number, row in enumerate(values[key], start=first_of_stack(p)):
-            yield name + block + (f"[expert {number}]" if p.ndim > 2 else ""), row
+    def _named_rows(
+        self, name: str, p: torch.Tensor, keys: Sequence[Key], values: dict[Key, list[list[float]]]
+    ) -> Iterator[tuple[str, list[float]]]:
+        """The rows of values of one parameter's matrices, with the names of these."""
+        if not keys:
+            return
+        place, first = self.place_of_shard(p), offset_of(p)[0] if p.ndim > 2 else 0
+        name += "" if place is None else f" (shard of rank {place})"
+        for key in keys:
+            block = "" if key[1] is None else f"[{key[1]}]"
+            for number, row in enumerate(values[key], start=first):
+                yield name + block + (f"[expert {number}]" if p.ndim > 2 else ""), row
 
 
 def _shown(value: dict[str, float], clamps: bool) -> dict[str, float]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_matrices",
-    "first_of_stack",
     "gradient_of",
     "is_dtensor",
     "is_transposed",
@@ -59,16 +58,6 @@ def as_matrices(p: torch.Tensor, like_p: torch.Tensor | None = None) -> torch.Te
     """
     local = local_of(p if like_p is None else like_p)
     return local.mT if is_transposed(p) and local.ndim == p.ndim else local
-
-
-def first_of_stack(p: torch.Tensor) -> int:
-    """Return which matrix of a stack is the first that this process holds, where a DTensor is split between them; else 0."""
-    if not is_dtensor(p):
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return offset[0] if p.ndim > 2 else 0
 
 
 def gradient_of(p: torch.Tensor) -> torch.Tensor:

@@ -121,12 +121,16 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
 
     @override
     def named_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the matrices with their names in the model where Megatron has made the optimizer."""
+        """Return the matrices with their names in the model where Megatron has made the optimizer."""
         named = super().named_matrices()
-        for name, p in named if self._names is None else self._names.replaced(named):
-            group = getattr(self._blocks_of, "expt_tp" if getattr(p, "expert_tp", False) else "tp", None)
-            is_shard = group is not None and group.size() > 1 and getattr(p, "partition_dim", -1) in (0, 1)
-            yield f"{name} (shard of rank {group.rank()})" if group is not None and is_shard else name, p
+        return named if self._names is None else self._names.replaced(named)
+
+    @override
+    def place_of_shard(self, p: torch.Tensor) -> int | None:
+        """Return this rank's place in the tensor-parallel group of a parameter of which "blockwise" takes each shard apart."""
+        group = getattr(self._blocks_of, "expt_tp" if getattr(p, "expert_tp", False) else "tp", None)
+        is_shard = group is not None and group.size() > 1 and getattr(p, "partition_dim", -1) in (0, 1)
+        return group.rank() if group is not None and is_shard else super().place_of_shard(p)
 
     @override
     def state_dict(self) -> dict[str, Any]:
