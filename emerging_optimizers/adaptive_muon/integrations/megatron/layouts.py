@@ -5,7 +5,7 @@ The float32 main parameters of bfloat16 training keep few of their model paramet
 upon, and the model parameter's reference to its main parameter.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +116,7 @@ class MegatronLayouts:
         pattern: Pattern | None = getattr(p, "muon_pattern", None)
         if pattern is not None:
             self._pattern_of[p] = pattern
-            return pattern
-        return next((of_q for q, of_q in self._pattern_of.items() if p is getattr(q, "main_param", None)), None)
+        return _known_of(p, self._pattern_of)
 
     def _group(self, p: torch.Tensor, name: str) -> Any:
         """Return the process group of this name whose ranks have shards of a parameter, or None."""
@@ -127,10 +126,14 @@ class MegatronLayouts:
         """Return the rows of padding at the end of what a tensor-parallel rank's GTP ranks have of a parameter."""
         if hasattr(p, "pad_length"):
             self._padding_of[p] = int(p.pad_length)
-        for q, padding in self._padding_of.items():
-            if p is q or p is getattr(q, "main_param", None):
-                return padding
-        return 0
+        return _known_of(p, self._padding_of) or 0
+
+
+def _known_of[Value](p: torch.Tensor, known: Mapping[torch.Tensor, Value]) -> Value | None:
+    """Return what is known of a parameter, or of the model parameter whose main parameter it is; else None."""
+    if p in known:
+        return known[p]
+    return next((value for q, value in known.items() if p is getattr(q, "main_param", None)), None)
 
 
 def _warn_of_misfit(rows: int, columns: int, sizes: object) -> None:
