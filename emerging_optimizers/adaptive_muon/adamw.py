@@ -30,8 +30,6 @@ def in_float32(adamw: Optimizer) -> Iterator[None]:
     """
     groups, states = adamw.param_groups, adamw.state
     copies = {p: _copy(p) for group in groups for p in group["params"] if is_widened(p) and p.grad is not None}
-    for p in copies:
-        _widen(states[p])
     adamw.param_groups = [{**group, "params": [copies.get(p, p) for p in group["params"]]} for group in groups]
     adamw.state = _Lent(states, {copy: p for p, copy in copies.items()})
     try:
@@ -66,13 +64,6 @@ def _copy(p: torch.Tensor) -> torch.Tensor:
     assert grad is not None
     copy.grad = grad.float()
     return copy
-
-
-def _widen(state: dict[str, Any]) -> None:
-    """Convert a state to float32 in place: that of a run without stochastic rounding is in bfloat16."""
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
-            state[key] = value.float()
 
 
 @torch.no_grad()
