@@ -407,9 +407,14 @@ class Options(MatrixOptions):
         return self.moment2.bias_correction if self.bias_correction is None else self.bias_correction
 
     @property
+    def rounds_stochastically(self) -> bool:
+        """Whether weights or momenta in bfloat16 are rounded stochastically."""
+        return self.stochastic_rounding or self.momentum_dtype == "bfloat16"
+
+    @property
     def counts_steps(self) -> bool:
         """Whether the state has a step count: for bias correction, and as part of the noise of stochastic rounding."""
-        return self.corrects_bias or self.stochastic_rounding or self.momentum_dtype == "bfloat16"
+        return self.corrects_bias or self.rounds_stochastically
 
     @property
     def synced(self) -> dict[str, Any]:

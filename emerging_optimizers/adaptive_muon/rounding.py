@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import refusal
 from emerging_optimizers.adaptive_muon.kernels.usable import kernels_usable
 from emerging_optimizers.adaptive_muon.noise import MULTIPLIERS, Noise, hashed
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
@@ -96,12 +96,16 @@ class RoundingOptions(Protocol):
     def momentum_dtype(self) -> str:
         """The name of the momentum's dtype; one in bfloat16 is rounded stochastically."""
 
+    @property
+    def rounds_stochastically(self) -> bool:
+        """Whether one or the other is."""
+
 
 def make_rounding(
     param_groups: Sequence[dict[str, Any]], options: RoundingOptions, *, steps_on_device: bool
 ) -> Rounding | None:
     """Return how a step of an optimizer with these groups rounds; None where nothing is rounded stochastically."""
-    if not options.stochastic_rounding and options.momentum_dtype == "float32":
+    if not options.rounds_stochastically:
         return None
     places = {p: place for place, p in enumerate(p for group in param_groups for p in group["params"])}
     return Rounding(places, options.stochastic_rounding, steps_on_device)
@@ -109,22 +113,23 @@ def make_rounding(
 
 def check_rounding(group: dict[str, Any], options: RoundingOptions, *, scalar: bool = False) -> None:
     """Raise a ``ValueError`` if a parameter of a group, AdamW's if scalar, has a dtype that is not rounded as options say."""
-    stochastic, momentum_dtype = options.stochastic_rounding, options.momentum_dtype
-    if not stochastic and momentum_dtype == "float32":
+    if not options.rounds_stochastically:
         return
+    momentum_dtype = options.momentum_dtype
     for index, p in enumerate(group["params"]):
-        require(
-            not stochastic or p.dtype != torch.float16,
-            f"with stochastic_rounding=True weights in 16 bit must be in bfloat16; {parameter_name(group, index)} is in",
-            p.dtype,
-            "convert it to bfloat16, or pass stochastic_rounding=False",
-        )
-        require(
-            scalar or momentum_dtype == "float32" or p.dtype != torch.float64,
-            f'with momentum_dtype="{momentum_dtype}" weights must not be in float64; {parameter_name(group, index)} is in',
-            p.dtype,
-            'convert it to float32, or pass momentum_dtype="float32", which is float64 for it',
-        )
+        if options.stochastic_rounding and p.dtype == torch.float16:
+            raise refusal(
+                f"with stochastic_rounding=True weights in 16 bit must be in bfloat16; {parameter_name(group, index)} is in",
+                p.dtype,
+                "convert it to bfloat16, or pass stochastic_rounding=False",
+            )
+        if not scalar and momentum_dtype != "float32" and p.dtype == torch.float64:
+            raise refusal(
+                f'with momentum_dtype="{momentum_dtype}" weights must not be in float64; '
+                f"{parameter_name(group, index)} is in",
+                p.dtype,
+                'convert it to float32, or pass momentum_dtype="float32", which is float64 for it',
+            )
 
 
 def noise_of(p: torch.Tensor, place: int, step: torch.Tensor) -> Noise:
