@@ -65,9 +65,8 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     transpose. Set attributes before you make the optimizer. State and arithmetic are in float32 (float64 for float64
     parameters, save for the orthogonalization), and a low-precision weight is rounded once per step. Give embeddings,
     output heads, norms and biases to AdamW, as :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon` does.
-
-    A step gives the same result inside ``torch.autocast``, inference mode and any float32 matmul precision, and changes
-    none of them. A compiled function may call it; the step itself runs uncompiled.
+    ``torch.autocast``, inference mode and the float32 matmul precision do not change a step, nor does a step change them.
+    A compiled function may call it; the step itself runs uncompiled.
 
     Args:
         params: Iterable of matrices, of ``(name, matrix)`` pairs, or of dicts that define parameter groups. A group
@@ -95,9 +94,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
         placement = {name: getattr(self.options, name) for name in _OF_RULES}
         rules = Rules(**placement, mode=self._mode, hooked=self.options.weight_update_hook is not None)
         self._sharding = Sharding(rules, self.options.synced)
-        of_state = self.options.moment2_method, self.options.moment2, getattr(torch, self.options.momentum_dtype)
-        counted = self.bias_correction, self.options.counts_steps, self.capturable
-        self.state_format = StateFormat(self._sharding, *of_state, *counted)
+        self.state_format = _state_format(self.options, self._sharding)
         self._planner = Planner(self.state_format, self._mode, self.max_bytes_in_flight)
         self.diagnostics_store = make_store(self.options.diagnostics_every, self._mode, on_device=self.capturable)
         self._group_defaults = {name: getattr(self.options, name) for name in ("beta2", "eps", "moment2_method")}
@@ -298,3 +295,16 @@ _OF_UPSTREAM = (
     *("nesterov", "weight_decay_method", "fp32_matmul_prec", "coefficient_type", "num_ns_steps"),
     *("scale_mode", "extra_scale_factor", "moment2_method", "beta2", "eps"),
 )
+
+
+def _state_format(options: Options, sharding: Sharding) -> StateFormat:
+    """Return what the state of an optimizer with these options looks like."""
+    return StateFormat(
+        sharding,
+        options.moment2_method,
+        options.moment2,
+        momentum_dtype=getattr(torch, options.momentum_dtype),
+        bias_correction=options.corrects_bias,
+        counts_steps=options.counts_steps,
+        capturable=options.capturable,
+    )

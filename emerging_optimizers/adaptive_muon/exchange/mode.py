@@ -33,9 +33,8 @@ class Shards:
     layout: Layout
     owners: Sequence[int]  # for each member of the batch, the rank that orthogonalizes it in "layer_sharded"
     orthogonalize: Orthogonalize  # of whole matrices of the batch
-    measures: Squares = field(
-        default_factory=list
-    )  # of these shards in a list of one; empty where nothing is measured
+    # Of these shards, in a list of one; empty where nothing is measured.
+    measures: Squares = field(default_factory=list)
 
     @property
     def sharded(self) -> ShardedLayout:
