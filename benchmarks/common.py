@@ -4,6 +4,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,18 +48,33 @@ def _cpu() -> str:
 
 
 def by_turns(
-    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warm_up: int = 1,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    order: random.Random | None = None,
 ) -> dict[str, list[float]]:
-    """Returns the seconds of every round of every contestant, who take turns: drift of the machine meets them all."""
+    """Returns the seconds of every round of every contestant, who take turns: drift of the machine meets them all.
+
+    Args:
+        steps: What each contestant does in a round.
+        rounds: How many rounds are counted.
+        device: What a round waits for.
+        warm_up: How many rounds there are before.
+        clock: Returns the seconds.
+        order: Draws another order for each round; None for that of ``steps``.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in tqdm(range(warm_up + rounds), desc="rounds", leave=False, disable=None):
-        for name, step in steps.items():
+        for name in [*steps] if order is None else order.sample([*steps], len(steps)):
             _wait(device)
-            start = time.perf_counter()
-            step()
+            start = clock()
+            steps[name]()
             _wait(device)
             if index >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

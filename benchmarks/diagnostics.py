@@ -12,12 +12,12 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, circumstances, ratio, save, table
+from common import RESULTS, by_turns, circumstances, ratio, save, table
 from shapes import SETS
 
 
@@ -48,7 +48,8 @@ def main() -> None:
             makers["before"] = adaptive_muon(args.before)
         steps: dict[str, Callable[[], object]] = {name: make(params, **options).step for name, make in makers.items()}
         steps["every step"] = adaptive_muon()(params, diagnostics_every=1, **options).step
-        seconds = shuffled_turns(steps, args.rounds, device)
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
+        seconds = by_turns(steps, args.rounds, device, warm_up=2, clock=clock, order=random.Random(0))
         base = "before" if args.before else "off"
         of_method = {name: ratio(of, seconds[base]) for name, of in seconds.items()}
         result["methods"][method] = {
@@ -62,23 +63,6 @@ def main() -> None:
         ]
     print(table(("", "median ms", f"x {base}, median of rounds"), rows))
     print("wrote", save(args.name, result, RESULTS))
-
-
-def shuffled_turns(
-    steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Returns the seconds of every round of every contestant."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    clock, order = time.perf_counter if device.type == "cuda" else time.process_time, random.Random(0)
-    for index in range(warm_up + rounds):
-        for name in order.sample([*steps], len(steps)):
-            start = clock()
-            steps[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if index >= warm_up:
-                seconds[name].append(clock() - start)
-    return seconds
 
 
 def adaptive_muon(checkout: Path | None = None) -> Any:

@@ -6,14 +6,12 @@ Allocations are counted by torch's dispatcher, on tensors without data, so that 
 
 import argparse
 import json
-import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from counting import Counter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 
@@ -31,34 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count what it has made."""
-        kwargs = kwargs or {}
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self._known:
-                    self._known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
 def peak_of(shapes: list[tuple[int, int]], dtype: torch.dtype, **options: Any) -> int:
     """Return the peak of temporary bytes of a step that has its state."""
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -68,9 +38,9 @@ def peak_of(shapes: list[tuple[int, int]], dtype: torch.dtype, **options: Any) -
         for p in params:
             p.grad = torch.empty_like(p)
         optimizer.step()
-        with Peak() as counted:
+        with Counter() as counter:
             optimizer.step()
-    return counted.peak
+    return counter.peak
 
 
 def main() -> None:
