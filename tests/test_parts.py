@@ -4,7 +4,6 @@
 import copy
 import io
 import re
-import runpy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from side_by_side import difference, normal, smooth
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
-from tree import ROOT
+from tree import tool
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.routing.fused import FUSED_CLASSES
@@ -377,16 +376,16 @@ def wrapped(model: nn.Module, way: str) -> Any:
     return model
 
 
+# The sizes of a small model with grouped queries.
+SMALL: dict[str, Any] = {
+    **{"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
 @pytest.mark.parametrize("way", ["compiled", "checkpointed attention", "checkpointed projection"])
 def test_wrappers_change_nothing(way: str) -> None:
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        vocab_size=9,
-    )
+    config = LlamaConfig(**SMALL, vocab_size=9)
     plain = HybridAdaptiveMuon.from_model(LlamaForCausalLM(config), split_heads=True)
     other = HybridAdaptiveMuon.from_model(wrapped(LlamaForCausalLM(config), way), split_heads=True)
     assert [line[1:] for line in plain.routes if line[2].parts] and lines(plain) == lines(other)
@@ -476,21 +475,14 @@ def test_columns_are_of_a_public_value() -> None:
 
 def test_the_documented_tables_are_those_of_the_tests() -> None:
     """``make option-tables`` writes them."""
-    made: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "parts_table.py"))
-    page = made["PAGE"].read_text(encoding="utf-8")
-    tables = {"attention": made["attention_table"](ATTENTION, tiny_models.tiny), "classes": made["class_list"]()}
-    assert made["with_tables"](page, tables) == page
+    made = tool("parts_table")
+    page = made.PAGE.read_text(encoding="utf-8")
+    tables = {"attention": made.attention_table(ATTENTION, tiny_models.tiny), "classes": made.class_list()}
+    assert made.with_tables(page, tables) == page
 
 
 def test_phi3_with_both_switches() -> None:
-    config = Phi3Config(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        pad_token_id=0,
-    )
+    config = Phi3Config(**SMALL, pad_token_id=0)
     made = HybridAdaptiveMuon.from_model(Phi3ForCausalLM(config), split_heads=True, split_gate_up=True)
     name = "model.layers.0."
     assert lines(made)[name + "mlp.gate_up_proj.weight"].endswith("; gate and up projection of 48 rows each")

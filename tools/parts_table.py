@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables of docs/apidocs/parts.md: the models of tests/test_parts.py, and what from_model finds in them."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from marked_tables import table_of, with_table
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
@@ -24,13 +24,11 @@ def attention_table(rows: list[tuple[str, Any, str, dict[str, str]]], make: Any)
         rows: The models, as tests/test_parts.py has them.
         make: Returns the tiny model of a type.
     """
-    lines, seen = ["| `model_type`, class | with `split_heads=True`, here of a tiny model |", "|---|---|"], set()
+    found: dict[tuple[str, str], tuple[str, str]] = {}
     for kind, change, name, _ in rows:
         parts = parts_of(make(kind, change), name)
-        if (kind, parts) not in seen:
-            lines.append(f"| {kind}, `{name}` | {parts} |")
-        seen.add((kind, parts))
-    return "\n".join(lines)
+        found.setdefault((kind, parts), (f"{kind}, `{name}`", parts))
+    return table_of(("`model_type`, class", "with `split_heads=True`, here of a tiny model"), [*found.values()])
 
 
 def parts_of(model: nn.Module, name: str) -> str:
@@ -59,12 +57,7 @@ def class_list() -> str:
 def with_tables(page: str, tables: dict[str, str]) -> str:
     """Return a page's text with the tables between their marks replaced."""
     for name, table in tables.items():
-        marked = re.compile(
-            rf"(<!-- {name}, by tools/parts_table.py -->\n\n).*?(\n\n<!-- end of {name} -->)", re.DOTALL
-        )
-        page, count = marked.subn(lambda marks, table=table: marks[1] + table + marks[2], page)
-        if count != 1:
-            raise ValueError(f"a page must have the marks of {name} once, got {count} times")
+        page = with_table(page, name, table)
     return page
 
 
