@@ -31,9 +31,7 @@ fully_shard(model).to_empty(device=device)
 torch.manual_seed(dist.get_rank())  # every rank draws its own shards
 for name, p in model.named_parameters():
     nn.init.normal_(p, std=0.02) if p.ndim == 2 else nn.init.constant_(p, "norm" in name and "weight" in name)
-for layer in layers:  # after fully_shard and to_empty, which replace parameters and drop their attributes
-    layer.self_attn.in_proj_weight.muon_blocks = (WIDTH, WIDTH, WIDTH)  # queries, keys, values
-# After them, too. lr is the rate of the hidden matrices, scalar_lr that of everything else, which AdamW trains.
+# After fully_shard and to_empty, which replace parameters. lr is the rate of the hidden matrices, scalar_lr that of everything else, which AdamW trains.
 optimizer = HybridAdaptiveMuon.from_model(model, lr=2e-2, scalar_lr=2e-3, moment2_method="namo_d", nesterov=True)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5) * (1 - step / STEPS))
 if saved := sorted(FOLDER.glob("step-*")):
