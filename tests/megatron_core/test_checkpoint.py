@@ -55,15 +55,20 @@ def muon_state(optimizer: Any) -> list[dict[str, torch.Tensor]]:
     return [{key: value.clone() for key, value in inner.state[p].items()} for p in params]
 
 
+def trained_and_saved(method: str, bf16: bool, folder: Path) -> tuple[Any, Any, list[dict[str, torch.Tensor]]]:
+    """A model and its optimizer after three steps, which are saved, and the matrices' state."""
+    model = gpt(bf16=bf16)
+    optimizer = optimizer_of(model, method)
+    train(model, optimizer, range(3))
+    dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(folder))
+    return model, optimizer, muon_state(optimizer)
+
+
 @each_method
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_torch_dist(method: str, bf16: bool, folder: Path) -> None:
     with parallel(2):
-        model = gpt(bf16=bf16)
-        optimizer = optimizer_of(model, method)
-        train(model, optimizer, range(3))
-        dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(folder))
-        saved = muon_state(optimizer)
+        model, optimizer, saved = trained_and_saved(method, bf16, folder)
         expected = train(model, optimizer, range(3, 8))
     for tp in 2, 1, 4:
         with parallel(tp):
@@ -84,11 +89,7 @@ def test_a_momentum_in_bfloat16(method: str, bf16: bool, folder: Path) -> None:
     """Saved and loaded without a change, at any tensor-parallel size; then every step rounds as it would have."""
     register(momentum_dtype="bfloat16", stochastic_rounding=True)
     with parallel(2):
-        model = gpt(bf16=bf16)
-        optimizer = optimizer_of(model, method)
-        train(model, optimizer, range(3))
-        dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(folder))
-        saved = muon_state(optimizer)
+        model, optimizer, saved = trained_and_saved(method, bf16, folder)
         assert all(state["momentum_buffer"].dtype == torch.bfloat16 for state in saved)
         expected = train(model, optimizer, range(3, 6))
         after = muon_state(optimizer)

@@ -2,12 +2,12 @@
 """torch.distributed.checkpoint: saved by four ranks, loaded by four, two and one, training goes on."""
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import DIRECTORY, needs_directory, set_states, states
 from models import fsdp, full, hsdp, local, models, require_trainable, tensor_parallel_and_fsdp, train
 from pieces import difference, options_of
 from torch import distributed as dist
@@ -26,9 +26,6 @@ from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
-# tests/test_sharded.py gives one directory to its runs with four, two and one processes, in this order.
-DIRECTORY = os.environ.get("CHECKPOINTS")
-
 SAVED_AFTER, STEPS = 3, 6
 
 
@@ -43,16 +40,7 @@ def make(
     return model, HybridAdaptiveMuon.from_model(model, **options)
 
 
-def states(model: nn.Module, optimizer: torch.optim.Optimizer, flat: bool) -> dict[str, object]:
-    """What a training script saves."""
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    return {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
-    }
-
-
-@pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
+@needs_directory
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
 @pytest.mark.parametrize("way", [fsdp, hsdp, tensor_parallel_and_fsdp])
 @pytest.mark.parametrize("method", METHODS)
@@ -79,9 +67,7 @@ def test_training_goes_on(method: str, way: Callable[[nn.Module], None], flat: b
         model, optimizer = make(of_loaded, method, share)
         loaded = states(model, optimizer, flat)
         dcp.load(loaded, checkpoint_id=place)
-        set_model_state_dict(model, loaded["model"])  # type: ignore[arg-type]
-        options = StateDictOptions(flatten_optimizer_state_dict=flat)
-        set_optimizer_state_dict(model, optimizer, loaded["optimizer"], options=options)  # type: ignore[arg-type]
+        set_states(model, optimizer, loaded, flat)
         # Where the model's own products are split, their rounding differs. adamuon: see far_apart.
         within = 1e-2 if way is tensor_parallel_and_fsdp else 1e-4 if method == "adamuon" else 1e-5
         assert train(model, optimizer, range(SAVED_AFTER, STEPS)) == pytest.approx(losses, rel=within)

@@ -1,33 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.distributed.checkpoint with momenta in bfloat16 and stochastic rounding: of four ranks, on four, two and one."""
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import DIRECTORY, needs_directory, set_states, states
 from models import fsdp, full, hsdp, models, set_gradients_of_both
 from pieces import options_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 
 
-# tests/test_sharded.py gives one directory to its runs with four, two and one processes, in this order.
-DIRECTORY = os.environ.get("CHECKPOINTS")
-needs_directory = pytest.mark.skipif(DIRECTORY is None, reason="needs a directory that outlives the run: CHECKPOINTS")
 LESS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum_dtype": "bfloat16"},
     "both": {"stochastic_rounding": True, "momentum_dtype": "bfloat16"},
@@ -55,14 +45,10 @@ class Run:
             self.optimizer.step()
 
     def saved(self, flat: bool) -> dict[str, Any]:
-        options = StateDictOptions(flatten_optimizer_state_dict=flat)
-        of_optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        return {"model": get_model_state_dict(self.model), "optimizer": of_optimizer}
+        return states(self.model, self.optimizer, flat)
 
     def take(self, loaded: dict[str, Any], flat: bool) -> None:
-        options = StateDictOptions(flatten_optimizer_state_dict=flat)
-        set_model_state_dict(self.model, loaded["model"])
-        set_optimizer_state_dict(self.model, self.optimizer, loaded["optimizer"], options=options)
+        set_states(self.model, self.optimizer, loaded, flat)
 
     def load(self, place: Path, flat: bool) -> None:
         loaded = self.saved(flat)
