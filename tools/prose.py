@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks the English of pages, docstrings and errors: their length, their sentences, their headings and this project's banned turns.
+
+Counted as a page's words are those of its text and of the tables that are written by hand. Not counted are fenced code, displayed formulas, comments, and the tables that tools write, between their marks.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "emerging_optimizers"
+ALL_WORDS = 8000  # of the pages in docs together
+PAGE_WORDS = {"README.md": 900, "docs/apidocs/internals.md": 900}
+SENTENCE_WORDS = 40
+CODE_COLUMNS = 88
+
+# A turn of this project's first pages, and what to write instead.
+BANNED = {
+    r"\b(?:bytes?|bits?|ms|milliseconds|seconds|nats|FLOPs?|GFLOP|steps|numbers?|entr(?:y|ies)|state) an? "
+    r"(?:parameter|rank|step|byte|column|row|element|matrix|replica|page|second|token)\b": "per",
+    r"\b(?:says?|said|tells?|told|asks?|knows?|known by itself)\b": "return, store, raise, find",
+    r"\b(?:goes?|went|gone|going) on\b": "continue",
+    r"\b(?:lies|lie) (?:so|in|on|there|beside)\b": "is",
+    r"\btravels?\b": "is sent",
+    r"\brefus(?:e|es|ed|al)\b": "reject",
+    r"\banew\b": "again, new",
+    r"\balike\b": "equally, the same",
+    r"\bput right\b": "override, correct",
+    r"\bpieces?\b": "shard, part",
+    r"\bat hand\b": "available",
+    r"\bput in (?:its|their) place\b": "replace",
+    r"\bbut for\b": "except",
+    r"\bthat of (?:that|those|these)\b|\bthose of (?:that|those|these)\b": "repeat the noun",
+    r"\bthe lower the\b|\bthe wider the\b": "use a lower rate for wider models",
+    r"\bmoods?\b": "noise",
+    r"\bmeets?\b": "has, gets",
+    r"\bfor one[.,;]": "for example",
+    r"\b(?:who|nobody|somebody) (?:should|prefers|wants|has|are)\b": "address the reader: you",
+    r"\bgives? another result\b|\bis another one\b": "gives a different result",
+    r"\bmade so\b|\bis so\b|\bdoes so\b|\bdo so\b": "repeat the verb",
+    r"\bwhere nothing else is\b": "unless stated otherwise",
+    r"\bas yet\b|\bby now\b": "yet, now",
+}
+_BANNED = {re.compile(turn, re.IGNORECASE): instead for turn, instead in BANNED.items()}
+
+
+def without_code(text: str) -> str:
+    """Return a page without code, displayed formulas, comments and generated tables; lines keep their numbers."""
+    kept_lines = lambda found: "\n" * found[0].count("\n")  # noqa: E731
+    for made in (
+        r"^( *)```.*?^\1```$",
+        r"^<!-- (\w+), by tools/[\w.]+ -->$.*?^<!-- end of \1 -->$",
+        r"^<!-- (?:methods|variants) -->\n(?:\|[^\n]*\n)*",  # by experiments/gpt2/figures.py
+        r"<!--.*?-->",
+        r"^\$\$$.*?^\$\$$",
+    ):
+        text = re.sub(made, kept_lines, text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def count(text: str) -> int:
+    """Return the number of words of a page; of a table, those of its cells."""
+    return sum(any(map(str.isalnum, word)) for word in without_code(text).replace("|", " ").split())
+
+
+def banned(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each banned turn; what is in backticks, in quotes or a formula is no prose."""
+    quiet = re.sub(r"``.+?``|`[^`]+`|\"[^\"\n]*\"|\$[^$\n]+\$", lambda found: "x" * len(found[0]), text)
+    for turn, instead in _BANNED.items():
+        for found in turn.finditer(re.sub(r"(?<=\S)\n(?=\S)", " ", quiet)):
+            yield text.count("\n", 0, found.start()) + 1, f'"{found[0]}": write {instead}'
+
+
+def long_sentences(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each sentence outside of tables that is too long."""
+    for block in re.finditer(r"(?:^(?![#|]|\s*$).*\n?)+", text, re.MULTILINE):
+        for item in re.split(r"^ *(?:[-*]|\d+\.) ", block[0], flags=re.MULTILINE):
+            for sentence in re.split(r"[.:!?][*)\"]*\s", item):
+                if (words := count(sentence)) > SENTENCE_WORDS:
+                    line = text.count("\n", 0, block.start() + block[0].find(sentence)) + 1
+                    start = " ".join(sentence.split()[:6])
+                    yield line, f'"{start} ...": a sentence of {words} words, {SENTENCE_WORDS} at most'
+
+
+def headings(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each heading that is a question, a sentence or long."""
+    for found in re.finditer(r"^#+ (.+)$", text, re.MULTILINE):
+        rule = "must name a task or a thing, in at most 8 words and without a mark at its end"
+        if re.match(r"(?:What|How|Why|Where|When|Who|Which) ", found[1]) or found[1][-1] in ".!?:;":
+            yield text.count("\n", 0, found.start()) + 1, f'heading "{found[1]}" {rule}'
+        elif len(found[1].split()) > 8:
+            yield text.count("\n", 0, found.start()) + 1, f'heading "{found[1]}" {rule}'
+
+
+def wide_code(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each line of fenced code that the page's column does not show whole."""
+    for block in re.finditer(r"^```(?!\{).*?^```$", text, re.DOTALL | re.MULTILINE):
+        first = text.count("\n", 0, block.start()) + 1
+        for index, line in enumerate(block[0].splitlines()):
+            if len(line) > CODE_COLUMNS:
+                yield first + index, f"code of {len(line)} columns, {CODE_COLUMNS} at most"
+
+
+def of_page(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each breach of the rules in a page."""
+    prose = without_code(text)
+    yield from banned(prose)
+    yield from long_sentences(prose)
+    yield from headings(prose)
+    yield from wide_code(text)
+
+
+def of_module(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each banned turn in the docstrings' first lines and the errors of a module."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            for _, complaint in banned(first):
+                yield getattr(node, "lineno", 1), complaint
+            nouns = r"(?:The|A|An|Whether|What|How|Where|Which|One|As|For) "
+            shown = any("property" in ast.unparse(each) for each in getattr(node, "decorator_list", ()))
+            if isinstance(node, ast.FunctionDef) and not shown and re.match(nouns, first):
+                yield node.lineno, f'"{first[:30]}...": begin with a verb, such as Return'
+        elif isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _is_rule(node)):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    for _, complaint in banned(part.value):
+                        yield part.lineno, complaint
+
+
+def _is_rule(call: ast.Call) -> bool:
+    """Return whether a call makes or checks what an error is made of."""
+    return ast.unparse(call.func).rpartition(".")[2] in ("refusal", "require", "require_one_of", "Rule")
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """Return the pages of the documentation."""
+    return [*sorted((root / "docs").glob("*.md")), *sorted((root / "docs" / "apidocs").glob("*.md"))]
+
+
+def complaints(root: Path = ROOT) -> list[str]:
+    """Return all breaches of the rules, each with its file and line."""
+    found = [f"{root.name}/docs: {total} words" for total in [total_words(root)] if total > ALL_WORDS]
+    for path in [*pages(root), root / "README.md", root / "CONTRIBUTING.md"]:
+        name, text = str(path.relative_to(root)), path.read_text(encoding="utf-8")
+        found += [f"{name}:{line}: {complaint}" for line, complaint in of_page(text)]
+        if count(text) > PAGE_WORDS.get(name, ALL_WORDS):
+            found.append(f"{name}: {count(text)} words, {PAGE_WORDS[name]} at most")
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        found += [f"{path.relative_to(root)}:{line}: {complaint}" for line, complaint in of_module(text)]
+    return found
+
+
+def total_words(root: Path = ROOT) -> int:
+    """Return the number of words of all pages of the documentation."""
+    return sum(count(path.read_text(encoding="utf-8")) for path in pages(root))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--count"]:
+        for path in [*pages(), ROOT / "README.md"]:
+            print(f"{count(path.read_text(encoding='utf-8')):6} {path.relative_to(ROOT)}")
+        print(f"{total_words():6} docs")
+    else:
+        found = complaints()
+        print(*found, sep="\n")
+        sys.exit(f"{len(found)} complaints, see CONTRIBUTING.md" if found else 0)
