@@ -7,7 +7,7 @@ from typing import Any
 
 from marked_tables import table_of, with_table
 
-from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
+from emerging_optimizers.adaptive_muon.integrations.options import ARGUMENTS, AdaptiveMuonOptions
 from emerging_optimizers.adaptive_muon.options import Option, Options, SplitOptions, options_of
 
 
@@ -22,25 +22,26 @@ def keywords(record: type = Options) -> str:
 
 
 def flags(record: type = Options, of_split: type = SplitOptions) -> str:
-    """Return the table of Megatron's flags about Muon, its own and ours."""
+    """Return the table of Megatron's flags about Muon, its own and ours, and of the options that they set."""
     rows = []
     for option in (*(option for option in options_of(of_split) if option.flag), *options_of(record)):
         field = option.megatron_field
         if option.flag or field not in ("", option.name):  # one with the option's name is of all Megatron's optimizers
             flag = "adaptive_muon_" + option.name if option.flag else field
             names = f"`--{flag.replace('_', '-')}`" + ", `--no-...`" * (option.flag and option.is_switch)
-            rows.append((names, field and f"`{field}`", _code(option.default), *_about(option)))
-    return table_of(("flag", "field of `OptimizerConfig`", "default", "values", "what it sets"), rows)
+            rows.append((names, field and f"`{field}`", _code(option.name)))
+    return table_of(("flag", "field of `OptimizerConfig`", "option"), rows)
 
 
 def keys(config: type = AdaptiveMuonOptions) -> str:
-    """Return the table of keys in a configuration file of NeMo or Automodel."""
+    """Return the table of keys in a configuration file of NeMo or Automodel, and of the options that they set."""
     rows = []
     for option in options_of(config):
         default = option.default
         text = YAML[default] if default is None or isinstance(default, bool) else default
-        rows.append((f"`{option.name}`", _code(list(text) if isinstance(text, tuple) else text), *_about(option)))
-    return table_of(("key", "default", "values", "what it sets"), rows)
+        shown = _code(list(text) if isinstance(text, tuple) else text)
+        rows.append((_code(option.name), shown, _code(ARGUMENTS.get(option.name, option.name))))
+    return table_of(("key", "default", "option"), rows)
 
 
 TABLES = {"adaptive-muon.md": keywords, "megatron.md": flags, "nemo.md": keys}

@@ -13,7 +13,7 @@ from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, SplitOptions, document, option_field, options_of
 
 
-__all__ = ["AdaptiveMuonOptions", "config_keys"]
+__all__ = ["ARGUMENTS", "AdaptiveMuonOptions", "config_keys"]
 
 
 def config_keys[T: type](*records: type) -> Callable[[T], T]:
@@ -39,7 +39,7 @@ def config_keys[T: type](*records: type) -> Callable[[T], T]:
 
 
 # Where a key's name is not that of HybridAdaptiveMuon's argument.
-_ARGUMENTS = {"eps": "scalar_eps"} | {option.key: option.name for option in options_of(Options) if option.key}
+ARGUMENTS = {"eps": "scalar_eps"} | {option.key: option.name for option in options_of(Options) if option.key}
 
 
 @config_keys(Options, SplitOptions)
@@ -72,5 +72,5 @@ class AdaptiveMuonOptions:
             ValueError: As :meth:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon.from_model`.
         """
         keys = [key.name for key in fields(AdaptiveMuonOptions)]  # type: ignore[arg-type]
-        arguments = {_ARGUMENTS.get(key, key): getattr(self, key) for key in keys}
+        arguments = {ARGUMENTS.get(key, key): getattr(self, key) for key in keys}
         return HybridAdaptiveMuon.from_model(model, lr, params=params, **arguments)
