@@ -215,7 +215,7 @@ def test_split_heads(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_split_qkv_without_blocks_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(48, 8))
     p.is_qkv = True
-    with pytest.raises(ValueError, match="must say its blocks.*qkv_split_shapes"):
+    with pytest.raises(ValueError, match="must have the rows of its blocks.*qkv_split_shapes"):
         TensorParallelAdaptiveMuon([p], split_qkv=True)
 
 

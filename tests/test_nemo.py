@@ -235,11 +235,11 @@ def test_the_model_being_set_up_is_the_one_that_counts(config):
 
 def test_a_call_without_a_model_is_refused_with_the_remedy(config):
     model = model_of(config, None)
-    with pytest.raises(ValueError, match=r"must know the model.*from_model\(model\)"):
+    with pytest.raises(ValueError, match=r"must get the model.*from_model\(model\)"):
         nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
     with pytest.raises(ValueError, match="known keys"):  # which leaves no model behind
         optimizer_of(OmegaConf.merge(config, {"model": {"optim": {"wrong": 1}}}))
-    with pytest.raises(ValueError, match="must know the model"):
+    with pytest.raises(ValueError, match="must get the model"):
         nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
 
 

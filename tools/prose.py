@@ -30,7 +30,7 @@ BANNED = {
     r"\banew\b": "again, new",
     r"\balike\b": "equally, the same",
     r"\bput right\b": "override, correct",
-    r"\bpieces?\b": "shard, part",
+    r"(?-i:\bpieces?\b)": "shard, part",
     r"\bat hand\b": "available",
     r"\bput in (?:its|their) place\b": "replace",
     r"\bbut for\b": "except",

@@ -59,7 +59,7 @@ class _Lent(defaultdict[torch.Tensor, dict[str, Any]]):
 
 
 def _copy(p: torch.Tensor) -> torch.Tensor:
-    """A float32 copy of a parameter, with its gradient."""
+    """Return a float32 copy of a parameter, with its gradient."""
     copy, grad = p.detach().float(), p.grad
     assert grad is not None
     copy.grad = grad.float()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One form for every refusal: the rule, the value that broke it, and the remedy."""
+"""One form for every error: the rule, the value that broke it, and the remedy."""
 
 import math
 import pickle
@@ -55,5 +55,5 @@ def require_picklable(name: str, value: object) -> None:
     except Exception as error:
         raise pickle.PicklingError(
             f"{name} must be None or something that pickle can carry, got {value!r} ({error}): use a function of a "
-            "module, or save the optimizer's state_dict() and make the optimizer anew"
+            "module, or save the optimizer's state_dict() and make a new optimizer"
         ) from error

@@ -18,14 +18,14 @@ class WeightUpdateHook(Protocol):
     """What upstream's hooks are: HyperballHook, RadialBrakeHook, RelativeUpdateHook, and your own."""
 
     def pre_weight_update_inplace(self, p: torch.Tensor, update: torch.Tensor) -> Any:
-        """Called before ``p -= lr * update``, when the weight has decayed; may change both in place.
+        """Change both in place, if at all, before ``p -= lr * update``, when the weight has decayed.
 
         Returns:
             What :meth:`post_weight_update_inplace` gets.
         """
 
     def post_weight_update_inplace(self, p: torch.Tensor, pre_update_state: Any) -> None:
-        """Called after the update, and after ``post_weight_update_fn_inplace``; may change ``p`` in place."""
+        """Change ``p`` in place, if at all, after the update and after ``post_weight_update_fn_inplace``."""
 
 
 def is_hook(value: Any) -> bool:

@@ -313,7 +313,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
 
 
 def _misrouted(routes: list[tuple[str, torch.Tensor, Route]]) -> list[Finding]:
-    """What :meth:`HybridAdaptiveMuon.report` has of AdamW's parameters."""
+    """Return what :meth:`HybridAdaptiveMuon.report` has of AdamW's parameters."""
     rows = [(p.numel(), name, route) for name, p, route in routes if p.requires_grad]
     largest = max((size for size, _, route in rows if route.algorithm == "adaptive_muon"), default=0)
     return [

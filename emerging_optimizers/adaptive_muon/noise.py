@@ -95,12 +95,12 @@ def hashed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _stirred(x: torch.Tensor) -> torch.Tensor:
-    """The hash but for its last shift, in place."""
+    """Return the hash without its last shift, in place."""
     for bits, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
         x.bitwise_xor_(_shifted(x, bits)).mul_(multiplier)
     return x
 
 
 def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 numbers shifted to the right as if they had no sign."""
+    """Return int32 numbers shifted to the right as if they had no sign."""
     return (x >> bits).bitwise_and_(2 ** (32 - bits) - 1)

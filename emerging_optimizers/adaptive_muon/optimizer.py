@@ -112,7 +112,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     @override
     @_disable_dynamo  # one graph of all matrices would be compiled anew for each set of them that has gradients
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates all matrices that have a gradient.
+        """Update all matrices that have a gradient.
 
         Args:
             closure: Optional; evaluates the model again, with gradients enabled, and returns the loss.
@@ -182,7 +182,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     def _functions(
         self, params: Sequence[torch.Tensor], group: dict[str, Any]
     ) -> NewtonSchulz | list[Callable[[torch.Tensor], torch.Tensor]]:
-        """Return the iteration; or where a subclass or the user has a say, a function of the momentum per parameter."""
+        """Return the iteration; or a function of the momentum per parameter, where a subclass or the user replaces it."""
         if self._has_own("orthogonalize"):
             options = {key: value for key, value in group.items() if key != "params"}
             return [at_precision(partial(self.orthogonalize, p, **options), self.fp32_matmul_prec) for p in params]
@@ -219,7 +219,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     @torch.no_grad()
     @torch.inference_mode(False)  # what is made in it could not be updated outside
     def _init_group(self, group: dict[str, Any], skip_non_grad_params: bool = True) -> None:
-        """Makes the state of the parameters that have none yet.
+        """Make the state of the parameters that have none yet.
 
         Args:
             group: Parameter group.
@@ -234,7 +234,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, or raises and leaves the optimizer as it was.
+        """Add a parameter group, or raise and leave the optimizer as it was.
 
         Args:
             param_group: ``params`` and the options that differ from the constructor's.
@@ -252,7 +252,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a checkpoint of this class or of upstream's ``AdaptiveMuon``.
+        """Load a checkpoint of this class or of upstream's ``AdaptiveMuon``.
 
         Args:
             state_dict: What :meth:`state_dict` returned.

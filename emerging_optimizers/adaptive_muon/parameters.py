@@ -44,7 +44,7 @@ def is_matrix(p: torch.Tensor) -> bool:
 
 
 def has_usable_dtype(p: torch.Tensor) -> bool:
-    """Return whether AdaptiveMuon takes a parameter's dtype and memory layout, which is not to say its shape."""
+    """Return whether AdaptiveMuon takes a parameter's dtype and memory layout, whatever its shape."""
     return p.dtype in _DTYPES and p.layout == torch.strided
 
 
@@ -137,7 +137,7 @@ def check_capturable(group: dict[str, Any]) -> None:
 
 
 def _is_several(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a wrapper class holds several: an average in place would be taken once for each of them."""
+    """Return whether a tensor of a wrapper class holds several: an average in place would be repeated for each."""
     while is_traceable_wrapper_subclass(tensor):
         held = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         first, *others = [each for each in held if isinstance(each, torch.Tensor)]  # a DTensor also holds its mesh

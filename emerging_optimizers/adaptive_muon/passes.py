@@ -119,7 +119,7 @@ def decay_weights(
 
 
 def _taken(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels take tensors: plain ones on a GPU that lie in memory alike, with adjacent columns."""
+    """Return whether the kernels take tensors: plain ones on a GPU, of the same strides, with adjacent columns."""
     first = tensors[0]
     return (
         first.is_cuda
@@ -134,7 +134,7 @@ def _taken(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _changed(tensors: Sequence[torch.Tensor]) -> None:
-    """Tells autograd that a kernel has changed tensors in place, as torch's own functions do."""
+    """Report to autograd that a kernel has changed tensors in place, as torch's own functions do."""
     for tensor in tensors:
         if not tensor.is_inference():
             increment_version(tensor)

@@ -49,7 +49,7 @@ class Planner:
         states: Mapping[torch.Tensor, dict[str, Any]],
         unchanged: Collection[torch.Tensor] = (),
     ) -> Plan:
-        """Return the plan for all parameters with a gradient, but for some that stay unchanged. It rarely changes.
+        """Return the plan for all parameters with a gradient, except those that stay unchanged. It rarely changes.
 
         Raises:
             ValueError: If a state does not fit, or ranks are found to have gradients of different parameters.

@@ -112,7 +112,7 @@ def make_rounding(
 
 
 def check_rounding(group: dict[str, Any], options: RoundingOptions, *, scalar: bool = False) -> None:
-    """Raise a ``ValueError`` if a parameter of a group, AdamW's if scalar, has a dtype that is not rounded as options say."""
+    """Raise a ``ValueError`` if a parameter of a group, AdamW's if scalar, has a dtype that cannot be rounded as in options."""
     if not options.rounds_stochastically:
         return
     momentum_dtype = options.momentum_dtype
@@ -168,7 +168,7 @@ def make_keys(
 
 
 def _hash(x: int) -> int:
-    """The hash of one number, 0 to 2**32 - 1."""
+    """Return the hash of one number, 0 to 2**32 - 1."""
     x &= _32_BITS
     for bits, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
         x = (x ^ (x >> bits)) * multiplier & _32_BITS
@@ -177,7 +177,7 @@ def _hash(x: int) -> int:
 
 @lru_cache(maxsize=2**16)
 def _chained(*numbers: int) -> int:
-    """The hash of several numbers in their order."""
+    """Return the hash of several numbers in their order."""
     key = 0
     for number in numbers:
         key = _hash(key + number)
@@ -185,7 +185,7 @@ def _chained(*numbers: int) -> int:
 
 
 def _table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Numbers from 0 to 2**32 - 1 as int32 on a device, without waiting for it."""
+    """Return numbers from 0 to 2**32 - 1 as int32 on a device, without waiting for it."""
     signed = [[number - 2**32 if number >= 2**31 else number for number in row] for row in rows]
     if device.type == "cpu":
         return torch.tensor(signed, dtype=torch.int32)

@@ -199,7 +199,7 @@ class BatchUpdate:
 
 
 def _rate(lr: Number, *, on_device: bool) -> Number:
-    """Return a learning rate as a number where it is at hand, and as a tensor where a graph's replays read it.
+    """Return a learning rate as a number where it is one, and as a tensor where a graph's replays read it.
 
     So a tensor on the CPU gives the result of the same number, and neither its dtype nor its shape has a say.
     """
@@ -341,5 +341,5 @@ class _Scale:
         return self._moment2.scale(V, squares, shape=self.shape, eps=self._eps)
 
     def _ahead(self, squares: Squares, members: Sequence[int]) -> torch.Tensor:
-        """D of some members, for whoever has their whole M' to scale; V is updated later."""
+        """Return D of some members, for whoever has their whole M' to scale; V is updated later."""
         return self._D(self._V.after(self._statistic(squares), members), squares)

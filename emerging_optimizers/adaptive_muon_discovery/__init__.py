@@ -14,7 +14,7 @@ __all__ = ["lightning_callbacks"]
 
 
 def lightning_callbacks() -> list[Any]:
-    """Registers adaptive_muon where NeMo is in use: the entry point of ``lightning.pytorch.callbacks_factory``.
+    """Register adaptive_muon where NeMo is in use: the entry point of ``lightning.pytorch.callbacks_factory``.
 
     Returns:
         The callbacks for Lightning to add to a ``Trainer``: where NeMo is in use, one that writes the optimizer's

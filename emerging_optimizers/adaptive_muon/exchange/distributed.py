@@ -86,7 +86,7 @@ class _InPlace(Exchange):
 def _normalized(
     group: ProcessGroup, batches: Sequence[Shards], flag: Flag | None
 ) -> tuple[list[Squares], list[Squares], list[torch.Tensor]]:
-    """The whole sums of squares and measures of each batch, and its shards ``(batch, rows, columns)``, of norm 1 as a whole."""
+    """Return each batch's whole sums of squares, measures, and shards ``(batch, rows, columns)``, of norm 1 as a whole."""
     terms = []
     for batch in batches:
         # The norm of D M' follows from sums of M' along what D keeps.
@@ -122,7 +122,7 @@ def _iterated(
     coefficients: tuple[float, float, float],
     measures: Sequence[Squares] = (),
 ) -> list[torch.Tensor]:
-    """The shards of each batch after one step of the iteration; if it is the last, what is measured of them is entered."""
+    """Return the shards of each batch after one step of the iteration; enter what is measured of the last."""
     a, b, c = coefficients
     by_rows, grams, results = [batch.sharded.split[-2] for batch in batches], [], []
     probed = [batch.orthogonalize.probes and bool(measures) for batch in batches]
@@ -149,13 +149,13 @@ def _iterated(
 
 
 def _smaller_is_split(batch: Shards) -> bool:
-    """Whether a Gram matrix, which is along the dimension that is not split, is along the larger one."""
+    """Return whether a Gram matrix, which is along the dimension that is not split, is along the larger one."""
     rows, columns = batch.sharded.whole
     return rows < columns if batch.sharded.split[-2] else columns < rows
 
 
 def _projected(X: torch.Tensor, batch: Shards) -> torch.Tensor:
-    """The products of shards, shape ``(batch, rows, columns)``, with the probes of the split dimension; their sum is whole."""
+    """Return products of shards ``(batch, rows, columns)`` with the probes of the split dimension; their sum is whole."""
     own, (rows, columns) = batch.sharded.own, batch.sharded.whole
     if batch.sharded.split[-2]:
         return X.mT @ probes(rows, X.device, X.dtype)[own.top : own.bottom]
@@ -163,12 +163,12 @@ def _projected(X: torch.Tensor, batch: Shards) -> torch.Tensor:
 
 
 def _partial(shards: torch.Tensor, batch: Shards, dims: Collection[int]) -> torch.Tensor:
-    """The sums of squares of these shards, in the shape of the whole matrix's."""
+    """Return the sums of squares of these shards, in the shape of the whole matrix's."""
     return _placed(sum_of_squares(shards, dims), batch, dims)
 
 
 def _placed(squares: torch.Tensor, batch: Shards, dims: Collection[int]) -> torch.Tensor:
-    """Partial sums of squares in the shape of the whole matrix's, zero where other ranks hold the shards."""
+    """Return partial sums of squares in the shape of the whole matrix's, zero where other ranks hold the shards."""
     whole = squares.new_zeros((*squares.shape[:-2], *kept_shape(batch.sharded.whole, dims)))
     batch.layout.cut(whole, dims).copy_(squares)
     return whole

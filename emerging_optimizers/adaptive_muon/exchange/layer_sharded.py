@@ -92,7 +92,7 @@ class _ToOwnersAndBack(Exchange):
         self._results = self._sent_results(self._ranks)
 
     def _sent_results(self, ranks: Sequence[int]) -> Message:
-        """The results on their way to some ranks, and from those of them that are owners."""
+        """Return the results on their way to some ranks, and from those of them that are owners."""
         outgoing, incoming = _lists(self._ranks), _lists(self._ranks)
         for batch, (O, squares) in zip(self._owned, self._orthogonalized, strict=True):
             for rank in ranks:
@@ -136,5 +136,5 @@ class _ToReplicasInTurn(_ToOwnersAndBack):
 
 
 def _lists(ranks: range) -> list[list[Any]]:
-    """An empty list for each rank."""
+    """Return an empty list for each rank."""
     return [[] for _ in ranks]

@@ -126,17 +126,17 @@ def new_buffer(size: int, device: torch.device) -> torch.Tensor:
 
 
 def _size(parts: Sequence[Part]) -> int:
-    """The bytes of a message."""
+    """Return the bytes of a message."""
     return _starts(parts)[-1]
 
 
 def _starts(parts: Iterable[Part]) -> list[int]:
-    """Where each part starts, and the end of the last."""
+    """Return where each part starts, and the end of the last."""
     return list(accumulate((-(-part.size // _ALIGNED) * _ALIGNED for part in parts), initial=0))
 
 
 def _views(buffer: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """The parts of a message, as views of its buffer."""
+    """Return the parts of a message, as views of its buffer."""
     return [
         buffer[start : start + part.size].view(part.dtype).view(part.shape)
         for part, (start, _) in zip(parts, pairwise(_starts(parts)), strict=True)
@@ -144,7 +144,7 @@ def _views(buffer: torch.Tensor, parts: Sequence[Part]) -> list[torch.Tensor]:
 
 
 def _pack(buffer: torch.Tensor, tensors: Sequence[tuple[torch.Tensor, torch.dtype]]) -> None:
-    """Copies tensors into a message's buffer, each in its dtype."""
+    """Copy tensors into a message's buffer, each in its dtype."""
     if tensors:
         views = _views(buffer, [Part((*tensor.shape,), dtype) for tensor, dtype in tensors])
         torch._foreach_copy_(views, [tensor for tensor, _ in tensors])

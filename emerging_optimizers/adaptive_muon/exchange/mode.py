@@ -134,15 +134,15 @@ class Shards:
         return merged[0], merged[1:]
 
     def _shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
-        """The shape of members' matrices, or shards, that have this shape."""
+        """Return the shape of members' matrices, or shards, that have this shape."""
         return (len(members), *self.momentum.shape[1:-2], *shape)
 
     def _measures(self, members: Sequence[int]) -> list[Part]:
-        """The part with their measures, if there are any."""
+        """Return the part with their measures, if there are any."""
         return [Part(self._shape(members, (1, NUMBER)), measures.dtype) for measures in self.measures]
 
     def _sums_shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
-        """The shape of their sums of squares."""
+        """Return the shape of their sums of squares."""
         return self._shape(members, kept_shape(shape, self.orthogonalize.kept_dims))
 
 
@@ -263,6 +263,6 @@ def in_order(
 
 
 def _index(members: Sequence[int]) -> slice | list[int]:
-    """The index of members of a batch: of a view where they are adjacent."""
+    """Return the index of members of a batch: of a view where they are adjacent."""
     adjacent = members[-1] - members[0] + 1 == len(members)
     return slice(members[0], members[-1] + 1) if adjacent else list(members)

@@ -99,12 +99,12 @@ def make_plan(ready: Sequence[Ready], mode: Mode | None, max_bytes_in_flight: in
 
 
 def _layout(one: Ready) -> ShardedLayout:
-    """The layout of a parameter that is held together with other ranks, or of its first block."""
+    """Return the layout of a parameter that is held together with other ranks, or of its first block."""
     return cast(ShardedLayout, one.matrices[0].layout)
 
 
 def _mode_of(members: Iterable[Ready], mode: Mode | None, max_bytes_in_flight: int) -> Mode:
-    """How parameters are orthogonalized that the ranks of a group hold in the same replicas."""
+    """Return how parameters are orthogonalized that the ranks of a group hold in the same replicas."""
     layouts = {_layout(one) for one in members}
     first = next(iter(layouts))
     if first.replicas and not first.is_split:
@@ -116,7 +116,7 @@ def _mode_of(members: Iterable[Ready], mode: Mode | None, max_bytes_in_flight: i
 
 
 def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[Batch]:
-    """The parameters in batches, each of no more than keep the device busy.
+    """Return the parameters in batches, each of no more than keep the device busy.
 
     A rank must not put in one batch what another rank puts in two: messages of the right size would hold the wrong
     matrices. Only what all holders know decides about shards.
@@ -137,7 +137,7 @@ def _batches(ready: Mapping[int, Ready], owners: Mapping[Matrix, int]) -> list[B
 
 
 def _matrix_batches(ready: Sequence[Ready], owners: Mapping[Matrix, int]) -> Iterator[MatrixBatch]:
-    """The matrices of these parameters in batches, each of one layout: blocks of one size are split alike, or are not.
+    """Yield the matrices of these parameters in batches of one layout: blocks of one size may be split differently.
 
     The members of an owner are adjacent, so that a slice of the batch is sent to it.
     """
@@ -165,7 +165,7 @@ class _Load(NamedTuple):
 
 
 def _loads(members: Mapping[int, Ready], mode: Mode) -> dict[int, list[_Load]]:
-    """The loads of each parameter's matrices, the costliest first, of parameters by their costliest matrix."""
+    """Return the loads of each parameter's matrices, the costliest first, of parameters by their costliest matrix."""
     elements: dict[ShardedLayout, int] = {}  # many matrices have equal layouts
     loads: dict[int, list[_Load]] = {}
     for index, one in members.items():
@@ -181,7 +181,7 @@ def _loads(members: Mapping[int, Ready], mode: Mode) -> dict[int, list[_Load]]:
 
 
 def _owners(layout: ShardedLayout) -> list[int]:
-    """The ranks in the order in which they become owners: one of each replica in turn, so that all replicas have their share."""
+    """Return the ranks in the order in which they become owners: one of each replica in turn, for all to have a share."""
     seen: dict[int, int] = {}
     places = []
     for rank, replica in enumerate(layout.replicas or [0] * len(layout.rectangles)):
@@ -193,7 +193,7 @@ def _owners(layout: ShardedLayout) -> list[int]:
 def _rounds(
     loads: Mapping[int, list[_Load]], ranks: Sequence[int], most: int
 ) -> list[tuple[list[int], dict[Matrix, int]]]:
-    """The parameters of each round, and the owner of each of its matrices, of these ranks.
+    """Return the parameters of each round, and the owner of each of its matrices, of these ranks.
 
     The first parameter that does not fit in a round begins the next.
     """
@@ -263,7 +263,7 @@ class _RoundToFill:
         return {load.matrix: owner for load, owner in zip(self._loads, owners, strict=True)}
 
     def _first_fit(self, most_work: int) -> list[int] | None:
-        """Owners of which none has more work than this; or None where some matrix, from the costliest on, fits on none."""
+        """Return owners of which none has more work than this, or None where a matrix, from the costliest on, fits on none."""
         work, in_flight = [0] * self._ranks, [0] * self._ranks
         owners, owner, last = [0] * len(self._loads), 0, None
         for place in sorted(range(len(owners)), key=lambda place: self._loads[place][:2], reverse=True):

@@ -72,7 +72,7 @@ class AdaptiveMuonDiagnostics(Callback):
 
     @staticmethod
     def _optimizers(trainer: Any) -> list[Any]:
-        """The optimizers that measure."""
+        """Return the optimizers that measure."""
         # A LightningOptimizer's, or a wrapper's.
         inner = [getattr(each, "optimizer", each) for each in trainer.optimizers]
         return [each for each in inner if isinstance(each, Diagnosed) and each.diagnostics_store is not None]

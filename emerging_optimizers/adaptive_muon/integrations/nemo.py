@@ -95,7 +95,7 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
     model = _model.get()
     if model is None:
         raise refusal(
-            "adaptive_muon must know the model, to route its parameters by their modules",
+            "adaptive_muon must get the model, to route its parameters by their modules",
             "a call from elsewhere than ModelPT.setup_optimization",
             "make the optimizer with HybridAdaptiveMuon.from_model(model)",
         )

@@ -90,7 +90,7 @@ def table_of(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
 def _addresses(
     starts: tuple[int, ...], bytes_apart: tuple[int, ...], in_stack: int, device: torch.device
 ) -> Addresses:
-    """The addresses of matrices in stacks that start at these."""
+    """Return the addresses of matrices in stacks that start at these."""
     table = table_of([start + i * bytes_apart[0] for start in starts for i in range(in_stack)], device)
     return Addresses(table, all(each % _ALIGNED_TO == 0 for each in (*starts, *bytes_apart)))
 
@@ -103,5 +103,5 @@ def _remembered(
     device: torch.device,
     stream: torch.cuda.Stream,  # another one might read the table before it is written
 ) -> Addresses:
-    """The same, made once."""
+    """Return the same, computed once."""
     return _addresses(starts, bytes_apart, in_stack, device)

@@ -21,7 +21,7 @@ _ROWS, _COLUMNS = 16, 256
 
 @triton.jit
 def _broadcast(start, row, column, row_stride, inside, COLUMN_STRIDE: tl.constexpr):
-    """Loads a tile of what is broadcast to a matrix: of one column where its columns are. The rows must exist."""
+    """Load a tile of what is broadcast to a matrix: of one column where its columns are. The rows must exist."""
     if COLUMN_STRIDE == 0:
         loaded = tl.load(start + row * row_stride)
     else:
@@ -38,7 +38,7 @@ def apply_kernel(
     DECAY_COLUMN: tl.constexpr, HAS_DECAYS: tl.constexpr, CAUTIOUS: tl.constexpr, STOCHASTIC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Works on one tile of one matrix."""
+    """Work on one tile of one matrix."""
     program = tl.program_id(0).to(tl.int64)
     tile = program % (tiles_down * tiles_across)
     member = program // (tiles_down * tiles_across)
@@ -89,7 +89,7 @@ def apply_on_cuda(
     down, across = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
-        """One matrix after the other, with strides of zero where the tensor is broadcast."""
+        """Return one matrix after the other, with strides of zero where the tensor is broadcast."""
         stacked = tensor.expand(*lead, *tensor.shape[-2:]).flatten(0, -3)
         return stacked.expand(members, rows, columns)
 

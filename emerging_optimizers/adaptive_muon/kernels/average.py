@@ -21,7 +21,7 @@ _ROWS, _COLUMNS = 32, 128
 
 @triton.jit
 def _lerp(start, end, weight):
-    """As torch.lerp, which goes from the nearer end."""
+    """Return what torch.lerp returns, which goes from the nearer end."""
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
 
 
@@ -32,7 +32,7 @@ def average_kernel(
     G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, ALIGNED: tl.constexpr, NESTEROV: tl.constexpr, SUMMED: tl.constexpr,
     STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Works on one tile of one matrix. SUMMED is the tile's dimension that sums of squares add up: 0, 1, 2 for both."""
+    """Work on one tile of one matrix. SUMMED is the tile's dimension that sums of squares add up: 0, 1, 2 for both."""
     program = tl.program_id(0).to(tl.int64)
     tile = program % (tiles_down * tiles_across)
     member = program // (tiles_down * tiles_across)

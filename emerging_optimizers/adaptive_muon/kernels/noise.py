@@ -15,7 +15,7 @@ _LARGEST = tl.constexpr(LARGEST)
 
 @triton.jit
 def _stirred(x):
-    """The hash of unsigned numbers but for its last shift."""
+    """Return the hash of unsigned numbers without its last shift."""
     x = (x ^ (x >> 16)) * _FIRST
     return (x ^ (x >> 15)) * _SECOND
 

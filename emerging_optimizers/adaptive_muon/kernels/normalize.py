@@ -15,7 +15,7 @@ _BLOCK = 4096
 
 @triton.jit
 def divide_kernel(matrices, divisors, out, elements, blocks, BLOCK: tl.constexpr):
-    """Works on one block of one matrix."""
+    """Work on one block of one matrix."""
     member = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     divisor = tl.load(divisors + member)

@@ -10,5 +10,5 @@ __all__ = ["set_one_kernel"]
 
 @triton.jit
 def set_one_kernel(out):
-    """Stores a 1."""
+    """Store a 1."""
     tl.store(out, 1.0)

@@ -26,7 +26,7 @@ def kernels_usable(device: torch.device) -> bool:
 
 @cache
 def _runs_on(index: int) -> bool:
-    """Whether a kernel that does next to nothing compiles and runs. Triton needs a C compiler at hand, for one."""
+    """Return whether a kernel that does next to nothing compiles and runs. Triton needs a C compiler, for example."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < _OLDEST:
         return False
     try:

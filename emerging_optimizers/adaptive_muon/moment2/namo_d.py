@@ -61,7 +61,7 @@ class NamoD(Moment2):
     def _ratios(
         self, V: torch.Tensor, squares: Sequence[torch.Tensor], eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """d, and the bounds between which D keeps it."""
+        """Return d, and the bounds between which D keeps it."""
         _, momentum = squares
         d, c = momentum.sqrt() / (V.sqrt() + eps), self.namo_d_clamp
         mean = d.mean(dim=-1, keepdim=True)

@@ -151,7 +151,7 @@ class NewtonSchulz:
         return sums_in_float32() if dtype == torch.float16 else nullcontext()
 
     def _iterated(self, batch: torch.Tensor) -> torch.Tensor:
-        """Our own iteration, of no more matrices at a time than make a batch."""
+        """Return our own iteration, of no more matrices at a time than make a batch."""
         dtype, steps = self.dtype(batch.device, batch.shape), self.coefficients
         is_coarse = dtype == torch.bfloat16 or (self.precision == "high" and batch.is_cuda)
         several_steps = self.algorithm == "gram" or (not is_coarse and several_steps_pay(batch.shape))
@@ -162,7 +162,7 @@ class NewtonSchulz:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def _by_upstream(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Upstream's iteration of a float32 matrix."""
+        """Return upstream's iteration of a float32 matrix."""
         # Upstream's kernel wants bfloat16 rows and columns to start on multiples of 16 bytes.
         is_aligned = matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
         with matmul_precision(self.precision):
@@ -193,19 +193,19 @@ def at_precision(function: Function, precision: FP32MatmulPrecT) -> Function:
 
 @cache
 def _coefficients(coefficient_type: NSCoeffT, num_steps: int) -> tuple[Coefficients, ...]:
-    """Upstream's coefficients for this number of steps; what follows the last of a set is upstream's rule too."""
+    """Return upstream's coefficients for this number of steps; upstream's rule sets what follows the last of a set."""
     mode: CoeffIterMode = "repeat_last" if coefficient_type in _REPEAT_LAST else "cycle"
     return tuple(muon_utils.get_coefficient_iterator(num_steps, _sets(coefficient_type), mode=mode))
 
 
 def _sets(coefficient_type: NSCoeffT) -> Sequence[Coefficients]:
-    """A coefficient set of upstream's table."""
+    """Return a coefficient set of upstream's table."""
     coefficients: Sequence[Coefficients] = muon_utils._COEFFICIENT_SETS[coefficient_type]
     return coefficients
 
 
 def _is_faster_in_bfloat16(shape: Sequence[int]) -> bool:
-    """Whether the CPU iterates on matrices of this shape faster in bfloat16.
+    """Return whether the CPU iterates on matrices of this shape faster in bfloat16.
 
     With tiles it does. AMD's vector units are twice as fast in it, which several steps at once in float32 make up for;
     Intel's are no faster. Nothing but the shape and the CPU decides, since replicas must round in the same way.

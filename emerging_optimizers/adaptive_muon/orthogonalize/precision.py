@@ -92,7 +92,7 @@ def sums_in_float32() -> AbstractContextManager[None]:
 
 
 def _sum_in_float32() -> _Undo:
-    """Sets cuBLAS's flags, and returns what restores them."""
+    """Set cuBLAS's flags, and return what restores them."""
     flags, reduction, split_k = torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", "_split_k"
     names = (reduction, "allow_fp16_accumulation")
     before: dict[str, Any] = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
@@ -108,7 +108,7 @@ def _sum_in_float32() -> _Undo:
 
 
 def _set_to(precision: FP32MatmulPrecT) -> _Undo:
-    """Sets all switches, and returns what restores them."""
+    """Set all switches, and return what restores them."""
     if _is_set_to(precision):
         return lambda: None
     before = {} if _get is None else {backend: _own(backend, "matmul") for backend in _NEW[precision]}
@@ -126,7 +126,7 @@ def _set_to(precision: FP32MatmulPrecT) -> _Undo:
 
 
 def _is_set_to(precision: FP32MatmulPrecT) -> bool:
-    """Whether both sets of switches say this precision already."""
+    """Return whether both sets of switches have this precision already."""
     try:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:  # they contradict each other
@@ -137,7 +137,7 @@ def _is_set_to(precision: FP32MatmulPrecT) -> bool:
 
 
 def _own(backend: str, operation: str) -> str:
-    """Returns a new switch's own value: "none" for one that follows another.
+    """Return a new switch's own value: "none" for one that follows another.
 
     Torch gives the value that holds. Whether a switch follows the one above it shows when that is changed.
     """

@@ -60,7 +60,7 @@ def symmetric_product(
 
 
 def _kernel_pays(shape: Sequence[int], has_plus: bool) -> bool:
-    """Whether the Triton kernel takes left factors of a shape, and is faster than cuBLAS."""
+    """Return whether the Triton kernel takes left factors of a shape, and is faster than cuBLAS."""
     batch, n, k = shape
     if n < _KERNEL_FROM or n % _KERNEL_MULTIPLE or k % _KERNEL_MULTIPLE:
         return False
@@ -70,7 +70,7 @@ def _kernel_pays(shape: Sequence[int], has_plus: bool) -> bool:
 def _in_halves(
     S: torch.Tensor, T: torch.Tensor, plus: torch.Tensor, out: torch.Tensor, beta: float, alpha: float
 ) -> None:
-    """Computes a product of two matrices by squares on its diagonal.
+    """Compute a product of two matrices by squares on its diagonal.
 
     The first square is the product itself. The lower left quarter of every square is computed, all in one batch, and
     mirrored. That leaves two squares of half the size, and so on, until they are small enough to be computed whole.
@@ -95,13 +95,13 @@ def _in_halves(
 
 
 def _squares(matrix: torch.Tensor, number: int, size: int, row: int, column: int) -> torch.Tensor:
-    """Squares parallel to the diagonal, evenly spread, the first at this row and column: a view."""
+    """Return squares parallel to the diagonal, evenly spread, the first at this row and column: a view."""
     (r, c), step = matrix.stride(), matrix.size(0) // number
     offset = matrix.storage_offset() + row * r + column * c
     return matrix.as_strided((number, size, size), (step * (r + c), r, c), offset)
 
 
 def _bands(matrix: torch.Tensor, number: int, size: int, row: int) -> torch.Tensor:
-    """Bands of rows, evenly spread, the first from this row on: a view."""
+    """Return bands of rows, evenly spread, the first from this row on: a view."""
     (r, c), step = matrix.stride(), matrix.size(0) // number
     return matrix.as_strided((number, size, matrix.size(1)), (step * r, r, c), matrix.storage_offset() + row * r)

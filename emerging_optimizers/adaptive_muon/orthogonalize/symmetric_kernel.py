@@ -22,7 +22,7 @@ BY_COLUMNS = {"BLOCK_K": 32, "num_stages": 4}
 
 @cache
 def _warps(device: torch.device) -> int:
-    """The warps of a tile: as measured on Hopper; elsewhere twice as many, as four would have too few registers."""
+    """Return the warps of a tile: as measured on Hopper, elsewhere twice as many, as four have too few registers."""
     return 4 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else 8
 
 
@@ -33,7 +33,7 @@ def product_kernel(
     plus_batch, plus_row, plus_column, out_batch, out_row, out_column,
     HAS_PLUS: tl.constexpr, EVEN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Computes one tile on or below the diagonal of one product of the batch, and writes it and its mirror image.
+    """Compute one tile on or below the diagonal of one product of the batch, and write it and its mirror image.
 
     EVEN is for sizes that are multiples of the tiles', which need no masks. INDEX is the type of an offset in a matrix.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiles of the Triton kernel for symmetric products, for those who ask without Triton too."""
+"""The tiles of the Triton kernel for symmetric products, which are also needed without Triton."""
 
 __all__ = ["TILE", "lower_tiles"]
 

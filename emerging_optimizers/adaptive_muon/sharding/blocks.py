@@ -68,13 +68,13 @@ class Block:
         return (own, slice(None)) if self.dim == -2 else (slice(shard.shape[0]), own)
 
     def _before(self, place: int) -> int:
-        """The number of the block's places before a place of the parameter."""
+        """Return the number of the block's places before a place of the parameter."""
         patterns, rest = divmod(place, self.period)
         size = self.stop - self.start
         return patterns * size + min(max(rest - self.start, 0), size)
 
     def _places(self, first: int, end: int, device: torch.device) -> Index:
-        """The block's places from one of the parameter to another, counted from the first."""
+        """Return the block's places from one of the parameter to another, counted from the first."""
         size, numbers = self.stop - self.start, range(self._before(first), self._before(end))
         places = [number // size * self.period + self.start + number % size - first for number in numbers]
         if not places or places[-1] - places[0] + 1 == len(places):
@@ -122,5 +122,5 @@ def in_words(blocks: Any) -> str:
 
 @cache
 def _resolved(dim: int, sizes: tuple[int, ...]) -> tuple[Block, ...]:
-    """The blocks along a dimension; many parameters of a model have the same."""
+    """Return the blocks along a dimension; many parameters of a model have the same."""
     return tuple(Block(dim, start, stop, sum(sizes)) for start, stop in pairwise(accumulate(sizes, initial=0)))

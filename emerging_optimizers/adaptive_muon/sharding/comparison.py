@@ -177,6 +177,6 @@ def require_equal_replicas(group: ProcessGroup, shards: Mapping[str, tuple[Hasha
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """The sum of a tensor's elements, each taken for an integer with the same bits."""
+    """Return the sum of a tensor's elements, each taken for an integer with the same bits."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))

@@ -126,7 +126,7 @@ def offset_of(p: torch.Tensor) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _offset(shape: torch.Size, mesh: DeviceMesh, placements: "tuple[Placement, ...]") -> tuple[int, ...]:
-    """The same; it takes torch long to find out."""
+    """Return the same, computed once: torch takes long for it."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
@@ -167,13 +167,13 @@ def wrapped_like(
 
 
 def _sharded_dim(placement: "Placement", ndim: int) -> int | None:
-    """The tensor dimension, counted from the end, that a placement splits over a mesh dimension."""
+    """Return the tensor dimension, counted from the end, that a placement splits over a mesh dimension."""
     dim: int | None = getattr(placement, "dim", None)
     return None if dim is None else dim % ndim - ndim
 
 
 def _group(mesh: DeviceMesh, dims: list[int]) -> ProcessGroup:
-    """The group of the processes along the given mesh dimensions."""
+    """Return the group of the processes along the given mesh dimensions."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
     if math.prod(mesh.size(dim) for dim in dims) == dist.get_world_size():
@@ -188,7 +188,7 @@ def _group(mesh: DeviceMesh, dims: list[int]) -> ProcessGroup:
 
 
 def _place(mesh: DeviceMesh, dims: list[int]) -> int:
-    """The place of this process among those along the given mesh dimensions."""
+    """Return the place of this process among those along the given mesh dimensions."""
     place = 0
     for dim in dims:
         place = place * mesh.size(dim) + mesh.get_local_rank(dim)

@@ -230,13 +230,13 @@ def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]
 
 @cache
 def _number_of(replicas: tuple[int, ...]) -> int:
-    """How many replicas there are; many matrices of a model have the same."""
+    """Return how many replicas there are; many matrices of a model have the same."""
     return len({*replicas}) or 1
 
 
 @cache
 def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], replicas: tuple[int, ...]) -> bool:
-    """Whether those of each replica cover a matrix, each element once; many matrices of a model have the same answer."""
+    """Return whether those of each replica cover a matrix, each element once; many matrices of a model share it."""
     if not replicas:
         return _cover(whole, rectangles)
     of_replica: dict[int, list[Rectangle]] = {}
@@ -246,7 +246,7 @@ def _tile(whole: tuple[int, int], rectangles: tuple[Rectangle, ...], replicas: t
 
 
 def _cover(whole: tuple[int, int], rectangles: Sequence[Rectangle]) -> bool:
-    """Whether the rectangles cover a matrix, each element once."""
+    """Return whether the rectangles cover a matrix, each element once."""
     return (
         all(0 <= each.top <= each.bottom <= whole[0] for each in rectangles)
         and all(0 <= each.left <= each.right <= whole[1] for each in rectangles)
@@ -256,7 +256,7 @@ def _cover(whole: tuple[int, int], rectangles: Sequence[Rectangle]) -> bool:
 
 
 def _disjoint(rectangles: Sequence[Rectangle]) -> bool:
-    """Whether no two of these rectangles, which are not empty, have an element in common.
+    """Return whether no two of these rectangles, which are not empty, have an element in common.
 
     From top to bottom, each is compared with those before it that share columns with it: one, where a matrix is in strips.
     """

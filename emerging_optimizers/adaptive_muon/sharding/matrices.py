@@ -100,7 +100,7 @@ class Matrix:
 
 
 def _length(index: Index, of_all: int) -> int:
-    """The number of rows, or columns, that an index takes of all of them."""
+    """Return the number of rows, or columns, that an index takes of all of them."""
     return len(range(of_all)[index]) if isinstance(index, slice) else len(index)
 
 
@@ -263,12 +263,12 @@ def sharded_matrices(
 
 @cache
 def _parts(block: Block, rectangles: tuple[Rectangle, ...]) -> tuple[Rectangle, ...]:
-    """What each rank holds of a block; many parameters of a model have the same blocks and are split alike."""
+    """Return what each rank holds of a block; many parameters of a model have the same blocks and the same split."""
     return tuple(block.part_of(rectangle) for rectangle in rectangles)
 
 
 def _of_replicas(group: ProcessGroup | None, shape: tuple[int, int]) -> Layout:
-    """The layout of a matrix of which the ranks of a group, if there is one, hold a replica each."""
+    """Return the layout of a matrix of which the ranks of a group, if there is one, hold a replica each."""
     if group is None:
         return Layout()
     rectangles, ranks = (Rectangle(0, shape[0], 0, shape[1]),) * group.size(), tuple(range(group.size()))
@@ -276,7 +276,7 @@ def _of_replicas(group: ProcessGroup | None, shape: tuple[int, int]) -> Layout:
 
 
 def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rectangle, ...]]:
-    """The whole shape of a matrix, and the rectangle of each rank's shard."""
+    """Return the whole shape of a matrix, and the rectangle of each rank's shard."""
     split, (rows, columns) = infos[0].split, infos[0].local[-2:]
     if split is None:
         return (rows, columns), (Rectangle(0, rows, 0, columns),) * len(infos)
@@ -297,5 +297,5 @@ def _rectangles(infos: Sequence[ShardInfo]) -> tuple[tuple[int, int], tuple[Rect
 
 @cache
 def _shared[Shards: tuple[Any, ...]](shards: Shards) -> Shards:
-    """One object for all that are equal: many matrices of a model are split alike, and a large group has many shards."""
+    """Return one object for all that are equal: a model has many matrices of one split, a large group many shards."""
     return shards

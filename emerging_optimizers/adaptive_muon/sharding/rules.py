@@ -60,7 +60,7 @@ class Rules:
         return split
 
     def _valid_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
-        """How a parameter is split, which its shape does not contradict."""
+        """Return how a parameter is split, which its shape does not contradict."""
         split = _transposed_if_tagged(p, self._stored_split(p, name), name)
         if isinstance(split, Layout) or (split.group.size() == 1 and not getattr(split, "padding", 0)):
             return Layout()
@@ -135,7 +135,7 @@ class Rules:
         return tuple(blocks) if isinstance(blocks, Iterable) else blocks
 
     def _stored_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
-        """How a parameter is split as it is stored: by layout_fn, its placements, or its partition_dim."""
+        """Return how a parameter is split as it is stored: by layout_fn, its placements, or its partition_dim."""
         split = self.layout_fn(p) if self.layout_fn is not None else None
         if split is not None:
             require(
@@ -162,7 +162,7 @@ class Rules:
             isinstance(dim, int) and dim in range(p.ndim),
             f"partition_dim of {name} must be a dimension of it, or -1",
             dim,
-            "0 splits the rows, 1 the columns, -1 says whole",
+            "0 splits the rows, 1 the columns, -1 is a whole matrix",
         )
         if self.tp_group is not None:
             return Split(self.tp_group, dim)
@@ -176,7 +176,7 @@ class Rules:
 
 
 def _transposed_if_tagged(p: torch.Tensor, split: Layout | Split | Piece, name: str) -> Layout | Split | Piece:
-    """How the matrix (out, in) of a parameter is split, where the parameter may be stored as (in, out)."""
+    """Return how the matrix (out, in) of a parameter is split, where the parameter may be stored as (in, out)."""
     if not is_transposed(p) or isinstance(split, Layout):
         return split
     if isinstance(split, Split):

@@ -81,7 +81,7 @@ class Sharding:
             not any(isinstance(matrix.layout, ShardedLayout) for _, known in self._known.values() for matrix in known),
             "an optimizer must hold whole matrices to be pickled",
             "parameters that a process group holds together",
-            "save its state_dict(), and make the optimizer anew",
+            "save its state_dict(), and make a new optimizer",
         )
         return {**vars(self), "_known": {}, "_comparison": Comparison(), "_to_compare": set()}
 
@@ -290,12 +290,12 @@ class Sharding:
         return {(one.p, group): list(of_ranks) for one, *of_ranks in zip(params, *infos, strict=True)}
 
     def _layouts(self, p: torch.Tensor) -> list[ShardedLayout]:
-        """The layouts of a parameter's matrices; empty where this rank has whole matrices by itself."""
+        """Return the layouts of a parameter's matrices; empty where this rank has whole matrices by itself."""
         layouts = [matrix.layout for matrix in self.matrices(p)]
         return [layout for layout in layouts if isinstance(layout, ShardedLayout)]
 
     def _by_group(self, params: Mapping[torch.Tensor, Any]) -> dict[ProcessGroup, list[torch.Tensor]]:
-        """The parameters that are in shards, by the process group that holds them."""
+        """Return the parameters that are in shards, by the process group that holds them."""
         by_group: dict[ProcessGroup, list[torch.Tensor]] = {}
         for p in params:
             for layout in self._layouts(p)[:1]:
@@ -303,7 +303,7 @@ class Sharding:
         return by_group
 
     def _knows(self, p: torch.Tensor) -> bool:
-        """Whether the matrices of a parameter are known, and its shape is still the same."""
+        """Return whether the matrices of a parameter are known, and its shape is still the same."""
         known = self._known.get(identity(p))
         return known is not None and known[0] == as_matrices(p).shape
 
@@ -311,7 +311,7 @@ class Sharding:
 def _named(
     param_groups: list[dict[str, Any]], wanted: Callable[[torch.Tensor], bool]
 ) -> Iterator[tuple[torch.Tensor, str]]:
-    """Parameters that are wanted and have a shape by now, and their names in errors."""
+    """Yield parameters that are wanted and have a shape, and their names in errors."""
     for group in param_groups:
         for index, p in enumerate(group["params"]):
             if not is_lazy(p) and wanted(p):

@@ -157,7 +157,7 @@ class SecondMoment:
         return V.lerp(statistic, 1 - self.beta2)
 
     def _buffers(self) -> AbstractContextManager[list[torch.Tensor]]:
-        """A context with V of each matrix, to be changed in place."""
+        """Return a context with V of each matrix, to be changed in place."""
         if len(self.kept_dims) == 2:
             of_params = zip(self.params, self.states, strict=True)
             return self.batch.in_place([as_matrices(p, state["moment2_buffer"]) for p, state in of_params])
@@ -176,7 +176,7 @@ def v_key(matrix: Matrix, kept_dims: Sequence[int]) -> str:
 
 
 def _vector(p: torch.Tensor, shape: tuple[int, int], kept_dims: tuple[int, ...]) -> Buffer:
-    """The buffer of a V with an entry per row, per column, or for the whole matrix of this shape."""
+    """Return the buffer of a V with an entry per row, per column, or for the whole matrix of this shape."""
     sizes = [*kept_shape(shape, kept_dims)]
     if is_transposed(p):
         sizes.reverse()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer state for checkpoints that know one shape per parameter: V expanded to it, and reduced again.
+"""Optimizer state for checkpoints that store one shape per parameter: V expanded to it, and reduced again.
 
 Expanded, every element of ``moment2_buffer`` is the V that holds for that element of the parameter, whatever the method
 and the blocks. A checkpoint may cut and join it as it does the parameter, and V can be reduced from the shards.
@@ -64,7 +64,7 @@ def reduce_v(
 
 
 def _in_full_shape(state: dict[str, Any], p: torch.Tensor, state_format: StateFormat) -> torch.Tensor | None:
-    """V of a state in the shape of a parameter, whichever form it has; None where it fits neither."""
+    """Return V of a state in the shape of a parameter, whichever form it has; None where it fits neither."""
     V: torch.Tensor | None = state.get(_V)
     if V is not None and V.shape == p.shape:
         return V
@@ -75,7 +75,7 @@ def _in_full_shape(state: dict[str, Any], p: torch.Tensor, state_format: StateFo
 
 
 def _entries(full: torch.Tensor | None, p: torch.Tensor, matrix: Matrix, kept: tuple[int, ...]) -> torch.Tensor:
-    """The entries of V that this rank counts, and zeros for the others: those of the matrix's first row, or column."""
+    """Return the entries of V that this rank counts, those of the matrix's first row or column, and else zeros."""
     layout = matrix.layout
     V = p.new_zeros((*p.shape[:-2], *kept_shape(matrix.shape(p), kept)), dtype=work_dtype(p))
     is_first = not isinstance(layout, ShardedLayout) or (

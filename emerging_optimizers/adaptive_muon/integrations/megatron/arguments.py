@@ -61,12 +61,12 @@ def add_adaptive_muon_args(parser: argparse.ArgumentParser) -> argparse.Argument
 
 
 def _with_flags() -> tuple[Option, ...]:
-    """The options of all records, of which some have flags."""
+    """Return the options of all records, of which some have flags."""
     return options_of(Options) + options_of(SplitOptions)
 
 
 def _dest(option: Option) -> str:
-    """The argument of our flag, and the name of Megatron's field where that is of adaptive_muon only."""
+    """Return the argument of our flag, and the name of Megatron's field where that is of adaptive_muon only."""
     return "adaptive_muon_" + option.name
 
 

@@ -71,7 +71,7 @@ class MegatronLayouts:
         return Piece(group, (strip, columns * tp.size()), (top, bottom, left, left + columns), padding)
 
     def blocks(self, p: torch.Tensor) -> Sequence[int] | ColumnBlocks | None:
-        """Return the blocks of a weight: of its pattern where a switch asks for it, else of a fused attention weight.
+        """Return the blocks of a weight: of its pattern where a switch is on, else of a fused attention weight.
 
         A weight whose rows or columns are no whole number of patterns is one matrix, as it is for Megatron.
         """
@@ -87,13 +87,13 @@ class MegatronLayouts:
         return self._qkv_blocks(p, rows, columns) if self.switches.split_qkv else None
 
     def _qkv_blocks(self, p: torch.Tensor, rows: int, columns: int) -> tuple[int, ...] | None:
-        """The rows of the blocks within one query group of a fused attention weight; None for other weights."""
+        """Return the rows of the blocks within one query group of a fused attention weight; None for other weights."""
         if not (getattr(p, "is_qkv", False) if self.is_qkv is None else self.is_qkv(p)):
             return None
         shapes = getattr(p, "qkv_split_shapes", None) or self.qkv_split_shapes
         if not shapes:
             raise ValueError(
-                f"the fused attention weight of shape {tuple(p.shape)} must say its blocks to be split, got none: pass "
+                f"the fused attention weight of shape {tuple(p.shape)} must have the rows of its blocks to be split, got none: pass "
                 "qkv_split_shapes, or split_qkv=False"
             )
         if rows % sum(shapes):
@@ -102,7 +102,7 @@ class MegatronLayouts:
         return tuple(shapes)
 
     def _whole(self, p: torch.Tensor) -> tuple[int, int]:
-        """The rows and columns of the whole weight."""
+        """Return the rows and columns of the whole weight."""
         spec, (rows, columns) = self.layout(p), p.shape[-2:]
         if isinstance(spec, Piece):
             return spec.whole

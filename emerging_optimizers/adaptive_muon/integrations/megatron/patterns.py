@@ -56,7 +56,7 @@ def _in_attention(module: nn.Module, config: Any) -> Iterator[tuple[str, Pattern
 
 
 def _of_heads(module: Any, config: Any) -> dict[str, tuple[int, ...]]:
-    """The patterns of multi-head attention and of grouped queries."""
+    """Return the patterns of multi-head attention and of grouped queries."""
     size = module.hidden_size_per_attention_head
     queries = module.query_projection_size // module.kv_projection_size
     gates = queries if getattr(config, "attention_output_gate", False) else 0
@@ -69,7 +69,7 @@ def _of_heads(module: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _of_latent(config: Any) -> dict[str, tuple[int, ...]]:
-    """The patterns of multi-head latent attention.
+    """Return the patterns of multi-head latent attention.
 
     The projection down has the rows of the latent vector and those of the key with positions, which all heads share.
     """
