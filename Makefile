@@ -4,7 +4,7 @@
 # make bench-scale: the plan of a step on up to 4096 ranks, from shapes alone.
 # make bench-memory: the peak of a step's temporary memory.
 # make gpu: all that only a GPU can say, without .venv and network.
-# make test: lint, types, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
+# make test: lint, types, prose, tests.   make test-long: the sweeps it leaves out.   make docs: the documentation.
 # make test-upstream UPSTREAM=path: tests against a checkout of emerging_optimizers in place of the release.
 # make test-megatron MEGATRON=path: tests against a checkout of Megatron-LM in place of the release.
 # make test-torch TORCH=2.6.0: tests beside another torch, in an environment of their own.
@@ -73,10 +73,13 @@ upstream-patch: $(STAMP)
 release-check: $(STAMP)
 	$(BIN)/python tools/release_check.py $(ARGS)
 
+SPELLED := setup.py docs emerging_optimizers examples benchmarks experiments tests tools
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell *.md *.cff Makefile $(SPELLED)
+	$(BIN)/python tools/prose.py
 
 # Two files at a time, the longest first (tests/conftest.py). A file's tests share fixtures, and some have an order.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder

@@ -19,7 +19,7 @@ NEMO = ["nemo-toolkit[core,asr]>=2.7,<4"]
 AUTOMODEL = ["nemo-automodel>=0.7,<0.8"]
 HUGGINGFACE = ["transformers>=5,<6", "accelerate>=1.1"]
 TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "numpy", "ruff>=0.9.9", "mypy>=1.13"]
-TEST += ["build", "setuptools", "wheel"]
+TEST += ["codespell>=2.4", "build", "setuptools", "wheel"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "sphinx-copybutton>=0.5.2", "sphinxcontrib-katex>=0.9.11", "furo"]
 DEMO = ["tqdm", "matplotlib"]
 

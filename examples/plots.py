@@ -17,7 +17,7 @@ from rates import Rates
 from training import SHOWN, Record
 
 
-# Okabe and Ito's colours, told apart by the colour-blind; markers and dashes tell them apart in print too.
+# Okabe and Ito's colors, told apart by the colour-blind; markers and dashes tell them apart in print too.
 STYLES = {
     "adamw": {"color": "#000000", "marker": "o", "linestyle": "--"},
     "muon": {"color": "#E69F00", "marker": "s", "linestyle": "--"},

@@ -94,7 +94,7 @@ def test_checkout_has_no_init_at_the_top():
     assert not (ROOT / "emerging_optimizers" / "__init__.py").exists()
 
 
-def test_every_file_names_its_licence():
+def test_every_file_names_its_license():
     kept = ["emerging_optimizers", "tests", "examples", "benchmarks", "experiments", "tools", "docs", ".ci"]
     kept += ["setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in"]
     kept = [name for name in kept if (ROOT / name).exists()]

@@ -94,6 +94,7 @@ def test_all_names_are_in_each_list():
     assert {"runs", "upstream-patch", "_build", "build", "dist", "lightning_logs", "nemo_experiments"} <= set(WRITTEN)
     assert all(re.search(SETTINGS["mypy"]["exclude"], f"a/{name.replace('*', 'x')}/b.py") for name in WRITTEN)
     assert set(WRITTEN) <= set(SETTINGS["pytest"]["ini_options"]["norecursedirs"])
+    assert set(WRITTEN) <= set(SETTINGS["codespell"]["skip"].split(","))
     pruned = [line.removeprefix("prune **/") for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
     assert set(WRITTEN) <= set(pruned)
     if (ROOT / ".gitignore").exists():
@@ -150,10 +151,14 @@ def test_pytest_collects_the_same(clean, spoiled, tmp_path, monkeypatch):
     assert len(collected[0]) > 20 and collected[0] == collected[1]
 
 
+def test_prose_of_what_is_written_is_not_read(spoiled):
+    run(spoiled, "tools/prose.py")
+
+
 def test_tests_about_the_tree_pass(spoiled):
     """Those that walk through it."""
     command = ("pytest", "-p", "no:cacheprovider", "tests/test_package.py", "tests/test_docs.py")
-    out = run(spoiled, "-m", *command, "-k", "wheel or checkout or licence or within_the_repository")
+    out = run(spoiled, "-m", *command, "-k", "wheel or checkout or license or within_the_repository")
     assert "passed" in out
 
 

@@ -23,7 +23,7 @@ from emerging_optimizers.adaptive_muon import ColumnBlocks, HybridAdaptiveMuon
 
 
 PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "parts.png"
-# Okabe and Ito's colours, told apart by the colour-blind.
+# Okabe and Ito's colors, told apart by the colour-blind.
 QUERY, KEY, VALUE, OTHER = "#56B4E9", "#E69F00", "#009E73", "#CCCCCC"
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24}
 LATENT = {"kv_lora_rank": 12, "q_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 6}
@@ -40,7 +40,7 @@ class Attentions(nn.Module):
         self.mlp = Phi3MLP(Phi3Config(**SIZES, pad_token_id=0))
 
 
-# Title, switch, parameter, and the colours and names of its parts, which repeat.
+# Title, switch, parameter, and the colors and names of its parts, which repeat.
 PANELS: Sequence[tuple[str, str, str, Sequence[tuple[str, str]]]] = (
     ("in_proj_weight\nof MultiheadAttention", "split_qkv", "multihead.in_proj_weight", [(QUERY, "Q"), (KEY, "K"), (VALUE, "V")]),
     ("the same", "split_heads", "multihead.in_proj_weight", [(QUERY, "q")] * 4 + [(KEY, "k")] * 4 + [(VALUE, "v")] * 4),
