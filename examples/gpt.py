@@ -96,6 +96,6 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.tokens.weight)  # the head is the embedding, as in GPT-2
 
     def loss(self, windows: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a byte of windows (batch, context + 1): each byte predicted from those before."""
+        """Mean cross-entropy in nats per byte of windows (batch, context + 1): each byte predicted from those before."""
         scores = self(windows[:, :-1])
         return F.cross_entropy(scores.flatten(0, 1), windows[:, 1:].flatten())

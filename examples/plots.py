@@ -40,7 +40,7 @@ def curves(records: Sequence[Record], path: Path) -> None:
         for axes, progress in zip(panels, (record.steps, record.seconds), strict=True):
             label = f"{record.method}  {record.final_loss:.3f}"
             axes.plot(progress, record.losses, label=label, linewidth=1.6, markersize=4, **STYLES[record.method])
-    frame(panels[0], "training step", "validation loss, nats a byte")
+    frame(panels[0], "training step", "validation loss, nats per byte")
     frame(panels[1], "seconds of training, evaluation left out", "")
     panels[0].set_ylim(*_range(records))
     for axes in panels:
@@ -93,7 +93,7 @@ def sweep(rates: Rates, path: Path) -> None:
         losses = rates.losses(method)
         label = f"{method}  {rates.chosen(method):g}"
         axes.plot(losses.keys(), losses.values(), label=label, linewidth=1.6, markersize=5, **STYLES[method])
-    frame(axes, "peak learning rate of the hidden matrices", "tuning loss, nats a byte")
+    frame(axes, "peak learning rate of the hidden matrices", "tuning loss, nats per byte")
     axes.set_xscale("log")
     axes.legend(title="best rate", frameon=False)
     figure.savefig(path, dpi=90)

@@ -45,7 +45,7 @@ def main() -> None:
     found = [train(args.steps, args.width, share) for share in (False, True)]
     if dist.get_rank() == 0:
         for name, (_, milliseconds, flops) in zip(("each does all", "shared"), found, strict=True):
-            print(f"{name:14} {milliseconds:8.1f} ms a step  {flops / 1e9:8.3f} GFLOP a replica")
+            print(f"{name:14} {milliseconds:8.1f} ms per step  {flops / 1e9:8.3f} GFLOP per replica")
         (alone, *_), (shared, *_) = found
         pairs = zip(alone.parameters(), shared.parameters(), strict=True)
         print("largest difference of a weight:", max((p - q).detach().abs().max().item() for p, q in pairs))

@@ -76,7 +76,7 @@ in {sweep["steps"]} steps with seed {sweep["seed"]} (examples/learning_rates.jso
     tail = protocol.tail(protocol.steps)
     return f"""\
 Sorted: the method that learned most in {protocol.steps} steps comes first. One seed, {seed}: differences of a hundredth may be chance.
-Losses are in nats a byte (bits: divide by 0.693). The validation text served for nothing but this table; the {chosen} Train loss: mean of the last {tail} batches.
+Losses are in nats per byte (bits: divide by 0.693). The validation text served for nothing but this table; the {chosen} Train loss: mean of the last {tail} batches.
 To AdamW's: the first evaluation, every {max(1, protocol.steps // protocol.evaluations)} steps, with a validation loss as low as AdamW's last one; - if never."""
 
 

@@ -67,9 +67,9 @@ class Record:
         lr: Peak learning rate of the hidden matrices.
         scalar_lr: Peak learning rate of all else.
         parameters: How many numbers are trained.
-        train_losses: Loss of each step's batch before the step, in nats a byte.
+        train_losses: Loss of each step's batch before the step, in nats per byte.
         steps: After how many steps the held-out text was evaluated.
-        losses: Its loss then, in nats a byte.
+        losses: Its loss then, in nats per byte.
         seconds: Training time until then, evaluation left out.
         step_ms: Median time of a training step.
         optimizer_ms: Median of the part of it that the optimizer takes.

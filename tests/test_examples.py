@@ -145,7 +145,7 @@ def test_tensor_parallel():
 def test_replicas():
     done = run_in_two_processes(EXAMPLES / "replicas.py", "--steps", 2, "--width", 32)
     assert done.returncode == 0, done.stderr
-    alone, shared = (float(flops) for flops in re.findall(r"([\d.]+) GFLOP a replica", done.stdout))
+    alone, shared = (float(flops) for flops in re.findall(r"([\d.]+) GFLOP per replica", done.stdout))
     assert 0.45 * alone <= shared <= 0.55 * alone, done.stdout
     assert float(re.search(r"of a weight: (\S+)", done.stdout)[1]) <= 1e-6, done.stdout
 

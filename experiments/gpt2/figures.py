@@ -92,12 +92,12 @@ def draw(results: Results, path: Path) -> None:
         rates.plot([lr / best for lr in losses], losses.values(), linewidth=1.6, markersize=5, **style)
     high = max(filter(math.isfinite, (run["losses"][2] for method in STYLES for run in results.reported(method))))
     curves.set_ylim(None, high)
-    frame(curves, "training step", "validation loss, nats a byte")
+    frame(curves, "training step", "validation loss, nats per byte")
     curves.legend(title="mean, last step", frameon=False)
     rates.set_xscale("log", base=2)
     finite = [loss for method in STYLES for loss in results.tuning_losses(method).values() if math.isfinite(loss)]
     rates.set_ylim(min(finite) - 0.02, min(finite) + 0.6)
-    frame(rates, "learning rate over the method's best", "tuning loss, nats a byte")
+    frame(rates, "learning rate over the method's best", "tuning loss, nats per byte")
 
     names = ["as in the paper", *VARIANTS]
     for offset, method in zip((0.15, -0.15), VARIED, strict=True):
@@ -108,7 +108,7 @@ def draw(results: Results, path: Path) -> None:
             list(map(statistics.fmean, losses)), places, xerr=list(map(_deviation, losses)), capsize=3, **style
         )
     variants.set_yticks([len(names) - index for index in range(len(names))], names)
-    frame(variants, "validation loss, nats a byte", "")
+    frame(variants, "validation loss, nats per byte", "")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
