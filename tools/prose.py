@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks the English of pages, docstrings and errors: their length, their sentences, their headings and this project's banned turns.
 
-Counted as a page's words are those of its text and of the tables that are written by hand. Not counted are code, displayed formulas, comments, and the tables that tools write, between their marks.
+Counted as a page's words are those of its text and of the tables that are written by hand. Not counted are numbers, code, formulas, comments, and the tables that tools write, between their marks.
 """
 
 import ast
@@ -66,8 +66,9 @@ def without_code(text: str) -> str:
 
 
 def count(text: str) -> int:
-    """Return the number of words of a page; of a table, those of its cells."""
-    return sum(any(map(str.isalnum, word)) for word in without_code(text).replace("|", " ").split())
+    """Return the number of words of a page; of a table, those of its cells. A word has a letter: no number is one."""
+    without_formulas = re.sub(r"\$[^$\n]+\$", "", without_code(text))
+    return sum(any(map(str.isalpha, word)) for word in without_formulas.replace("|", " ").split())
 
 
 def banned(text: str) -> Iterator[tuple[int, str]]:
