@@ -241,5 +241,5 @@ def test_what_is_no_hook_is_refused(hook: Any) -> None:
 
 
 def test_no_group_may_have_its_own() -> None:
-    with pytest.raises(ValueError, match=r"a group may set only .*, got \['weight_update_hook'\]"):
+    with pytest.raises(ValueError, match=r"options of a group must be among .*, got \['weight_update_hook'\]"):
         AdaptiveMuon([{"params": [torch.ones(2, 3)], "weight_update_hook": Restrained()}])

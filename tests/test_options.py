@@ -62,7 +62,7 @@ def test_the_constructors_take_and_check_it(make: Callable[..., Any]) -> None:
 def test_no_group_may_set_it() -> None:
     made = AdaptiveMuon([matrix()])
     with pytest.raises(
-        ValueError, match=r"a group may set only lr, momentum, weight_decay, beta2, eps, got \['warmth'\]"
+        ValueError, match=r"options of a group must be among lr, momentum, weight_decay, beta2, eps, got \['warmth'\]"
     ):
         made.add_param_group({"params": [matrix()], "warmth": 4})
 

@@ -92,6 +92,7 @@ def test_names_and_quotes_are_not(line: str) -> None:
         ("Return twice", "Whether it is twice", "begin with a verb"),
         ("use 1", "negative ones are refused", '"refused"'),
         ("A module.", "A module that knows.", '"knows"'),
+        ("number must be >= 0, got", "no number below 0, got", "must have the rule"),
     ],
 )
 def test_what_is_planted_in_a_module_is_found(before: str, after: str, complaint: str) -> None:

@@ -145,7 +145,7 @@ def test_a_stack_is_tagged() -> None:
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5)], ids=str)
 def test_the_tag_makes_a_stack_of_three_dimensions_only(shape: tuple) -> None:
     p = stack(shape)
-    with pytest.raises(ValueError, match="AdaptiveMuon takes matrices") as error:
+    with pytest.raises(ValueError, match="must be matrices, of two dimensions") as error:
         AdaptiveMuon([p])
     assert "muon_stacked" not in str(error.value)
     assert not HybridAdaptiveMuon([p]).param_groups[0]["use_muon"]

@@ -20,6 +20,9 @@ PAGE_WORDS = {"README.md": 900, "docs/apidocs/internals.md": 900}
 SENTENCE_WORDS = 40
 CODE_COLUMNS = 88
 
+# What makes or checks an error, and the place of the rule among its arguments.
+RULES = {"ValueError": 0, "TypeError": 0, "refusal": 0, "require": 1}
+
 # A turn of this project's first pages, and what to write instead.
 BANNED = {
     r"\b(?:bytes?|bits?|ms|milliseconds|seconds|nats|FLOPs?|GFLOP|steps|numbers?|entr(?:y|ies)|state) an? "
@@ -129,16 +132,20 @@ def of_module(text: str) -> Iterator[tuple[int, str]]:
             shown = any("property" in ast.unparse(each) for each in getattr(node, "decorator_list", ()))
             if isinstance(node, ast.FunctionDef) and not shown and re.match(nouns, first):
                 yield node.lineno, f'"{first[:30]}...": begin with a verb, such as Return'
-        elif isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _is_rule(node)):
-            for part in ast.walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    for _, complaint in banned(part.value):
-                        yield part.lineno, complaint
+        elif (
+            isinstance(node, ast.Call) and (place := RULES.get(ast.unparse(node.func).rpartition(".")[2])) is not None
+        ):
+            for each in _texts(node):
+                for _, complaint in banned(each):
+                    yield node.lineno, complaint
+            rule = " ".join(_texts(node.args[place])) if len(node.args) > place else ""
+            if rule.strip(" ,:") not in ("", "got") and not re.search(r"\bmust\b", rule):
+                yield node.lineno, f'error "{rule[:40]}...": must have the rule, "X must be Y"'
 
 
-def _is_rule(call: ast.Call) -> bool:
-    """Return whether a call makes or checks what an error is made of."""
-    return ast.unparse(call.func).rpartition(".")[2] in ("refusal", "require", "require_one_of", "Rule")
+def _texts(node: ast.AST) -> list[str]:
+    """Return the strings in an expression."""
+    return [each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)]
 
 
 def pages(root: Path = ROOT) -> list[Path]:

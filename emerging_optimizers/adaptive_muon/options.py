@@ -527,7 +527,7 @@ def check_group(group: dict[str, Any], options: Options) -> None:
             own.append(option.name)
         elif option.name in group and option.name != "moment2_method":
             common.append(option.name)
-    require(not common, f"a group may set only {', '.join(own)}", common, "set it for all")
+    require(not common, f"options of a group must be among {', '.join(own)}", common, "set it for all")
     require(
         group["moment2_method"] == options.moment2_method,
         f'moment2_method must be the same in all groups, "{options.moment2_method}"',

@@ -88,7 +88,7 @@ def check_matrices(group: dict[str, Any]) -> None:
         check_rows_and_columns(p, parameter_name(group, index))
         if not is_matrix(p):
             raise refusal(
-                "AdaptiveMuon takes matrices, parameters of two dimensions; "
+                "parameters of AdaptiveMuon must be matrices, of two dimensions; "
                 f"{parameter_name(group, index)} has the shape",
                 tuple(p.shape),
                 "give it to AdamW, as HybridAdaptiveMuon does by itself"
@@ -96,7 +96,8 @@ def check_matrices(group: dict[str, Any]) -> None:
             )
         if not has_usable_dtype(p):
             raise refusal(
-                f"AdaptiveMuon takes real floating-point matrices; {parameter_name(group, index)} has the dtype",
+                "parameters of AdaptiveMuon must be real floating-point matrices; "
+                f"{parameter_name(group, index)} has the dtype",
                 p.dtype if p.layout == torch.strided else f"{p.dtype}, {p.layout}",
                 f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
             )
@@ -110,13 +111,13 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
             continue
         if not complex_too and _is_several(grad):
             raise refusal(
-                f"{algorithm} takes gradients that are one tensor each; that of {parameter_name(group, index)} is",
+                f"gradients of {algorithm} must be one tensor each; that of {parameter_name(group, index)} is",
                 type(grad).__name__,
                 "convert it to a plain tensor, or give the parameter to another optimizer",
             )
         if grad.layout != torch.strided or (grad.is_complex() and not complex_too):
             raise refusal(
-                f"{algorithm} takes dense{'' if complex_too else ' real'} gradients; that of "
+                f"gradients of {algorithm} must be dense{'' if complex_too else ' and real'}; that of "
                 f"{parameter_name(group, index)} is",
                 f"{grad.layout}, {grad.dtype}",
                 "make it dense (sparse=False in an embedding), or give the parameter to another optimizer",

@@ -136,6 +136,6 @@ def test_a_piece_without_a_group_is_refused() -> None:
     """But for blockwise, which needs nobody else."""
     p = torch.nn.Parameter(torch.ones(4, 8))
     p.partition_dim = 0
-    with pytest.raises(ValueError, match="needs tp_group"):
+    with pytest.raises(ValueError, match="must have a tp_group"):
         TensorParallelAdaptiveMuon([p])
     TensorParallelAdaptiveMuon([p], tp_mode="blockwise")

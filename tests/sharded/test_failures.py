@@ -166,7 +166,7 @@ def test_an_added_parameter_with_a_gradient_on_one_rank_only(group: ProcessGroup
 
 
 def test_a_piece_without_a_group() -> None:
-    with pytest.raises(ValueError, match=r"needs tp_group.*partition_dim, got 1"):
+    with pytest.raises(ValueError, match=r"must have a tp_group.*partition_dim, got 1"):
         AdaptiveMuon([matrix(4, 8, 1)])
 
 

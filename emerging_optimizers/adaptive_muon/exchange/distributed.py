@@ -46,7 +46,7 @@ class Distributed(Mode):
     def check(self, layout: ShardedLayout, name: str) -> None:
         require(
             not (layout.split[-2] and layout.split[-1]),
-            f'tp_mode="distributed" takes matrices split along one dimension; {name} is split along both, in the shards',
+            f'with tp_mode="distributed" matrices must be split along one dimension; {name} is along both, in the shards',
             [tuple(each) for each in layout.rectangles],
             'use tp_mode="layer_sharded"',
         )

@@ -49,7 +49,7 @@ class AdaptiveMuonDiagnostics(Callback):
         self._stands_back = not self._required and bool(others)
         require(
             not self._required or self._optimizers(trainer),
-            "AdaptiveMuonDiagnostics needs an optimizer made with diagnostics_every",
+            "AdaptiveMuonDiagnostics must have an optimizer made with diagnostics_every",
             [type(each).__name__ for each in trainer.optimizers],
             "pass diagnostics_every=50 to AdaptiveMuon or HybridAdaptiveMuon, or remove the callback",
         )

@@ -150,7 +150,7 @@ class Rules:
             split = shard_of(p, name, apart=not share)
             require(
                 self.mode is not None or isinstance(split, Layout) or split.is_whole,
-                f"the shards of a DTensor are no matrices of their own; {name} is one, with tp_mode",
+                f"the mode must not take the shards of a DTensor for matrices; {name} is one, with tp_mode",
                 "blockwise",
                 'use the default, "layer_sharded"',
             )
@@ -168,7 +168,7 @@ class Rules:
             return Split(self.tp_group, dim)
         require(
             not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1),
-            f"a parameter with partition_dim is a shard of a matrix and needs tp_group; {name} has partition_dim",
+            f"a parameter with partition_dim, a shard of a matrix, must have a tp_group; {name} has partition_dim",
             dim,
             "pass the tensor-parallel group, or set partition_dim to -1 if every rank holds all of it",
         )
