@@ -61,7 +61,7 @@ class Neighbor:
 NOT_CORE = ("test_automodel", "test_huggingface", "test_megatron", "test_nemo")
 NOT_CORE += ("test_against", "test_docs", "test_examples", "test_experiments", "test_written_files")
 NEIGHBORS = {
-    "torch": Neighbor("torch", "torch", without=NOT_CORE),
+    "torch": Neighbor("torch", "torch", without=NOT_CORE, extras="test,huggingface"),
     "upstream": Neighbor(
         "emerging_optimizers", "emerging-optimizers", without=NOT_CORE, checkout_in="UPSTREAM_CHECKOUT"
     ),
