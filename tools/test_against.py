@@ -128,7 +128,8 @@ def run_version(name: str, version: str, arguments: Sequence[str]) -> int:
     python, installed = folder / "bin" / "python", folder / "installed"
     if not installed.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        wanted = (f"{neighbor.distribution}=={version}", "--editable", f"{ROOT}[{neighbor.extras}]")
+        # Triton's interpreter, before 3.6, makes numbers of arrays with one element, which newer numpy refuses.
+        wanted = (f"{neighbor.distribution}=={version}", "numpy<2.4", "--editable", f"{ROOT}[{neighbor.extras}]")
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
         define_kernels_without_gpu(folder)
         installed.touch()
