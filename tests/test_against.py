@@ -143,6 +143,7 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     few = "import pytest\n\n@pytest.mark.parametrize('n', range(5))\ndef test_it(n):\n    if n > 2: pytest.skip()\n"
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")  # as in this project
     (tmp_path / "tests" / "test_few.py").write_text(few)
     (tmp_path / "tests" / "test_nemo.py").write_text("def test_not_upstreams():\n    assert False\n")
     (tmp_path / "tests" / "ranks").mkdir()

@@ -72,7 +72,7 @@ def test_defaults_of_the_adamw_part():
     assert (scalar["lr"], scalar["weight_decay"]) == (0.5, 0.25)
     _, scalar = HybridAdaptiveMuon([p, q], lr=0.5, scalar_lr=0.0, scalar_weight_decay=0.0).param_groups
     assert (scalar["lr"], scalar["weight_decay"]) == (0.0, 0.0)
-    assert HybridAdaptiveMuon([p, q], betas=[0.5, 0.6]).param_groups[1]["betas"] == (0.5, 0.6)
+    assert tuple(HybridAdaptiveMuon([p, q], betas=[0.5, 0.6]).param_groups[1]["betas"]) == (0.5, 0.6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -374,6 +374,8 @@ def test_a_quantized_matrix_is_no_obstacle() -> None:
 )
 def test_a_rate_on_the_cpu_gives_what_its_number_gives(rate):
     """To the last bits: torch's AdamW multiplies by the tensor."""
+    if rate.ndim and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6's schedules fill tensors without dimensions only")
     generator, weights = torch.Generator().manual_seed(0), []
     start = [torch.randn(shape, generator=generator) for shape in ((6, 4), (5, 5), (5,))]
     for lr in (float(rate), rate.clone()):

@@ -400,20 +400,27 @@ def test_a_large_batch_goes_in_parts(monkeypatch: Any) -> None:
 def test_float16_is_summed_in_float32(monkeypatch: Any) -> None:
     """Whatever cuBLAS is allowed otherwise, which is as it was afterwards."""
     flags, seen = torch.backends.cuda.matmul, []
+    reduction, accumulation = "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation"
+    # In the order in which torch gained them: 2.6 has one, 2.9 two.
+    names = [name for name in (reduction, accumulation, reduction + "_split_k") if hasattr(flags, name)]
     monkeypatch.setattr(NewtonSchulz, "dtype", lambda *_: torch.float16)
 
-    def look() -> tuple[bool, ...]:
-        split_k = flags.allow_fp16_reduced_precision_reduction_split_k
-        return flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_accumulation, split_k
+    def look() -> dict[str, bool]:
+        return {name: getattr(flags, name) for name in names}
+
+    def allow(values: dict[str, bool]) -> None:
+        for name in names[:2]:
+            pair = (values[name], values[name + "_split_k"]) if name + "_split_k" in values else None
+            setattr(flags, name, pair or values[name])
 
     before = look()
     monkeypatch.setattr(module, "iterate", lambda part, *_: seen.append(look()) or part)
     try:
-        flags.allow_fp16_accumulation = True
         for allowed, split_k in ((True, True), (False, False), (False, True)):  # torch refuses the fourth
-            flags.allow_fp16_reduced_precision_reduction = (allowed, split_k)
+            values = dict(zip(names, (allowed, True, split_k), strict=False))
+            allow(values)
             NewtonSchulz("quintic", 5)(torch.ones(4, 6))
-            assert seen.pop() == (False, False, split_k) and look() == (allowed, True, split_k)
+            inside = {**values, reduction: False, accumulation: False}
+            assert seen.pop() == {name: inside[name] for name in names} and look() == values
     finally:
-        flags.allow_fp16_reduced_precision_reduction = (before[0], before[2])
-        flags.allow_fp16_accumulation = before[1]
+        allow(before)

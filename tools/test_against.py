@@ -42,6 +42,7 @@ class Neighbor:
         without: The files among them that do not, without their endings.
         extras: What of our package is installed with it.
         checkout_in: The environment variable by which tests find the checkout itself, where its branch is main.
+        beside: The neighbors whose versions a record names beside its own.
     """
 
     module: str
@@ -50,6 +51,7 @@ class Neighbor:
     without: Sequence[str] = ()
     extras: str = "test"
     checkout_in: str | None = None
+    beside: Sequence[str] = ("torch", "upstream")
 
     @property
     def folder(self) -> str:
@@ -61,18 +63,20 @@ class Neighbor:
 NOT_CORE = ("test_automodel", "test_huggingface", "test_megatron", "test_nemo")
 NOT_CORE += ("test_against", "test_docs", "test_examples", "test_experiments", "test_written_files")
 NEIGHBORS = {
-    "torch": Neighbor("torch", "torch", without=NOT_CORE),
+    "torch": Neighbor("torch", "torch", without=NOT_CORE, extras="test,huggingface"),
     "upstream": Neighbor(
         "emerging_optimizers", "emerging-optimizers", without=NOT_CORE, checkout_in="UPSTREAM_CHECKOUT"
     ),
     # It starts those of tests/megatron_core.
     "megatron": Neighbor("megatron.core", "megatron-core", tests="test_megatron.py", extras="test,megatron"),
-    "nemo": Neighbor("nemo", "nemo-toolkit", tests="test_nemo.py", extras="test,nemo"),
-    "lightning": Neighbor("lightning", "lightning", tests="test_nemo.py", extras="test,nemo"),
+    "nemo": Neighbor(
+        "nemo", "nemo-toolkit", "test_nemo.py", extras="test,nemo", beside=("torch", "upstream", "lightning")
+    ),
+    "lightning": Neighbor(
+        "lightning", "lightning", "test_nemo.py", extras="test,nemo", beside=("torch", "upstream", "nemo")
+    ),
     "automodel": Neighbor("nemo_automodel", "nemo-automodel", tests="test_automodel.py", extras="test,automodel"),
 }
-# Whose versions a record names beside the neighbor's own.
-BESIDE = ("torch", "upstream")
 
 
 class Found(NamedTuple):
@@ -124,7 +128,8 @@ def run_version(name: str, version: str, arguments: Sequence[str]) -> int:
     python, installed = folder / "bin" / "python", folder / "installed"
     if not installed.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        wanted = (f"{neighbor.distribution}=={version}", "--editable", f"{ROOT}[{neighbor.extras}]")
+        # Triton's interpreter, before 3.6, makes numbers of arrays with one element, which newer numpy refuses.
+        wanted = (f"{neighbor.distribution}=={version}", "numpy<2.4", "--editable", f"{ROOT}[{neighbor.extras}]")
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
         define_kernels_without_gpu(folder)
         installed.touch()
@@ -169,7 +174,7 @@ def run_tests(name: str, version: str, source: str, arguments: Sequence[str], en
                 "source": source,
                 "beside": {
                     NEIGHBORS[each].distribution: found(NEIGHBORS[each].module, environment)[0].partition("+")[0]
-                    for each in BESIDE
+                    for each in neighbor.beside
                     if each != name
                 },
                 "tests": counts(report, in_processes),
