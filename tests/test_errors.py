@@ -154,7 +154,7 @@ def test_unknown_option_is_refused():
         (torch.ones(2, 2), "got a Tensor"),
         ([{"lr": 1.0}], "must have params"),
         ([{"params": ("a", matrix())}], "got str"),
-        ([{"params": {matrix()}}], "order of a set"),
+        ([{"params": {matrix()}}], "params must have an order"),
         ([{"params": [matrix()], "scalar_learning_rate": 1.0}], "scalar_lr, scalar_eps"),
         ([], "empty parameter list"),
     ],

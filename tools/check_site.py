@@ -31,7 +31,7 @@ def _page(path: Path) -> Page:
 
 
 def dead_links(site: Path) -> list[str]:
-    """Returns a line for each link of a site that leads nowhere.
+    """Return a line for each link of a site that leads nowhere.
 
     Args:
         site: Directory of the HTML files.
@@ -55,7 +55,7 @@ def dead_links(site: Path) -> list[str]:
 
 
 def main() -> None:
-    """Prints the dead links of the directory given, and fails if there is one."""
+    """Print the dead links of the directory given, and fail if there is one."""
     site = Path(sys.argv[1])
     if not (site / "index.html").exists():
         sys.exit(f"The site must have an index.html, and {site} has none: build it first, `make docs`.")

@@ -48,7 +48,7 @@ TABLES = {"adaptive-muon.md": keywords, "megatron.md": flags, "nemo.md": keys}
 
 
 def _about(option: Option) -> tuple[str, str]:
-    """The valid values of an option, and what it sets."""
+    """Return the valid values of an option, and what it sets."""
     rule = option.rule.text if option.rule and option.scope != "rank" else ""
     return ", ".join(map(_code, option.choices)) or rule, re.sub(r'"(\w+)"', r"`\1`", option.text)
 

@@ -70,7 +70,7 @@ def draw(
 
 
 def blocks_of(switch: str, name: str) -> tuple[tuple[int, int], Sequence[int], bool]:
-    """The shape of a parameter, its blocks with a switch, and whether they are columns."""
+    """Return the shape of a parameter, its blocks with a switch, and whether they are columns."""
     model = Attentions()
     HybridAdaptiveMuon.from_model(model, **{"split_qkv": False, switch: True})
     p = model.get_parameter(name)

@@ -22,7 +22,7 @@ OF_SOURCES = ("tests/test_package.py", "tests/test_upstream_patch.py", "tests/te
 
 
 def run(*command: object, cwd: Path) -> None:
-    """Runs a command, shows what it prints, and ends the program if it fails."""
+    """Run a command, show what it prints, and end the program if it fails."""
     print("$", " ".join(map(str, command)), flush=True)
     done = subprocess.run(list(map(str, command)), cwd=cwd)
     if done.returncode:
@@ -30,19 +30,19 @@ def run(*command: object, cwd: Path) -> None:
 
 
 def fingerprints(package: Path) -> dict[str, str]:
-    """Returns a hash of every file below a directory, without what Python compiles."""
+    """Return a hash of every file below a directory, without what Python compiles."""
     files = (path for path in sorted(package.rglob("*")) if path.is_file() and path.suffix != ".pyc")
     return {str(path.relative_to(package)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def require(ok: bool, message: str) -> None:
-    """Ends the program with a message unless ``ok`` holds."""
+    """End the program with a message unless ``ok`` holds."""
     if not ok:
         sys.exit(f"Not fit for release: {message}")
 
 
 def main() -> None:
-    """Checks a release."""
+    """Check a release."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     _, for_pytest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:

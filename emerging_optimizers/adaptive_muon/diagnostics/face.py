@@ -98,7 +98,7 @@ class Diagnosed:
         return self.diagnostics_store
 
     def _keys(self, values: dict[Key, Any]) -> Iterator[tuple[str, torch.Tensor, list[Key]]]:
-        """The parameters of which there are values, with their names and the keys of their blocks."""
+        """Yield the parameters of which there are values, with their names and the keys of their blocks."""
         of_parameter: dict[tuple[int, str], list[Key]] = {}
         for key in sorted(values, key=lambda key: key[1] or 0):
             of_parameter.setdefault(key[0], []).append(key)
@@ -108,7 +108,7 @@ class Diagnosed:
     def _named_rows(
         self, name: str, p: torch.Tensor, keys: Sequence[Key], values: dict[Key, list[list[float]]]
     ) -> Iterator[tuple[str, list[float]]]:
-        """The rows of values of one parameter's matrices, with the names of these."""
+        """Yield the rows of values of one parameter's matrices, with the names of these."""
         if not keys:
             return
         place, first = self.place_of_shard(p), offset_of(p)[0] if p.ndim > 2 else 0
@@ -120,7 +120,7 @@ class Diagnosed:
 
 
 def _shown(value: dict[str, float], clamps: bool) -> dict[str, float]:
-    """The values of a matrix as users see them."""
+    """Return the values of a matrix as users see them."""
     size = value["size"]
     gradient, momentum = math.sqrt(value["gradient"]), math.sqrt(value["momentum"])
     weight, update = math.sqrt(value["weight"] / size), abs(value["factor"]) * math.sqrt(value["update"] / size)
@@ -141,12 +141,12 @@ def _shown(value: dict[str, float], clamps: bool) -> dict[str, float]:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """The ratio; infinite, or if both are zero not a number, where the denominator is zero."""
+    """Return the ratio; infinite, or if both are zero not a number, where the denominator is zero."""
     if denominator:
         return numerator / denominator
     return math.inf if numerator > 0 else math.nan
 
 
 def _clamps(moment2: Moment2) -> bool:
-    """Whether a method's D has a clamp."""
+    """Return whether a method's D has a clamp."""
     return type(moment2).clamped is not Moment2.clamped

@@ -156,7 +156,7 @@ class BatchMeasures:
             self._store.put(self._keys, values, self._store.steps + 1)
 
     def _of_scale(self, D: torch.Tensor, O: torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
-        """D's mean, least and largest; where shards know it together, the sum instead of the mean."""
+        """Return D's mean, least and largest; of shards that only together have it, the sum instead of the mean."""
         if not D.numel():  # an empty shard
             return [torch.zeros_like(like), torch.full_like(like, torch.inf), torch.full_like(like, -torch.inf)]
         sums = self._late and self._per_element
@@ -178,5 +178,5 @@ class BatchMeasures:
 
 
 def _nothing(measures: torch.Tensor) -> torch.Tensor:
-    """The values of matrices that were not measured."""
+    """Return the values of matrices that were not measured."""
     return measures.new_full((*measures.shape[:-2], len(VALUES)), torch.nan)

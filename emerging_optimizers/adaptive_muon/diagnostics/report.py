@@ -61,7 +61,7 @@ def table(found: Sequence[Finding], matrices: int) -> str:
 
 
 def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, str]]:
-    """What stands out of one matrix: how bad it is, what it is, and what to try."""
+    """Yield what stands out of one matrix: how bad it is, what it is, and what to try."""
     gradient = row["gradient_norm"]
     if not math.isfinite(gradient):
         yield 5e9, f"its gradient is not finite ({gradient})", "look at the loss; clip gradients, or lower the rate"
@@ -87,6 +87,6 @@ def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, st
 
 
 def _median(rows: Iterable[Row], value: str) -> float:
-    """The median of a value over the matrices in which it is finite; 0 where there are none."""
+    """Return the median of a value over the matrices in which it is finite; 0 where there are none."""
     finite = [row[value] for row in rows if math.isfinite(row[value])]
     return median(finite) if finite else 0.0

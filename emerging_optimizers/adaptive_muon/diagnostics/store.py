@@ -62,7 +62,7 @@ class _Rows:
         self._rows = {key: row for key, row in self._rows.items() if key[0] in parameters}
 
     def _of_batch(self, keys: Sequence[Key]) -> torch.Tensor | None:
-        """The tensor of exactly these matrices in this order, or None."""
+        """Return the tensor of exactly these matrices in this order, or None."""
         tensor, _ = self._rows.get(keys[0], (None, 0))
         if tensor is None or tensor.size(0) != len(keys):
             return None

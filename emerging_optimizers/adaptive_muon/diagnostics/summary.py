@@ -21,7 +21,7 @@ QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "max": 1.0}
 
 
 def check_matrices(matrices: Any) -> None:
-    """Raise a ``ValueError`` unless a value says which matrices to log."""
+    """Raise a ``ValueError`` unless a value names the matrices to log."""
     is_list = isinstance(matrices, Sequence) and not isinstance(matrices, str)
     require(
         matrices in ("summary", "all") or (is_list and all(isinstance(each, str) for each in matrices)),
@@ -75,5 +75,5 @@ def quantiles(measured: Mapping[str, Mapping[str, float]], prefix: str = PREFIX)
 
 
 def _core(row: Mapping[str, float]) -> list[float]:
-    """What a healthy matrix has finite; ratios to a weight or gradient of zero are not."""
+    """Return what a healthy matrix has finite; ratios to a weight or gradient of zero are not."""
     return [row["gradient_norm"], row["momentum_norm"], row["weight_rms"], row["update_rms"]]

@@ -67,7 +67,7 @@ def _is_tagged(p: torch.Tensor) -> bool:
 
 
 def _parts(sizes: tuple[int, int], outputs: int, *, of_rows: bool = True) -> Parts:
-    """The parts of a weight with so many outputs: gate and up projection."""
+    """Return the parts of a weight with so many outputs: gate and up projection."""
     half, turns = outputs // 2, ", in turn" if sizes == (1, 1) and outputs > 2 else ""
     text = f"gate and up projection of {half} {'rows' if of_rows else 'columns'} each{turns}"
     return Parts(sizes if of_rows else ColumnBlocks(sizes), text)

@@ -67,7 +67,7 @@ class ModelRoutes:
 
     @classmethod
     def of(cls, model: nn.Module, patterns: Mapping[str, AlgorithmT] | None, switches: SplitOptions) -> "ModelRoutes":
-        """Route a model's parameters, and log which weights a switch is for that does not know their modules."""
+        """Route a model's parameters, and log the weights that a switch is for in modules that are not recognized."""
         routes = cls(model, route_model(model, patterns, switches), patterns, switches)
         unsplit = [name for name, route in routes.routes.items() if route.unsplit]
         if unsplit:
@@ -191,7 +191,7 @@ def with_entries(group: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
     params = group["params"]
     if isinstance(params, set):
-        raise TypeError("the order of a set changes between runs; pass the parameters as a list")
+        raise TypeError("params must have an order, which a set has not: pass them as a list")
     entries = [_named(entry) for entry in ([params] if isinstance(params, torch.Tensor) else params)]
     names = group.get("param_names")  # where the group is another optimizer's
     if names is not None and not any(name for name, _ in entries):

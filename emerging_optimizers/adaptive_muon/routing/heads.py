@@ -182,7 +182,7 @@ def _is_attention(words: Sequence[str]) -> bool:
 
 
 def _tables(model: nn.Module) -> Iterable[torch.Tensor]:
-    """Yield the tables of a model's embeddings, but for those of positions and types."""
+    """Yield the tables of a model's embeddings, except those of positions and types."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None) if is_embedding(module) else None
         last = next((part for part in reversed(name.split(".")) if not part.isdigit()), "")

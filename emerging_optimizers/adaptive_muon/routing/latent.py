@@ -53,6 +53,6 @@ def in_latent(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Pa
 
 
 def _heads(module: nn.Module) -> int | None:
-    """The number of heads that a module has as an attribute."""
+    """Return the number of heads that a module has as an attribute."""
     numbers = [getattr(module, name, None) for name in _NUMBERS]
     return next((number for number in numbers if type(number) is int), None)

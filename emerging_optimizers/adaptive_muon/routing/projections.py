@@ -200,7 +200,7 @@ def _all(number: int, groups: int) -> int:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether the query projection of a module has an output gate beside every query."""
+    """Return whether the query projection of a module has an output gate beside every query."""
     return not _GATED.isdisjoint(kinds_of(module))
 
 
@@ -212,7 +212,7 @@ def _of_keys(weight: Weight | None, name: str, size: int, heads: Heads) -> Itera
 
 
 def _groups(module: nn.Module, number: int) -> int:
-    """The number of heads of keys and values, of so many heads of queries."""
+    """Return the number of heads of keys and values, of so many heads of queries."""
     per_group = _values(module, ("num_key_value_groups", "num_queries_per_kv"))
     if len(per_group) == 1 and number % min(per_group) == 0:
         return number // min(per_group)
@@ -221,11 +221,11 @@ def _groups(module: nn.Module, number: int) -> int:
 
 
 def _values(module: object, names: Collection[str]) -> set[int]:
-    """The values of those attributes that are positive integers."""
+    """Return the values of those attributes that are positive integers."""
     values = (getattr(module, name, None) for name in names)
     return {value for value in values if type(value) is int and value > 0}
 
 
 def _first(module: nn.Module, names: Collection[str]) -> Weight | None:
-    """The weight of the first of the children of these names."""
+    """Return the weight of the first of the children of these names."""
     return next(filter(None, (weight_of(module, name) for name in names)), None)

@@ -73,7 +73,7 @@ def _in_multihead(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[n
 
 
 def _in_projections(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Parameter, Parts]]:
-    """Yield the parts of separate projections, but for those of latent attention."""
+    """Yield the parts of separate projections, except those of latent attention."""
     return iter(()) if is_latent(module) else by_head(module, switches)
 
 

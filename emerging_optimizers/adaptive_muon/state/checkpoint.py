@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a checkpoint: refuse what does not fit before anything changes, and keep the state's full precision."""
+"""Loading a checkpoint: reject what does not fit before anything changes, and keep the state's full precision."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -32,7 +32,7 @@ def load(
     state_format: StateFormat,
     widened: Callable[[torch.Tensor], bool] | None = None,
 ) -> None:
-    """Loads a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and in its own dtypes.
+    """Load a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and in its own dtypes.
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
     Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
@@ -106,7 +106,7 @@ def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat)
 
 
 def attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """Returns what pickle and deepcopy must carry: all attributes, a subclass's too, but torch's hooks.
+    """Return what pickle and deepcopy must carry: all attributes, a subclass's too, but torch's hooks.
 
     Torch itself carries defaults, state and groups only. A scheduler leaves its wrapper of ``step`` on the optimizer,
     which belongs to that scheduler.
@@ -117,7 +117,7 @@ def attributes(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of an AdaptiveMuon, and of its parameters, which keep what says how they are sharded."""
+    """Return a copy of an AdaptiveMuon, and of its parameters, which keep the attributes of their sharding."""
     copied = object.__new__(type(optimizer))
     memo[id(optimizer)] = copied
     copied.__setstate__(deepcopy(optimizer.__getstate__(), memo))
@@ -128,7 +128,7 @@ def deep_copy(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 
 def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-    """Raises if a parameter stands elsewhere in the checkpoint; one that was renamed is taken by its place."""
+    """Raise if a parameter stands elsewhere in the checkpoint; one that was renamed is taken by its place."""
     saved, names = ([n for group in each for n in group.get("param_names", [])] for each in (saved_groups, groups))
     both = set(saved) & set(names)
     moved = [pair for pair in zip(saved, names, strict=False) if pair[0] != pair[1] and both.intersection(pair)]
@@ -143,7 +143,7 @@ def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]
 def _checked_states(
     saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], state_format: StateFormat
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Yields each parameter of a group with its saved state, or raises."""
+    """Yield each parameter of a group with its saved state, or raise."""
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
         # torch's set_optimizer_state_dict makes an empty dict of what a flattened checkpoint lacks.
         state = {name: value for name, value in saved_states.get(key, {}).items() if value != {}}
@@ -167,15 +167,15 @@ def _checked_states(
         _check_buffers(p, name, state, state_format)
         require(
             not state_format.bias_correction or "step" in state,
-            f"bias correction needs the number of steps taken; the state of {name} holds only",
+            f"a state must have the number of steps for bias correction; that of {name} holds only",
             sorted(state),
-            "pass bias_correction=False to go on with this checkpoint",
+            "pass bias_correction=False to resume from this checkpoint",
         )
         yield p, state
 
 
 def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_format: StateFormat) -> None:
-    """Raises unless a saved state has the parameter's buffers, in their shapes and placements."""
+    """Raise unless a saved state has the parameter's buffers, in their shapes and placements."""
     expected = state_format.buffers(p)
     found = {key for key in state if key.startswith(_BUFFERS)}
     require(
@@ -204,7 +204,7 @@ def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_form
 
 
 def _upstream_method(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat) -> str:
-    """Returns the method of an upstream state, which does not name it: upstream's first whose V has that shape.
+    """Return the method of an upstream state, which does not name it: upstream's first whose V has that shape.
 
     Shapes of different methods can coincide (a matrix of one column): the optimizer's own method then wins, and also
     where no shape fits, for the check of the shapes to complain.
