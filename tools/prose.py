@@ -55,7 +55,6 @@ _BANNED = {re.compile(turn, re.IGNORECASE): instead for turn, instead in BANNED.
 
 def without_code(text: str) -> str:
     """Return a page without code, displayed formulas, comments and generated tables; lines keep their numbers."""
-    kept_lines = lambda found: "\n" * found[0].count("\n")  # noqa: E731
     for made in (
         r"^( *)```.*?^\1```$",
         r"^<!-- (\w+), by tools/[\w.]+ -->$.*?^<!-- end of \1 -->$",
@@ -64,7 +63,7 @@ def without_code(text: str) -> str:
         r"^\$\$$.*?^\$\$$",
         r"(?<=\n\n) {4}[^\n]*\n(?: {4}[^\n]*\n|\n(?= {4}))*",  # code by indentation
     ):
-        text = re.sub(made, kept_lines, text, flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(made, lambda found: "\n" * found[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"\]\([^)]*\)", "]", text)
 
 
@@ -155,12 +154,13 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 def complaints(root: Path = ROOT) -> list[str]:
     """Return all breaches of the rules, each with its file and line."""
-    found = [f"{root.name}/docs: {total} words" for total in [total_words(root)] if total > ALL_WORDS]
+    total = total_words(root)
+    found = [f"docs: {total} words, {ALL_WORDS} at most"] if total > ALL_WORDS else []
     for path in [*pages(root), root / "README.md", root / "CONTRIBUTING.md"]:
         name, text = str(path.relative_to(root)), path.read_text(encoding="utf-8")
         found += [f"{name}:{line}: {complaint}" for line, complaint in of_page(text)]
-        if count(text) > PAGE_WORDS.get(name, ALL_WORDS):
-            found.append(f"{name}: {count(text)} words, {PAGE_WORDS[name]} at most")
+        if count(text) > (limit := PAGE_WORDS.get(name, ALL_WORDS)):
+            found.append(f"{name}: {count(text)} words, {limit} at most")
     written = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["extend-exclude"]
     for path in sorted((root / PACKAGE).rglob("*.py")):
         if any(fnmatch(part, name) for part in path.relative_to(root).parts for name in written):
