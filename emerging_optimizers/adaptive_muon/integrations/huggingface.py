@@ -48,9 +48,9 @@ def optimizer_cls_and_kwargs(
         ValueError: If ``options`` has ``params`` or ``weight_decay``.
 
     Example:
-        >>> args = TrainingArguments(output_dir, learning_rate=2e-2, weight_decay=0.01)
-        >>> made = optimizer_cls_and_kwargs(model, args, moment2_method="namo_d", scalar_lr=2e-3)
-        >>> trainer = Trainer(model, args, train_dataset=dataset, optimizer_cls_and_kwargs=made)
+        >>> args = TrainingArguments(output_dir, learning_rate=2e-2)
+        >>> made = optimizer_cls_and_kwargs(model, args, scalar_lr=2e-3)
+        >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=made)
     """
     require("params" not in options, "params must be left to Trainer", "params", "leave it out")
     require(
