@@ -426,7 +426,8 @@ def test_a_checkpoint_with_other_parts_is_refused_with_the_remedy(method: str) -
 def experts(**layout: bool) -> nn.Module:
     """Experts in one tensor, as Hugging Face's decorator marks them."""
     module = nn.Module()
-    module.gate_up_proj = nn.Parameter(normal((3, 8, 12) if layout["is_transposed"] else (3, 12, 8)))
+    shapes = [(3, 8, 12), (3, 6, 8)] if layout["is_transposed"] else [(3, 12, 8), (3, 8, 6)]
+    module.gate_up_proj, module.down_proj = (nn.Parameter(normal(shape)) for shape in shapes)
     module.gate_up_proj.muon_stacked = True
     vars(module).update(layout)
     return module

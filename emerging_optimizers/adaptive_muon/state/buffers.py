@@ -16,7 +16,7 @@ import torch
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
-from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
+from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     as_matrices,
     is_transposed,
@@ -182,5 +182,5 @@ def _vector(p: torch.Tensor, shape: tuple[int, int], kept_dims: tuple[int, ...])
         sizes.reverse()
     if not kept_dims:
         sizes.pop()  # upstream's namo keeps (1,) for a matrix
-    lead, local = p.shape[:-2], local_of(p).shape[:-2]
+    lead, local = ((), ()) if is_flattened(p) else (p.shape[:-2], local_of(p).shape[:-2])
     return Buffer((*lead, *sizes), (*local, *sizes), placements_like(p, ()))
