@@ -29,7 +29,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBa
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
-__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "state_only", "v_key"]
+__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "count_empty", "state_only", "v_key"]
 
 
 class Buffer(NamedTuple):
@@ -130,6 +130,26 @@ def state_only(
         if p in gradients and not states.get(p) and not sharding.is_empty(p) and group["lr"] == 0
     }
     return sharding.all_zero(fresh)
+
+
+def count_empty(
+    param_groups: Sequence[dict[str, Any]],
+    states: Mapping[torch.Tensor, dict[str, Any]],
+    gradients: Mapping[torch.Tensor, torch.Tensor],
+    fresh: Set[torch.Tensor],
+    sharding: Sharding,
+) -> None:
+    """Count a step of the parameters of which this rank has nothing, such as no experts of a stack.
+
+    A checkpoint has one count for all ranks, perhaps this one's. Of ``fresh`` parameters, whose state this step has made,
+    those at a learning rate of zero are not counted: see :func:`state_only`.
+    """
+    for group in param_groups:
+        for p in group["params"]:
+            if p in gradients and gradients[p].numel() == 0 and sharding.is_empty(p):
+                step = states.get(p, {}).get("step")
+                if step is not None and (p not in fresh or group["lr"] != 0):
+                    step.add_(1)
 
 
 @dataclass(frozen=True, eq=False)
