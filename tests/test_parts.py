@@ -13,6 +13,7 @@ import torch
 from fused_attention import alone
 from separate import Apart, Language, check_separate
 from side_by_side import difference, normal
+from test_experts import EXPERTS
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
@@ -416,7 +417,11 @@ def test_the_documented_tables_are_those_of_the_tests() -> None:
     """``make option-tables`` writes them."""
     made = tool("parts_table")
     page = made.PAGE.read_text(encoding="utf-8")
-    tables = {"attention": made.attention_table(ATTENTION, tiny_models.tiny), "classes": made.class_list()}
+    tables = {
+        "attention": made.attention_table(ATTENTION, tiny_models.tiny),
+        "experts": made.experts_table(EXPERTS, tiny_models.tiny),
+        "classes": made.class_list(),
+    }
     assert made.with_tables(page, tables) == page
 
 
