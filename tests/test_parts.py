@@ -2,7 +2,6 @@
 """Which rows or columns of a weight are one matrix, found from the modules; each against what the model does with it."""
 
 import copy
-import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +11,9 @@ import pytest
 import tiny_models
 import torch
 from fused_attention import alone
-from side_by_side import difference, normal, smooth
+from separate import Apart, Language, check_separate
+from side_by_side import difference, normal
+from test_experts import EXPERTS
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
@@ -142,9 +143,6 @@ def halves(weight: torch.Tensor, times: int) -> list[torch.Tensor]:
     return [parts[:, 0].flatten(0, 1), parts[:, 1].flatten(0, 1)]
 
 
-Apart = Callable[[torch.Tensor], list[torch.Tensor]]
-
-
 def row_heads(size: int) -> Apart:
     """The heads of a weight, below each other, by a view."""
     return lambda weight: [*weight.view(-1, size, weight.size(-1))]
@@ -167,18 +165,6 @@ class Multihead(nn.Module):
         x = normal((*tokens.shape, 24), 3)
         keys = normal((*tokens.shape, self.kdim), 4)
         return self.attention(x, keys, normal((*tokens.shape, 24), 5))[0].square().mean()
-
-
-class Language(nn.Module):
-    """A model of Hugging Face's that returns its loss."""
-
-    def __init__(self, kind: str, change: Any = None) -> None:
-        super().__init__()
-        self.body = tiny_models.tiny(kind, change).float()
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Returns a loss."""
-        return self.body(input_ids=tokens).last_hidden_state.tanh().square().mean()
 
 
 def thirds(weight: torch.Tensor) -> list[torch.Tensor]:
@@ -229,57 +215,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, bool], dict[str, Apar
 }
 
 
-def apart_from(model: nn.Module, rules: dict[str, Apart], optimizer: HybridAdaptiveMuon) -> dict[str, Any]:
-    """For each matrix of AdaptiveMuon: its parameter, and where the elements of each part are, by an other road."""
-    places = {}
-    for name, p, route in optimizer.routes:
-        if route.algorithm == "adaptive_muon":
-            stored = torch.arange(p.numel()).view(p.shape)
-            index = stored.T if route.transposed else stored
-            ends = sorted((end for end in rules if name.endswith(end)), key=len)
-            places[name] = p, (rules[ends[-1]](index) if ends else [index])
-    assert all(any(name.endswith(end) for name in places) for end in rules)
-    return places
-
-
-def gradients(model: nn.Module, step: int) -> None:
-    """The model's own, of a batch."""
-    model.zero_grad()
-    model(torch.randint(90, (2, 7), generator=torch.Generator().manual_seed(step))).backward()
-
-
 @pytest.mark.parametrize("method", ["namo_d", "normuon", "adamuon"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_as_separate_weights(name: str, method: str) -> None:
-    """Three steps of the model, and of matrices that are its weights' parts, on the same gradients; saved and loaded."""
-    make, switches, rules = MODELS[name]
-    torch.manual_seed(0)
-    model, rate = make(), 1e-2
-    options = {"moment2_method": method, "weight_decay": 0.1, "fp32_matmul_prec": "highest", **smooth(method)}
-
-    def optimizer_of(model: nn.Module) -> HybridAdaptiveMuon:
-        return HybridAdaptiveMuon.from_model(model, rate, scalar_lr=0.0, **options, **switches)
-
-    optimizer = optimizer_of(model)
-    places = apart_from(model, rules, optimizer)
-    parts = {name: [nn.Parameter(p.detach().flatten()[i]) for i in each] for name, (p, each) in places.items()}
-    separate = AdaptiveMuon([part for each in parts.values() for part in each], rate, **options)
-    for step in range(3):
-        gradients(model, step)
-        for name, (p, each) in places.items():
-            for part, place in zip(parts[name], each, strict=True):
-                part.grad = p.grad.flatten()[place].clone()
-        if step == 2:  # with what was saved
-            buffer = io.BytesIO()
-            torch.save(optimizer.state_dict(), buffer)
-            buffer.seek(0)
-            optimizer = optimizer_of(model)
-            optimizer.load_state_dict(torch.load(buffer, weights_only=True))
-        optimizer.step()
-        separate.step()
-    for name, (p, each) in places.items():
-        for part, place in zip(parts[name], each, strict=True):
-            assert difference(p.detach().flatten()[place], part.detach()) <= 1e-6, name
+    check_separate(*MODELS[name], method)
 
 
 # ---- what is said, and what decides
@@ -426,7 +365,8 @@ def test_a_checkpoint_with_other_parts_is_refused_with_the_remedy(method: str) -
 def experts(**layout: bool) -> nn.Module:
     """Experts in one tensor, as Hugging Face's decorator marks them."""
     module = nn.Module()
-    module.gate_up_proj = nn.Parameter(normal((3, 8, 12) if layout["is_transposed"] else (3, 12, 8)))
+    shapes = [(3, 8, 12), (3, 6, 8)] if layout["is_transposed"] else [(3, 12, 8), (3, 8, 6)]
+    module.gate_up_proj, module.down_proj = (nn.Parameter(normal(shape)) for shape in shapes)
     module.gate_up_proj.muon_stacked = True
     vars(module).update(layout)
     return module
@@ -477,7 +417,11 @@ def test_the_documented_tables_are_those_of_the_tests() -> None:
     """``make option-tables`` writes them."""
     made = tool("parts_table")
     page = made.PAGE.read_text(encoding="utf-8")
-    tables = {"attention": made.attention_table(ATTENTION, tiny_models.tiny), "classes": made.class_list()}
+    tables = {
+        "attention": made.attention_table(ATTENTION, tiny_models.tiny),
+        "experts": made.experts_table(EXPERTS, tiny_models.tiny),
+        "classes": made.class_list(),
+    }
     assert made.with_tables(page, tables) == page
 
 

@@ -24,7 +24,7 @@ REASONS = {
     "embed.weight": "embedding",
     "positions.weight": "embedding",
     "table": "3-D, not a matrix",
-    "conv.weight": "3-D, not a matrix",
+    "conv.weight": "3-D, not a matrix; flatten_conv=True takes the convolution for one",
     "lstm.weight_ih_l0": "recurrent, LSTM",
     "blocks.0.norm.weight": "norm, LayerNorm",
     "blocks.0.pos_bias_u": "two-dimensional, but not the weight of a linear map; "

@@ -14,9 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import nn
-from transformers import DeepseekV3Config, LlamaConfig, Phi3Config
+from transformers import DeepseekV3Config, LlamaConfig, MixtralConfig, Phi3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from emerging_optimizers.adaptive_muon import ColumnBlocks, HybridAdaptiveMuon
@@ -38,6 +39,8 @@ class Attentions(nn.Module):
         self.grouped = LlamaAttention(LlamaConfig(**SIZES), 0)
         self.latent = DeepseekV3Attention(DeepseekV3Config(**{**SIZES, "num_key_value_heads": 4}, **LATENT), 0)
         self.mlp = Phi3MLP(Phi3Config(**SIZES, pad_token_id=0))
+        self.experts = MixtralExperts(MixtralConfig(**SIZES, num_local_experts=3))
+        self.conv = nn.Conv1d(8, 24, 4, bias=False)
 
 
 # Title, switch, parameter, and the colors and names of its parts, which repeat.
@@ -50,6 +53,8 @@ PANELS: Sequence[tuple[str, str, str, Sequence[tuple[str, str]]]] = (
     ("kv_a_proj_with_mqa\n(latent attention)", "split_heads", "latent.kv_a_proj_with_mqa.weight", [(OTHER, "latent"), (KEY, "k, shared")]),
     ("kv_b_proj\n(latent attention)", "split_heads", "latent.kv_b_proj.weight", [(KEY, "k"), (VALUE, "v")]),
     ("gate_up_proj", "split_gate_up", "mlp.gate_up_proj.weight", [(OTHER, "gate"), (QUERY, "up")]),
+    ("down_proj,\n3 experts", "stacked_experts", "experts.down_proj", [(VALUE, "expert")]),
+    ("Conv1d, 24 x 8 x 4:\nflattened", "flatten_conv", "conv.weight", [(OTHER, "in x kernel")]),
 )  # fmt: skip
 
 
@@ -74,13 +79,17 @@ def blocks_of(switch: str, name: str) -> tuple[tuple[int, int], Sequence[int], b
     model = Attentions()
     HybridAdaptiveMuon.from_model(model, **{"split_qkv": False, switch: True})
     p = model.get_parameter(name)
-    blocks = p.muon_parts
+    blocks, form = getattr(p, "muon_parts", None), getattr(p, "muon_form", None)
+    if form == "stack":  # the experts below each other
+        return (p.size(0) * p.size(1), p.size(2)), (p.size(1),) * p.size(0), False
+    if form == "flattened":
+        return (p.size(0), p[0].numel()), (p.size(0),), False
     return tuple(p.shape), *((blocks.sizes, True) if isinstance(blocks, ColumnBlocks) else (blocks, False))
 
 
 def main(path: Path = PICTURE) -> None:
     """Draw all panels in one row."""
-    figure, rows = plt.subplots(1, len(PANELS), figsize=(11, 4.4), layout="constrained")
+    figure, rows = plt.subplots(1, len(PANELS), figsize=(13.5, 4.4), layout="constrained")
     for axes, (title, switch, name, parts) in zip(rows, PANELS, strict=True):
         shape, blocks, across = blocks_of(switch, name)
         draw(axes, shape, blocks, parts, across)

@@ -43,6 +43,32 @@ def parts_of(model: nn.Module, name: str) -> str:
     return "<br>".join(f"`{leaf}`: {text}" for leaf, text in texts.items())
 
 
+def experts_table(rows: list[tuple[str, Any, str, tuple[str, str], str]], make: Any) -> str:
+    """Return a table of types of models: what stacked_experts and split_gate_up make of the first experts' weights.
+
+    Args:
+        rows: The models, as tests/test_experts.py has them.
+        make: Returns the tiny model of a type.
+    """
+    switches = {"stacked_experts": True, "split_gate_up": True}
+    found: dict[str, list[str]] = {}
+    for kind, change, name, leaves, _ in rows:
+        found.setdefault(texts_of(make(kind, change), name, leaves, switches), []).append(f"{kind}, `{name}`")
+    of_texts = [("<br>".join(kinds), texts) for texts, kinds in found.items()]
+    return table_of(("`model_type`, class", "weights, here of a tiny model"), of_texts)
+
+
+def texts_of(model: nn.Module, name: str, leaves: tuple[str, ...], switches: dict[str, bool]) -> str:
+    """Return what is said of some weights of the first module of a class, with their shapes."""
+    prefix = next(path for path, module in model.named_modules() if type(module).__name__ == name)
+    routes = {path: (p, route) for path, p, route in HybridAdaptiveMuon.from_model(model, **switches).routes}
+    texts = []
+    for leaf in leaves:
+        p, route = routes[f"{prefix}.{leaf}"]
+        texts.append(f"`{leaf}`, {' x '.join(map(str, p.shape))}: {route.text.replace('stack of hidden', 'experts,')}")
+    return "<br>".join(texts)
+
+
 def class_list() -> str:
     """Return the classes whose fused weights are known, by package."""
     lines = []
@@ -64,10 +90,15 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 def tables() -> dict[str, str]:
     """Return the tables of the page by their names."""
     sys.path.insert(0, str(ROOT / "tests"))
+    import test_experts
     import test_parts
     import tiny_models
 
-    return {"attention": attention_table(test_parts.ATTENTION, tiny_models.tiny), "classes": class_list()}
+    return {
+        "attention": attention_table(test_parts.ATTENTION, tiny_models.tiny),
+        "experts": experts_table(test_experts.EXPERTS, tiny_models.tiny),
+        "classes": class_list(),
+    }
 
 
 if __name__ == "__main__":

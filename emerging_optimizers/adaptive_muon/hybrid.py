@@ -23,6 +23,7 @@ from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
 from emerging_optimizers.adaptive_muon.rounding import check_rounding
+from emerging_optimizers.adaptive_muon.routing.forms import EXPERTS
 from emerging_optimizers.adaptive_muon.routing.groups import (
     Entries,
     ModelRoutes,
@@ -148,12 +149,14 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         split_qkv: bool = SplitOptions.split_qkv,
         split_heads: bool = SplitOptions.split_heads,
         split_gate_up: bool = SplitOptions.split_gate_up,
+        stacked_experts: bool = SplitOptions.stacked_experts,
+        flatten_conv: bool = SplitOptions.flatten_conv,
         **options: Any,
     ) -> Self:
         """Make the optimizer of a model, routing its parameters by the modules that own them.
 
         To AdaptiveMuon go the weights of hidden linear maps, such as ``nn.Linear``. To AdamW go embeddings and what is
-        tied to them, output heads, norms, biases, recurrent weights, all other parameters, and everything tagged
+        tied to them, output heads, routers, norms, biases, recurrent weights, all other parameters, and everything tagged
         ``is_embedding_or_output_parameter``. The attribute ``use_muon`` of a parameter decides before these rules.
         :meth:`describe` has the reason for each parameter. The weight of Hugging Face's ``Conv1D``, which is stored as
         (in, out), gets the attribute ``muon_transposed``.
@@ -168,16 +171,17 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
                 pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Components of wrappers are optional.
             params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
                 :meth:`add_param_group` routes and names as the model says when it is added.
-            split_qkv, split_heads, split_gate_up: Which weights are split into the matrices that they hold, as in
+            split_qkv, split_heads, split_gate_up, stacked_experts, flatten_conv: Which matrices the weights hold, as in
                 :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`. A parameter's own ``muon_blocks``, or
-                ``blocks_fn``, decides before. Weights of attention that are not recognized are logged.
+                ``blocks_fn``, decides before. Weights that are not recognized are logged.
             **options: All other arguments of the class.
 
         Raises:
             ValueError: As the class, and if a pattern matches no parameter, a parameter is not the model's, or a
                 sharding engine has emptied or flattened it.
         """
-        of_model = ModelRoutes.of(model, routes, SplitOptions(split_qkv, split_heads, split_gate_up))
+        switches = SplitOptions(split_qkv, split_heads, split_gate_up, stacked_experts, flatten_conv)
+        of_model = ModelRoutes.of(model, routes, switches)
         known, groups = of_model.by_parameter(), as_groups(model.parameters() if params is None else params)
         foreign = [tuple(p.shape) for group in groups for _, p in group["params"] if p not in known]
         require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
@@ -321,10 +325,12 @@ def _misrouted(routes: list[tuple[str, torch.Tensor, Route]]) -> list[Finding]:
             1e4 * size / max(largest, 1),
             name,
             f"AdamW has it, though it is larger than all matrices of AdaptiveMuon ({route.reason.split(';')[0]})",
-            'pass routes={"' + name + '": "adaptive_muon"} to from_model if it is the weight of a linear map',
+            "pass stacked_experts=True to from_model"
+            if route.reason == EXPERTS
+            else 'pass routes={"' + name + '": "adaptive_muon"} to from_model if it is the weight of a linear map',
         )
         for size, name, route in rows
-        if route.algorithm == "adamw" and route.reason.startswith((NOT_A_MAP, STACK)) and size > largest
+        if route.algorithm == "adamw" and route.reason.startswith((NOT_A_MAP, STACK, EXPERTS)) and size > largest
     ]
 
 
@@ -366,7 +372,11 @@ def _description(routes: list[tuple[str, torch.Tensor, Route]], muon: AdaptiveMu
     for part, title in titles.items():
         rows = [row for row in routes if part == (row[2].algorithm if row[1].requires_grad else "frozen")]
         line = f"{title}: {len(rows)} parameters, {sum(p.numel() for _, p, _ in rows):,} elements"
-        for reason, text in ((NOT_A_MAP, NOT_A_MAP), (STACK, "3-D, stacks of experts perhaps")):
+        for reason, text in (
+            (NOT_A_MAP, NOT_A_MAP),
+            (EXPERTS, "3-D, stacks of experts"),
+            (STACK, "3-D, stacks of experts perhaps"),
+        ):
             count = sum(route.reason.startswith(reason) for *_, route in rows) if part == "adamw" else 0
             line += f"; {count} of them {text}" if count else ""
         shared = Counter(muon.state_format.sharding.replicas_of(p) for _, p, _ in rows if part == "adaptive_muon")

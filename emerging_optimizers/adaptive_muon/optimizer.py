@@ -26,7 +26,7 @@ from emerging_optimizers.adaptive_muon.sharding.dtensor import gradient_of
 from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 from emerging_optimizers.adaptive_muon.state import checkpoint
-from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, count_empty
 from emerging_optimizers.adaptive_muon.update import StepRule
 from emerging_optimizers.adaptive_muon.weight_decay import WEIGHT_DECAYS
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -147,6 +147,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
         plan = self._planner.plan(self.param_groups, self.state)
         # Those that are partial sums are summed here, in the order of the parameters, which all ranks share.
         gradients = {p: gradient_of(p) for group in self.param_groups for p in group["params"] if p.grad is not None}
+        fresh = {p for p in gradients if not self.state.get(p)}
         with_state = partial(self._planner.with_state, self.param_groups, self.state, gradients, self._init_group)
         plan, rule = with_state(plan), self._rule()
 
@@ -159,6 +160,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
                     continue
                 plan = with_state(self._planner.plan(self.param_groups, self.state))
             pipelined(plan.rounds[process_group], begun, self._sharding.flag(process_group, self.param_groups))
+        count_empty(self.param_groups, self.state, gradients, fresh, self._sharding)
         if self.diagnostics_store is not None:
             self.diagnostics_store.end_step()
 

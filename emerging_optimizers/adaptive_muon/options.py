@@ -440,7 +440,7 @@ class Options(MatrixOptions):
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """Which weights of a model are split into the matrices that they hold, each orthogonalized by itself.
+    """Which matrices the weights of a model hold, each orthogonalized by itself.
 
     Raises:
         ValueError: If a value is not True or False.
@@ -461,6 +461,12 @@ class SplitOptions:
         "Whether gate and up projection of a gated MLP, such as SwiGLU, are matrices of their own where they are rows of "
         "one weight.",
         flag=True,
+    )
+    stacked_experts: bool = option_field(
+        False, "Whether each expert is a matrix where the experts of a layer are one tensor of three dimensions."
+    )
+    flatten_conv: bool = option_field(
+        False, "Whether the weight of a convolution is a matrix: its outputs by its inputs times its kernel."
     )
 
     def __post_init__(self) -> None:

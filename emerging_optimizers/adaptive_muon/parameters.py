@@ -3,7 +3,7 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -14,16 +14,23 @@ from emerging_optimizers.adaptive_muon.checks import refusal
 
 
 __all__ = [
+    "FormT",
     "check_capturable",
     "check_gradients",
     "check_matrices",
     "check_rows_and_columns",
+    "has_form",
     "has_usable_dtype",
     "in_work_dtype",
+    "is_flattened",
     "is_matrix",
     "parameter_name",
     "work_dtype",
 ]
+
+# What HybridAdaptiveMuon.from_model takes a parameter of more than two dimensions for, its attribute muon_form: a stack of
+# matrices, or one matrix (out, all the rest).
+FormT = Literal["stack", "flattened"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where sharding engines keep the shape of a parameter that they have emptied or flattened: DeepSpeed's ds_shape,
@@ -41,6 +48,16 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
 def is_matrix(p: torch.Tensor) -> bool:
     """Return whether a parameter is a matrix, or tagged ``muon_stacked`` as a stack of them."""
     return p.ndim == 2 or (p.ndim == 3 and bool(getattr(p, "muon_stacked", False)))
+
+
+def has_form(p: torch.Tensor) -> bool:
+    """Return whether HybridAdaptiveMuon.from_model takes a parameter for a stack or flattens it: its tag ``muon_form``."""
+    return getattr(p, "muon_form", None) is not None
+
+
+def is_flattened(p: torch.Tensor) -> bool:
+    """Return whether a parameter is stored in more dimensions than the matrix (out, all the rest) that it is worked on as."""
+    return getattr(p, "muon_form", None) == "flattened"
 
 
 def has_usable_dtype(p: torch.Tensor) -> bool:
@@ -80,19 +97,33 @@ def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
             )
 
 
+# By the number of dimensions.
+_OF_CONVOLUTION = "; pass flatten_conv=True to from_model if it is the weight of a convolution"
+_REMEDIES = {
+    3: "; set its muon_stacked = True, or pass stacked_experts=True to from_model, if it is a stack of matrices (experts)"
+    + _OF_CONVOLUTION,
+    **dict.fromkeys((4, 5), _OF_CONVOLUTION),
+}
+
+
 def check_matrices(group: dict[str, Any]) -> None:
     """Raise a ``ValueError`` unless every parameter of a group is a real floating-point matrix or stack of them."""
     for index, p in enumerate(group["params"]):
         if is_lazy(p):
             continue  # it has no shape before the model's first forward; the step looks again
         check_rows_and_columns(p, parameter_name(group, index))
-        if not is_matrix(p):
+        if is_flattened(p) and not p.is_contiguous():
+            raise refusal(
+                f"{parameter_name(group, index)} must be contiguous to be flattened; it has the strides",
+                p.stride(),
+                "convert the model to torch.contiguous_format, or pass flatten_conv=False",
+            )
+        if not (is_matrix(p) or has_form(p)):
             raise refusal(
                 "parameters of AdaptiveMuon must be matrices, of two dimensions; "
                 f"{parameter_name(group, index)} has the shape",
                 tuple(p.shape),
-                "give it to AdamW, as HybridAdaptiveMuon does by itself"
-                + ("; set its muon_stacked = True if it is a stack of matrices (experts)" if p.ndim == 3 else ""),
+                "give it to AdamW, as HybridAdaptiveMuon does by itself" + _REMEDIES.get(p.ndim, ""),
             )
         if not has_usable_dtype(p):
             raise refusal(

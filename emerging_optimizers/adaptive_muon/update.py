@@ -22,7 +22,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import Newton
 from emerging_optimizers.adaptive_muon.parameters import in_work_dtype, work_dtype
 from emerging_optimizers.adaptive_muon.passes import apply, average, decay_weights
 from emerging_optimizers.adaptive_muon.rounding import Purpose, Rounding
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_transposed, local_of, wrapped_like
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, as_stored, local_of, wrapped_like
 from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBatch, merge_blocks
 from emerging_optimizers.adaptive_muon.state.buffers import SecondMoment
 from emerging_optimizers.adaptive_muon.weight_decay import Number, WeightDecay
@@ -177,7 +177,7 @@ class BatchUpdate:
                 updates[place][matrix] = of_matrix
         for place, (p, W, of_p) in enumerate(zip(self.params, self._Ws, updates, strict=True)):
             U = merge_blocks([*of_p], [*of_p.values()], W.shape)
-            update = wrapped_like(p, U.mT if is_transposed(p) else U)
+            update = wrapped_like(p, as_stored(p, U))
             if rule.before_update is not None:
                 rule.before_update(p, update)
             with _within(rule.hook, p, update):
@@ -212,7 +212,7 @@ def _rate(lr: Number, *, on_device: bool) -> Number:
 def _within(hook: WeightUpdateHook | None, p: torch.Tensor, update: torch.Tensor) -> Iterator[None]:
     """Call a hook before and after what is done inside: for a parameter, or for each matrix of a stack."""
     pairs = [(p, update)]
-    if p.ndim > 2:
+    if as_matrices(p).ndim > 2:
         pairs = [*zip(local_of(p).detach().unbind(0), local_of(update).unbind(0), strict=True)]
     states = [] if hook is None else [hook.pre_weight_update_inplace(*pair) for pair in pairs]
     yield

@@ -2,13 +2,14 @@
 """Trains a small Conformer-CTC in NeMo with AdamW and with each method of adaptive_muon, and draws their losses.
 
 Every run is NeMo's own script flow, speech_to_text_ctc.py, which differs by its ``optim`` block only. --sweep chooses
-the learning rates first, on other utterances and another seed, and writes them to learning_rates.json.
+the learning rates first, on other utterances and another seed, and writes them to learning_rates.json. A name such as
+"namo_d+conv" is a method with ``flatten_conv``; --method has those to compare.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -44,6 +45,8 @@ FIRST_RATES = {
     "namo": [1e-2, 2e-2, 4e-2],
     "namo_d": [1e-2, 2e-2, 4e-2],
 }
+CONV = "+conv"
+ALL = [*FIRST_RATES, *(method + CONV for method in FIRST_RATES if method != "adamw")]
 TRAIN, VALIDATION, ERRORS = "train_loss", "val_loss", "val_wer"
 
 
@@ -53,7 +56,8 @@ def optim_block(method: str, lr: float, scalar_lr: float | None) -> dict[str, An
     if method == "adamw":
         kept = {key: block[key] for key in ("betas", "weight_decay", "sched")}
         return {"name": "adamw", "lr": lr, **kept}
-    return {**block, "lr": lr, "moment2_method": method, "scalar_lr": scalar_lr}
+    switch = {"flatten_conv": True} if method.endswith(CONV) else {}
+    return {**block, "lr": lr, "moment2_method": method.removesuffix(CONV), "scalar_lr": scalar_lr, **switch}
 
 
 def train(block: dict[str, Any], data: Path, folder: Path, *, seed: int, steps: int) -> dict[str, Any]:
@@ -88,16 +92,16 @@ def train(block: dict[str, Any], data: Path, folder: Path, *, seed: int, steps: 
 
 def untried(rates: Rates, method: str) -> Iterator[float]:
     """Yields the rates still to be tried: the first ones, then one beyond the end where the best is."""
-    yield from (lr for lr in FIRST_RATES[method] if lr not in rates.losses(method))
+    yield from (lr for lr in FIRST_RATES[method.removesuffix(CONV)] if lr not in rates.losses(method))
     while (best := rates.chosen(method)) in (min(rates.losses(method)), max(rates.losses(method))):
         yield best / 2 if best == min(rates.losses(method)) else best * 2
 
 
-def sweep(rates: Rates, folder: Path, steps: int) -> None:
-    """Tries what is untried of every method; all but AdamW train the AdamW part at the rate chosen for AdamW."""
+def sweep(rates: Rates, methods: Sequence[str], folder: Path, steps: int) -> None:
+    """Tries what is untried of each method; all but AdamW train the AdamW part at the rate chosen for AdamW."""
     write_manifests(folder / "data", seed=1)
     rates.start({"steps": steps, "seed": 100, "data_seed": 1, "chosen_by": VALIDATION})
-    for method in FIRST_RATES:
+    for method in methods:
         for lr in untried(rates, method):
             tqdm.write(f"{method} at {lr:g}")
             block = optim_block(method, lr, None if method == "adamw" else rates.chosen("adamw"))
@@ -105,10 +109,12 @@ def sweep(rates: Rates, folder: Path, steps: int) -> None:
             rates.add(method, lr, run[VALIDATION], optim=block)
 
 
-def compare(rates: Rates, folder: Path, steps: int, seeds: int) -> dict[str, list[dict[str, Any]]]:
-    """Trains every method at its chosen rate with several seeds."""
+def compare(
+    rates: Rates, methods: Sequence[str], folder: Path, steps: int, seeds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Trains each method at its chosen rate with several seeds."""
     write_manifests(folder / "data", seed=0)
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in FIRST_RATES}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for method, seed in tqdm([(method, seed) for seed in range(seeds) for method in runs]):
         block = optim_block(method, rates.chosen(method), None if method == "adamw" else rates.chosen("adamw"))
         runs[method].append(train(block, folder / "data", folder / f"{method}-seed{seed}", seed=seed, steps=steps))
@@ -118,7 +124,7 @@ def compare(rates: Rates, folder: Path, steps: int, seeds: int) -> dict[str, lis
 def table(rates: Rates, runs: dict[str, list[dict[str, Any]]]) -> str:
     """Returns the results as text: means over the seeds, and the spread of the validation loss."""
     lines = [
-        f"{'method':8} {'rate':>7} {'steps to a loss of 1':>21} {'validation loss':>16} {'min to max':>15} {'WER':>7}"
+        f"{'method':12} {'rate':>7} {'steps to a loss of 1':>21} {'validation loss':>16} {'min to max':>15} {'WER':>7}"
     ]
     for method, of_method in runs.items():
         first = [next((i for i, loss in enumerate(run["losses"]) if loss < 1), None) for run in of_method]
@@ -127,7 +133,7 @@ def table(rates: Rates, runs: dict[str, list[dict[str, Any]]]) -> str:
         spread = f"{min(losses):.3f} to {max(losses):.3f}"
         errors = mean(run[ERRORS] for run in of_method)
         lines.append(
-            f"{method:8} {rates.chosen(method):7g} {reached:>21} {mean(losses):16.3f} {spread:>15} {errors:7.1%}"
+            f"{method:12} {rates.chosen(method):7g} {reached:>21} {mean(losses):16.3f} {spread:>15} {errors:7.1%}"
         )
     return "\n".join(lines)
 
@@ -136,7 +142,8 @@ def draw(rates: Rates, runs: dict[str, list[dict[str, Any]]], path: Path) -> Non
     """Draws the training losses of the runs, and the tuning losses against the rates."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for method, of_method in runs.items():
-        style = {**STYLES[method], "linewidth": 1.6, "markersize": 4}
+        style = {**STYLES[method.removesuffix(CONV)], "linewidth": 1.6, "markersize": 4}
+        style |= {"linestyle": ":"} if method.endswith(CONV) else {}
         curve = [mean(each) for each in zip(*(run["losses"] for run in of_method), strict=True)]
         left.plot(range(1, len(curve) + 1), curve, label=method, **style, markevery=10)
         losses = rates.losses(method)
@@ -157,6 +164,9 @@ def draw(rates: Rates, runs: dict[str, list[dict[str, Any]]], path: Path) -> Non
 def main() -> None:
     """Trains, prints the table, writes JSON and PNG."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--method", action="append", choices=ALL, help="one of them; may be repeated (default: all without +conv)"
+    )
     parser.add_argument("--sweep", action="store_true", help="choose the learning rates first")
     parser.add_argument("--steps", type=int, default=100, help="steps of each run (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
@@ -166,11 +176,11 @@ def main() -> None:
     del sys.argv[1:]
     logging.setLevel(logging.ERROR)
     out = arguments.out.resolve()
-    rates = Rates(HERE / "learning_rates.json")
+    rates, methods = Rates(HERE / "learning_rates.json"), arguments.method or [*FIRST_RATES]
     with TemporaryDirectory() as folder:
         if arguments.sweep:
-            sweep(rates, Path(folder) / "sweep", arguments.steps)
-        runs = compare(rates, Path(folder), arguments.steps, arguments.seeds)
+            sweep(rates, methods, Path(folder) / "sweep", arguments.steps)
+        runs = compare(rates, methods, Path(folder), arguments.steps, arguments.seeds)
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(json.dumps(runs, indent=1) + "\n")
     draw(rates, runs, out / "compare.png")

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training.training import wrap_model_chunks_with_ddp
 from torch.nn import functional as F
 
@@ -46,6 +47,13 @@ class NoAttention(torch.nn.Module):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
+
+
+class OfOneSize(DotProductAttention):
+    """Megatron's own without Transformer Engine, whose keys and values have one size; which latent attention tells it."""
+
+    def __init__(self, *arguments: Any, k_channels: int = 0, v_channels: int = 0, **options: Any) -> None:
+        super().__init__(*arguments, **options)
 
 
 def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> DistributedDataParallel:
@@ -88,8 +96,10 @@ def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> Distri
         moe_grouped_gemm=config.moe_grouped_gemm,
         multi_latent_attention=latent,
     )
-    if latent:  # Megatron's own, without Transformer Engine, cannot have keys and values of other sizes
-        spec.submodules.self_attention.submodules.core_attention = NoAttention
+    if latent:
+        sizes = {config.v_head_dim, config.qk_head_dim + config.qk_pos_emb_head_dim}
+        attention = OfOneSize if sizes == {config.kv_channels} else NoAttention
+        spec.submodules.self_attention.submodules.core_attention = attention
     model = GPTModel(
         config,
         spec,

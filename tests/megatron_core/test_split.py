@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.optimizer import emerging_optimizers
-from models import cut, gpt, optimizer_of, parallel, seeded
+from models import cut, gpt, optimizer_of, parallel, seeded, train
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
@@ -49,7 +49,7 @@ def parts_of(name: str, whole: torch.Tensor, *, heads: bool, gate_up: bool) -> l
     if heads and "linear_kv_down_proj" in name:
         return [whole[:16], whole[16:]]
     if heads and "linear_kv_up_proj" in name:
-        return [part for head in whole.view(8, 14, -1) for part in (head[:8], head[8:])]
+        return [part for head in whole.view(8, -1, whole.size(-1)) for part in (head[:8], head[8:])]
     if heads and "linear_proj" in name:
         return [*whole.view(whole.size(0), 8, -1).transpose(0, 1)]
     return [whole]
@@ -110,3 +110,65 @@ def test_the_same_as_separate_weights(options: dict[str, Any], heads: bool, gate
                     mine, whole = getattr(p, "main_param", p).detach(), cut(expected[name], name, p)
                     moved = (whole - cut(start[name], name, p)).norm()
                     assert (mine - whole).norm() <= 1e-5 * moved, (tp, name)
+
+
+RUNNING = LATENT | dict(v_head_dim=12, kv_channels=12)  # whose forward Megatron's own attention can take
+
+
+def latent_parts(name: str, w: torch.Tensor) -> list[torch.Tensor]:
+    """The matrices of a weight of latent attention."""
+    return parts_of(name, w, heads=True, gate_up=False)
+
+
+@pytest.mark.parametrize("method", ["namo_d", "normuon"])
+def test_latent_attention_runs_as_with_separate_weights(method: str) -> None:
+    """Forward, backward and step of the model, and steps of its matrices by themselves on the same gradients."""
+    register(split_heads=True)
+    rules = dict(moment2_method=method, lr=1e-2, weight_decay=0.0, nesterov=False, fp32_matmul_prec="highest")
+    for tp in 1, 2:
+        with parallel(tp):
+            model = gpt(**RUNNING)
+            optimizer = optimizer_of(model, method, weight_decay=0.0, clip_grad=0.0, muon_nesterov=False)
+            seen: list[dict[str, torch.Tensor]] = []
+
+            def note(*_: Any, model: Any = model, seen: list[dict[str, torch.Tensor]] = seen) -> None:
+                seen.append({n: p.main_grad.clone() for n, p in model.module.named_parameters() if p.ndim == 2})
+
+            start = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+            finish = model.finish_grad_sync
+
+            def finished(*arguments: Any, finish: Any = finish, note: Any = note, **options: Any) -> Any:
+                result = finish(*arguments, **options)
+                note()
+                return result
+
+            model.finish_grad_sync = finished
+            losses = train(model, optimizer, range(3))
+            ends = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+            if tp == 1:
+                whole_losses = losses
+                check_apart(start, ends, seen, rules)
+    assert losses == pytest.approx(whole_losses, rel=1e-5)
+
+
+def check_apart(
+    start: dict[str, torch.Tensor],
+    ends: dict[str, torch.Tensor],
+    gradients: list[dict[str, torch.Tensor]],
+    rules: dict[str, Any],
+) -> None:
+    """Checks whole weights that were trained with some gradients against their matrices by themselves."""
+    names = [name for name in gradients[0] if "layers" in name]
+    assert len(gradients) == 3
+    assert any(len(latent_parts(name, start[name])) > 1 for name in names)
+    params = {name: [nn.Parameter(part.clone()) for part in latent_parts(name, start[name])] for name in names}
+    separate = AdaptiveMuon([part for each in params.values() for part in each], **rules)
+    for of_step in gradients:
+        for name, parts in params.items():
+            for part, grad in zip(parts, latent_parts(name, of_step[name]), strict=True):
+                part.grad = grad.clone()
+        separate.step()
+    for name, parts in params.items():
+        for part, mine in zip(parts, latent_parts(name, ends[name]), strict=True):
+            assert (mine - part).norm() <= 1e-6 * part.norm(), name
+        assert not torch.equal(ends[name], start[name])

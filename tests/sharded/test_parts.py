@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads, and gate and up projections, that from_model finds in a sharded model: the same as in the whole one."""
+"""Heads, gate and up projections, experts and convolutions of a sharded model: the same as in the whole one."""
 
 import copy
 import os
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from emerging_optimizers.adaptive_muon import ColumnBlocks, HybridAdaptiveMuon
@@ -48,18 +49,42 @@ class Phi3MLP(nn.Module):
         self.gate_up_proj, self.down_proj = nn.Linear(12, 2 * 9, bias=False), nn.Linear(9, 12, bias=False)
 
 
+class Experts(nn.Module):
+    """Five experts, which no number of ranks but one divides, stored as (in, out) or not."""
+
+    def __init__(self, *, transposed: bool) -> None:
+        super().__init__()
+        shapes = ((5, 6, 14), (5, 7, 6)) if transposed else ((5, 14, 6), (5, 6, 7))
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+        self.has_gate, self.is_concatenated, self.is_transposed = True, not transposed, transposed
+
+
 class Model(nn.Module):
-    """What heads are found in."""
+    """What heads, gates and up projections, experts and convolutions are found in."""
 
     def __init__(self) -> None:
         super().__init__()
         self.separate, self.fused, self.mlp = Attention(), nn.MultiheadAttention(12, 3, bias=False), Phi3MLP()
+        self.experts, self.stored = Experts(transposed=False), Experts(transposed=True)
+        self.conv, self.image = nn.Conv1d(5, 7, 3, bias=False), nn.Conv2d(3, 6, 2, bias=False)
+        self.depthwise = nn.Conv1d(6, 6, 3, groups=6, bias=False)
 
 
 def fsdp(model: Any) -> None:
-    """Strips of rows; and each module has a class of torch's own then."""
-    for part in (model.separate, model.fused, model.mlp, model):
+    """Strips of rows, or some experts each; and each module has a class of torch's own then."""
+    parts = (model.separate, model.fused, model.mlp, model.experts, model.stored, model.conv, model.image, model)
+    for part in parts:
         fully_shard(part, mesh=mesh((dist.get_world_size(),), ("dp",)))
+
+
+def experts_and_their_rows(model: Any) -> None:
+    """Some experts each, and of these strips of rows or columns, as NeMo Automodel shards them."""
+    size = dist.get_world_size()
+    both = mesh((max(size // 2, 1), min(size, 2)), ("dp", "tp"))
+    for experts in (model.experts, model.stored):
+        for leaf, p in [*experts.named_parameters()]:
+            sharded = distribute_tensor(p.detach(), both, [Shard(0), Shard(1)])
+            experts.register_parameter(leaf, nn.Parameter(sharded))
 
 
 def tensor_parallel_and_fsdp(model: Any) -> None:
@@ -71,11 +96,11 @@ def tensor_parallel_and_fsdp(model: Any) -> None:
     fully_shard(model, mesh=both["dp"])
 
 
-WAYS = (fsdp, tensor_parallel_and_fsdp)
+WAYS = (fsdp, tensor_parallel_and_fsdp, experts_and_their_rows)
 
 
 def optimizer_of(model: nn.Module, method: str) -> HybridAdaptiveMuon:
-    switches = {"split_heads": True, "split_gate_up": True}
+    switches = {"split_heads": True, "split_gate_up": True, "stacked_experts": True, "flatten_conv": True}
     return HybridAdaptiveMuon.from_model(model, **options_of(method), weight_decay=0.1, **switches)
 
 
@@ -110,7 +135,12 @@ def test_the_same_as_whole(method: str, way: Callable[[nn.Module], None]) -> Non
         "fused.out_proj.weight": ColumnBlocks((4,) * 3),
         "mlp.gate_up_proj.weight": (9, 9),
         "mlp.down_proj.weight": None,
+        **{"experts.gate_up_proj": (7, 7), "experts.down_proj": None},
+        **{"stored.gate_up_proj": (1, 1), "stored.down_proj": None},
+        **dict.fromkeys(("conv.weight", "image.weight", "depthwise.weight")),
     }
+    to_muon = {p for group in optimizers[1].param_groups if group["use_muon"] for p in group["params"]}
+    assert to_muon == {p for name, p in sharded.named_parameters() if name != "depthwise.weight"}
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         set_gradients_of_both(pairs, places, generator)

@@ -13,7 +13,7 @@ from emerging_optimizers.adaptive_muon.diagnostics.store import VALUES, Key, Sto
 from emerging_optimizers.adaptive_muon.diagnostics.summary import quantiles
 from emerging_optimizers.adaptive_muon.identity import identity
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
-from emerging_optimizers.adaptive_muon.sharding.dtensor import offset_of
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, offset_of
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 
 
@@ -111,12 +111,13 @@ class Diagnosed:
         """Yield the rows of values of one parameter's matrices, with the names of these."""
         if not keys:
             return
-        place, first = self.place_of_shard(p), offset_of(p)[0] if p.ndim > 2 else 0
+        is_stack = as_matrices(p).ndim > 2
+        place, first = self.place_of_shard(p), offset_of(p)[0] if is_stack else 0
         name += "" if place is None else f" (shard of rank {place})"
         for key in keys:
             block = "" if key[1] is None else f"[{key[1]}]"
             for number, row in enumerate(values[key], start=first):
-                yield name + block + (f"[expert {number}]" if p.ndim > 2 else ""), row
+                yield name + block + (f"[expert {number}]" if is_stack else ""), row
 
 
 def _shown(value: dict[str, float], clamps: bool) -> dict[str, float]:

@@ -122,13 +122,15 @@ def _check_keys(given: Iterable[str], valid: Collection[str], place: str) -> Non
 def _tag_heads(model: nn.Module) -> None:
     """Tag the output heads that NeMo's modules show: the last linear layer of one that returns logits, or of a joint.
 
-    A transducer's joint returns the loss where it is fused with it, and has other linear layers after its joint_net.
+    Where such a module has convolutions only, as a CTC decoder has, it is the last of those. A transducer's joint returns the loss where it is fused with it, and has other linear layers after its joint_net.
     """
     for module in model.modules():
         outputs = (module.output_types or {}).values() if isinstance(module, NeuralModule) else ()
         types = [output.elements_type for output in outputs if isinstance(output, NeuralType)]
         net = getattr(module, "joint_net", module)
         if net is not module or any(isinstance(of_output, LogitsType | LogprobsType) for of_output in types):
-            linears = [m for name, m in net.named_modules() if isinstance(m, nn.Linear) and "adapter" not in name]
-            for head in linears[-1:]:
+            layers = [m for name, m in net.named_modules() if "adapter" not in name]
+            kinds = nn.Linear, nn.modules.conv._ConvNd
+            linears, convolutions = ([m for m in layers if isinstance(m, kind)] for kind in kinds)
+            for head in (linears or convolutions)[-1:]:
                 head.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from emerging_optimizers.adaptive_muon.options import SplitOptions
-from emerging_optimizers.adaptive_muon.routing.parts import Parts, kinds_of, weight_of
+from emerging_optimizers.adaptive_muon.routing.experts import in_experts
+from emerging_optimizers.adaptive_muon.routing.parts import Parts, child_of, kinds_of, weight_of
 from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 
 
@@ -33,6 +34,13 @@ _TABLE = {
     },
     **{f"transformers.{name}": "fc1" for name in ("MoonshineDecoderMLP", "MoonshineStreamingDecoderMLP")},
 }
+# Experts in one tensor, with all gates before all up projections.
+_CONCATENATED = {
+    *("transformers.JetMoeMoE", "transformers.Llama4TextExperts", "transformers.LongcatFlashExperts"),
+    "transformers.Step3p7Experts",
+}
+_OF_AUTOMODEL = {"nemo_automodel.GroupedExperts", "nemo_automodel.GroupedExpertsDeepEP"}
+_ACTIVATIONS = {"swiglu": True, "swigluoai": True, "geglu": True, "quick_geglu": False}
 GATED_CLASSES = tuple(_TABLE)
 _NAMES = {"gate_up_proj", "gate_up", "up_gate_proj", "gate_and_up_projs", "gate_and_up_proj", "w12", "w13", "Wi"}
 
@@ -50,16 +58,34 @@ def in_gated(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Par
         weight = weight_of(module, _TABLE[kind]) if kind in _TABLE else None
         if weight is not None and weight.rows % 2 == 0:
             yield weight.p, _parts((weight.rows // 2,) * 2, weight.rows)
-    experts = getattr(module, "gate_up_proj", None)
-    # What Hugging Face's use_experts_implementation sets, of experts in one tensor.
-    layout = [getattr(module, name, None) for name in ("has_gate", "is_concatenated", "is_transposed")]
-    if isinstance(experts, nn.Parameter) and experts.ndim == 3 and layout[0] is True and None not in layout:
-        _, is_concatenated, is_transposed = layout
-        outputs = experts.size(-1 if is_transposed else -2)
+    yield from _in_experts(module, switches)
+
+
+def _in_experts(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Parameter, Parts]]:
+    """Yield the parts of the fused gate and up projections of experts in one tensor, if a module has some."""
+    is_concatenated = _is_concatenated(module)
+    if is_concatenated is None:
+        return
+    projection = child_of(module, "input_linear")
+    for p, (outputs, _), transposed in in_experts(module if projection is None else projection):
         if outputs % 2 == 0:
+            # Of a stack that is stored (in, out), and not worked on as its transpose, the outputs are columns.
+            as_transposed = _is_tagged(p) or (transposed and switches.stacked_experts)
             sizes = (outputs // 2,) * 2 if is_concatenated else (1, 1)
-            # Of a stack that is stored (in, out) and not tagged so, the outputs are columns.
-            yield experts, _parts(sizes, outputs, of_rows=is_transposed is _is_tagged(experts))
+            yield p, _parts(sizes, outputs, of_rows=transposed is as_transposed)
+        return  # the others are projections down
+
+
+def _is_concatenated(module: nn.Module) -> bool | None:
+    """Return whether gates of experts in one tensor precede their up projections, or alternate; None if not known."""
+    # What Hugging Face's use_experts_implementation sets.
+    said = getattr(module, "is_concatenated", None) if getattr(module, "has_gate", None) is True else None
+    if isinstance(said, bool):
+        return said
+    kinds = {*kinds_of(module)}
+    if not kinds.isdisjoint(_OF_AUTOMODEL):
+        return _ACTIVATIONS.get(getattr(getattr(module, "config", None), "expert_activation", ""))
+    return True if not kinds.isdisjoint(_CONCATENATED) else None
 
 
 def _is_tagged(p: torch.Tensor) -> bool:

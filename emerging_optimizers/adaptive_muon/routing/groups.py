@@ -18,6 +18,7 @@ from emerging_optimizers.adaptive_muon.identity import give_key, key_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.routing.rules import (
     UNSPLIT,
+    UNSTACKED,
     AlgorithmT,
     Route,
     plain_names,
@@ -69,9 +70,10 @@ class ModelRoutes:
     def of(cls, model: nn.Module, patterns: Mapping[str, AlgorithmT] | None, switches: SplitOptions) -> "ModelRoutes":
         """Route a model's parameters, and log the weights that a switch is for in modules that are not recognized."""
         routes = cls(model, route_model(model, patterns, switches), patterns, switches)
-        unsplit = [name for name, route in routes.routes.items() if route.unsplit]
-        if unsplit:
-            logging.warning("adaptive_muon: %d weights are %s: %s", len(unsplit), UNSPLIT, ", ".join(unsplit))
+        for text in (UNSPLIT, UNSTACKED):
+            unsplit = [name for name, route in routes.routes.items() if route.unsplit == text]
+            if unsplit:
+                logging.warning("adaptive_muon: %d weights are %s: %s", len(unsplit), text, ", ".join(unsplit))
         return routes
 
     def by_parameter(self, params: Iterable[torch.Tensor] = ()) -> dict[torch.Tensor, tuple[str, Route]]:
@@ -285,16 +287,18 @@ def distinct(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[st
 def tag(params: Sequence[torch.Tensor], routes: Sequence[Route]) -> list[Callable[[], None]]:
     """Tag the matrices that are stored as (in, out), ``muon_transposed``, and those of several parts, ``muon_parts``.
 
-    Return functions that undo it.
+    Stacks and what is flattened are tagged ``muon_form``. Return functions that undo it.
     """
     undo: list[Callable[[], None]] = []
     for p, route in zip(params, routes, strict=True):
         to_muon = route.algorithm == "adaptive_muon"
         blocks = route.parts.blocks if to_muon and route.parts is not None else None
-        for name, value in (("muon_transposed", to_muon and route.transposed), ("muon_parts", blocks)):
+        form = route.form if to_muon else None
+        tags = (("muon_transposed", to_muon and route.transposed), ("muon_parts", blocks), ("muon_form", form))
+        for name, value in tags:
             before = getattr(p, name, None)
-            # What is stored transposed stays so; parts are those of this optimizer, and no other's.
-            if before != value and (value or (name == "muon_parts" and before is not None)):
+            # What is stored transposed stays so; parts and forms are those of this optimizer, and no other's.
+            if before != value and (value or (name != "muon_transposed" and before is not None)):
                 setattr(p, name, value)
                 undo.append(partial(delattr, p, name) if before is None else partial(setattr, p, name, before))
     return undo

@@ -13,6 +13,7 @@ __all__ = [
     "Adapted",
     "LinearMap",
     "adapted",
+    "features_of",
     "is_factor",
     "is_linear",
     "is_weight_by_name",
@@ -69,7 +70,7 @@ def linear_map(module: nn.Module, leaf: str, p: torch.Tensor) -> LinearMap | Non
         return LinearMap(columns, rows, transposed=True) if stored_transposed else None
     fits = (
         (leaf == "weight" and isinstance(module, nn.Linear))
-        or any(_fits(module, leaf, p, outputs, inputs) for outputs, inputs in _features(module))
+        or any(_fits(module, leaf, p, outputs, inputs) for outputs, inputs in features_of(module))
         or _has_its_bias(module, leaf, rows)
         or (isinstance(module, nn.MultiheadAttention) and leaf.endswith("_proj_weight"))
     )
@@ -80,7 +81,7 @@ def is_linear(module: nn.Module) -> bool:
     """Return whether a module is a linear map, also where its weight is packed and has no rows and columns."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.modules.conv._ConvNd):
         return False
-    return isinstance(module, nn.Linear) or _is_conv1d(module) or any(_features(module))
+    return isinstance(module, nn.Linear) or _is_conv1d(module) or any(features_of(module))
 
 
 def is_weight_by_name(name: str) -> bool:
@@ -126,7 +127,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return by_name and all(isinstance(getattr(module, name, None), int) for name in ("nf", "nx"))
 
 
-def _features(module: nn.Module) -> Iterator[tuple[int, int]]:
+def features_of(module: nn.Module) -> Iterator[tuple[int, int]]:
     """Yield the numbers (outputs, inputs) that a module has as attributes.
 
     These are two attributes whose names differ in "in" and "out" only: ``in_features`` and ``out_features`` (torch,

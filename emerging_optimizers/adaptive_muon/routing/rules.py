@@ -15,7 +15,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
-from emerging_optimizers.adaptive_muon.parameters import check_rows_and_columns, has_usable_dtype, is_matrix
+from emerging_optimizers.adaptive_muon.parameters import FormT, check_rows_and_columns, has_usable_dtype, is_matrix
+from emerging_optimizers.adaptive_muon.routing.experts import find_routers, is_called_expert, is_called_router
+from emerging_optimizers.adaptive_muon.routing.forms import Form, find_forms
 from emerging_optimizers.adaptive_muon.routing.gate_up import is_called_gate_up
 from emerging_optimizers.adaptive_muon.routing.heads import (
     find_heads,
@@ -42,6 +44,7 @@ __all__ = [
     "NOT_A_MAP",
     "STACK",
     "UNSPLIT",
+    "UNSTACKED",
     "AlgorithmT",
     "Route",
     "plain_names",
@@ -56,6 +59,7 @@ AlgorithmT = Literal["adaptive_muon", "adamw"]
 NOT_A_MAP = "two-dimensional, but not the weight of a linear map"
 STACK = "3-D, not a matrix; if it is a stack of matrices (experts)"
 UNSPLIT = "not split, the module is not recognized; set its muon_blocks if it holds several matrices"
+UNSTACKED = "not taken for experts, stacked_experts does not recognize the module"
 
 # What wrappers put into names: torch.compile, FSDP, activation checkpointing and Lightning Fabric.
 _WRAPPERS = {
@@ -78,12 +82,25 @@ class Route:
     reason: str  # the rule that decided, in words
     transposed: bool = False  # whether the matrix is stored as (in, out) instead of (out, in)
     parts: Parts | None = None  # the matrices that it holds, if it is more than one or was looked at
-    unsplit: str = ""  # why it is not split although a switch asks for it
+    unsplit: str = ""  # why a switch that is on has nothing to do with it, though it may be for it
+    form: FormT | None = None  # what it is taken for, if it has more than two dimensions
 
     @property
     def text(self) -> str:
         """The reason, and what is known of the matrices that the parameter holds."""
         return "; ".join(filter(None, [self.reason, self.parts.text if self.parts else "", self.unsplit]))
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a model's modules show of its parameters."""
+
+    heads: Mapping[nn.Module, str]  # the output heads, with the reason
+    routers: Collection[nn.Module]  # what chooses among experts
+    tables: Collection[torch.Tensor]  # the weights of embeddings
+    networks: Collection[tuple[str, ...]]  # paths of modules that are no heads
+    forms: Mapping[nn.Parameter, Form]  # what switches take for a matrix, or for several
+    reasons: Mapping[nn.Parameter, str]  # why others of more than two dimensions are no matrices
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,8 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
     route = _route_by_choice(p) or _route_by_itself(p, [name])
     if route is not None:
         return route
-    table = table_by_name(name.split(".")[:-1])
+    path = name.split(".")[:-1]
+    table = "router" if is_called_router(path) else table_by_name(path)
     if _is_tagged(p) or not name or (not table and is_weight_by_name(name)):
         return _to_muon(p)
     reason = f"{table} by its name" if table else NOT_A_MAP
@@ -160,30 +178,45 @@ def route_model(
             check_rows_and_columns(p, places[0].name)
     all_names = {name for places in uses.values() for use in places for name in use.names}
     patterns = _resolved(routes or {}, all_names, partly=partly)
-    networks = networks_in((use.path[:-1], use.modules) for use in chain(*uses.values()))
-    heads = find_heads(
-        model,
-        ((use.path[:-1], use.module, use.map) for use in chain(*uses.values()) if use.map and not use.adapts),
-        networks,
-    )
-    tables = {p for p, places in uses.items() if any(is_embedding(use.module) for use in places)}
     switches = switches or SplitOptions()
-    routed, parts = [], find_parts(model, switches)
+    findings, parts = _findings(model, uses, switches), find_parts(model, switches)
+    routed = []
     for p, places in uses.items():
         names = {name for use in places for name in use.names}
-        for pattern, form, algorithm in patterns:
-            if any(fnmatchcase(name, form) for name in names):
+        for pattern, matching, algorithm in patterns:
+            if any(fnmatchcase(name, matching) for name in names):
                 route = Route(algorithm, f"pattern {pattern!r}")
                 break
         else:
-            route = _route_in_model(p, places, heads, tables, networks)
-        if any(use.map and use.map.transposed for use in places):
-            suffix = ", stored (in, out)" if route.algorithm == "adaptive_muon" else ""
-            route = Route(route.algorithm, route.reason + suffix, transposed=True)
-        if route.algorithm == "adaptive_muon":
+            route = _route_in_model(p, places, findings)
+        to_muon, form = route.algorithm == "adaptive_muon", findings.forms.get(p)
+        if any(use.map and use.map.transposed for use in places) or (to_muon and form and form.transposed):
+            route = replace(route, reason=route.reason + (", stored (in, out)" if to_muon else ""), transposed=True)
+        if to_muon:
+            route = replace(route, form=None if form is None else form.kind)
             route = _with_parts(route, p, places, parts, switches)
+        elif switches.stacked_experts and route.reason.startswith(STACK) and _is_called_expert(places):
+            route = replace(route, unsplit=UNSTACKED)
         routed.append((places[0].name, p, route))
     return routed
+
+
+def _findings(model: nn.Module, uses: Mapping[nn.Parameter, Sequence[_Use]], switches: SplitOptions) -> _Findings:
+    """Return what a model's modules show of its parameters, which have these places."""
+    forms, reasons = find_forms(model, switches)
+    networks = networks_in((use.path[:-1], use.modules) for use in chain(*uses.values()))
+
+    def maps() -> Iterator[tuple[list[str], nn.Module, LinearMap]]:
+        for p, places in uses.items():
+            flat = LinearMap(*forms[p].shape) if p in forms and forms[p].kind == "flattened" else None
+            for use in places:
+                map_ = use.map or flat
+                if map_ and not use.adapts:
+                    yield use.path[:-1], use.module, map_
+
+    heads = find_heads(model, maps(), networks)
+    tables = {p for p, places in uses.items() if any(is_embedding(use.module) for use in places)}
+    return _Findings(heads, find_routers(model), tables, networks, forms, reasons)
 
 
 def plain_names(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -279,30 +312,28 @@ def _owner(prefix: str, leaf: str, modules: Mapping[str, nn.Module]) -> tuple[nn
     return modules[prefix], leaf
 
 
-def _route_in_model(
-    p: torch.Tensor,
-    places: list[_Use],
-    heads: Mapping[nn.Module, str],
-    tables: Collection[torch.Tensor],
-    networks: Collection[tuple[str, ...]],
-) -> Route:
+def _route_in_model(p: nn.Parameter, places: list[_Use], findings: _Findings) -> Route:
     """Return the route that its ``use_muon``, the modules around a parameter or else its other tags and shape decide."""
-    chosen = _route_by_choice(p)
+    form, no_matrix = findings.forms.get(p), findings.reasons.get(p, "")
+    chosen = _route_by_choice(p, form)
     if chosen is not None:
         return chosen
     for use in places:
-        reason = _reason_of_place(use, heads, tables, networks)
+        reason = _reason_of_place(use, findings)
         if reason:
             tied = reason == "embedding" and len({use.name for use in places}) > 1
             return Route("adamw", reason + (", tied" if tied else ""))
     name = places[0].name
-    in_convolution = isinstance(places[0].module, nn.modules.conv._ConvNd)
-    route = _route_by_itself(p, [use.name for use in places], networks, may_be_stack=not in_convolution)
+    route = _route_by_itself(p, [use.name for use in places], findings.networks, form, no_matrix)
     if route is not None:
         return route
-    if any(use.map for use in places) or _is_tagged(p):
-        return _to_muon(p)
+    if any(use.map for use in places) or form or _is_tagged(p):
+        return _to_muon(p, form)
     return Route("adamw", f"{NOT_A_MAP}; to override, pass routes={{{name!r}: 'adaptive_muon'}}")
+
+
+def _is_called_expert(places: list[_Use]) -> bool:
+    return any(is_called_expert(use.path, use.module) for use in places)
 
 
 def _with_parts(
@@ -320,19 +351,20 @@ def _with_parts(
     return route
 
 
-def _reason_of_place(
-    use: _Use, heads: Mapping[nn.Module, str], tables: Collection[torch.Tensor], networks: Collection[tuple[str, ...]]
-) -> str | None:
+def _reason_of_place(use: _Use, findings: _Findings) -> str | None:
     """Return the reason for which the modules around a parameter send it to AdamW, if they do."""
+    heads = findings.heads
     head = next((heads[module] for module in use.around if module in heads), None)
     if head:
         return head
+    if any(module in findings.routers for module in use.around):
+        return "router"
     if use.adapts:
         base = use.adapts.base
-        if is_embedding(base) or getattr(base, "weight", None) in tables:
+        if is_embedding(base) or getattr(base, "weight", None) in findings.tables:
             return "adapter of an embedding"
         path = [part for part in use.adapts.path if part not in _WRAPPERS]
-        if base in heads or head_by_name(path, networks=networks):
+        if base in heads or head_by_name(path, networks=findings.networks):
             return "adapter of an output head"
         if use.adapts.is_wrapped and not is_linear(base):
             return f"adapter of {type(base).__name__}, which is not a linear map"
@@ -348,16 +380,20 @@ def _reason_of_place(
     return None
 
 
-def _route_by_choice(p: torch.Tensor) -> Route | None:
+def _route_by_choice(p: torch.Tensor, form: Form | None = None) -> Route | None:
     """Return the route that the attribute ``use_muon`` decides; None without it, or where AdaptiveMuon cannot do it."""
     use_muon = getattr(p, "use_muon", None)
-    if use_muon is None or (use_muon and (is_lazy(p) or _why_unusable(p))):
+    if use_muon is None or (use_muon and (is_lazy(p) or _why_unusable(p, form))):
         return None
     return Route("adaptive_muon" if use_muon else "adamw", f"its attribute use_muon={use_muon}")
 
 
 def _route_by_itself(
-    p: torch.Tensor, names: Sequence[str], networks: Collection[tuple[str, ...]] = (), *, may_be_stack: bool = True
+    p: torch.Tensor,
+    names: Sequence[str],
+    networks: Collection[tuple[str, ...]] = (),
+    form: Form | None = None,
+    no_matrix: str = "",
 ) -> Route | None:
     """Return the route that a parameter's tags, shape, dtype and names decide, if they do."""
     require(
@@ -369,7 +405,7 @@ def _route_by_itself(
     check_rows_and_columns(p, names[0] or "a parameter")
     if getattr(p, "is_embedding_or_output_parameter", False):
         return Route("adamw", "tagged as embedding or output")
-    reason = _why_unusable(p, may_be_stack=may_be_stack)
+    reason = _why_unusable(p, form, no_matrix)
     if reason:
         return Route("adamw", reason)
     paths = (name.split(".")[:-1] for name in names)
@@ -377,15 +413,20 @@ def _route_by_itself(
     return Route("adamw", f"output head by its name, {head!r}") if head else None
 
 
-def _why_unusable(p: torch.Tensor, *, may_be_stack: bool = True) -> str | None:
-    """Return the reason for which AdaptiveMuon cannot take a parameter, if there is one."""
-    if not is_matrix(p):
-        is_stack = may_be_stack and p.ndim == 3 and min(p.shape) > 1
-        return f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix"
+def _why_unusable(p: torch.Tensor, form: Form | None = None, no_matrix: str = "") -> str | None:
+    """Return the reason for which AdaptiveMuon cannot take a parameter, if there is one.
+
+    A parameter of more than two dimensions has a form if it is taken for a matrix, and else perhaps a reason why not.
+    """
+    if form is None and not is_matrix(p):
+        is_stack = p.ndim == 3 and min(p.shape) > 1
+        return no_matrix or (f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix")
     if not has_usable_dtype(p):
         return f"{p.dtype if p.layout == torch.strided else p.layout}, which AdaptiveMuon does not take"
+    shape = tuple(p.shape[-2:]) if form is None else form.shape
     # Of a dimension that is split, the size at hand says nothing.
-    if any(p.size(dim) == 1 for dim in (p.ndim - 2, p.ndim - 1) if dim != getattr(p, "partition_dim", -1)):
+    split = getattr(p, "partition_dim", None)
+    if any(size == 1 for dim, size in enumerate(shape, start=p.ndim - 2) if dim != split):
         return "a single row or column"
     return None
 
@@ -395,6 +436,8 @@ def _is_tagged(p: torch.Tensor) -> bool:
     return p.ndim == 3 or getattr(p, "muon_blocks", None) is not None or bool(getattr(p, "muon_transposed", False))
 
 
-def _to_muon(p: torch.Tensor) -> Route:
+def _to_muon(p: torch.Tensor, form: Form | None = None) -> Route:
     """Return the route of a matrix, or of a stack of them."""
+    if form is not None:
+        return Route("adaptive_muon", form.text)
     return Route("adaptive_muon", "hidden matrix" if p.ndim == 2 else "stack of hidden matrices")

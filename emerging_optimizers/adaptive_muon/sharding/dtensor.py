@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.parameters import is_flattened
 from emerging_optimizers.adaptive_muon.sharding.agreement import group_of
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ReplicaPiece
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_matrices",
+    "as_stored",
     "gradient_of",
     "is_dtensor",
     "is_transposed",
@@ -48,16 +50,28 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_transposed(p: torch.Tensor) -> bool:
     """Return whether a parameter is tagged ``muon_transposed``: it is stored (in, out) and worked on as (out, in)."""
-    return bool(getattr(p, "muon_transposed", False))
+    return bool(getattr(p, "muon_transposed", False)) and not is_flattened(p)
 
 
 def as_matrices(p: torch.Tensor, like_p: torch.Tensor | None = None) -> torch.Tensor:
     """Return what this process holds of a parameter, or of a tensor of its shape, as matrices (out, in), a view.
 
-    The tensor may be broadcastable to the parameter's shape. One of fewer dimensions is returned as it is.
+    The tensor may be broadcastable to the parameter's shape. One of fewer dimensions is returned as it is. A gradient that
+    is flattened may be copied.
     """
     local = local_of(p if like_p is None else like_p)
-    return local.mT if is_transposed(p) and local.ndim == p.ndim else local
+    if local.ndim < p.ndim:
+        return local
+    if is_flattened(p):
+        return local.flatten(1)
+    return local.mT if is_transposed(p) else local
+
+
+def as_stored(p: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Return matrices (out, in), of what this process holds of a parameter, in its own shape, a view."""
+    if is_flattened(p):
+        return torch.unflatten(matrices, 1, p.shape[1:])
+    return matrices.mT if is_transposed(p) else matrices
 
 
 def gradient_of(p: torch.Tensor) -> torch.Tensor:
@@ -92,6 +106,14 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
         p.placements,
         "redistribute it before the optimizer is made",
     )
+    if is_flattened(p):
+        dims = [None if dim is None else -2 if dim == -p.ndim else 0 for dim in dims]
+        require(
+            0 not in dims,
+            f"{name}, which is flattened, must be sharded along its first dimension; it has the placements",
+            p.placements,
+            "shard it so, as FSDP2 does by default, or pass flatten_conv=False",
+        )
     splitting = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
     replicating = [index for index, dim in enumerate(dims) if dim is None and mesh.size(index) > 1]
     if not splitting and not replicating:
@@ -103,8 +125,10 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
         tuple(p.to_local().shape),
         "use torch's own placements, without padding",
     )
-    (top, left), (rows, columns) = offset[-2:], shape[-2:]
-    whole = (p.size(-2), p.size(-1))
+    (top, left), (rows, columns), whole = offset[-2:], shape[-2:], (p.size(-2), p.size(-1))
+    if is_flattened(p):
+        top, left, rows, columns = offset[0], 0, shape[0], math.prod(p.shape[1:])
+        whole = (p.size(0), columns)
     top, left = min(top, whole[0]), min(left, whole[1])  # torch starts an empty shard beyond the end
     group, rectangle = _group(mesh, sorted(splitting + replicating)), (top, top + rows, left, left + columns)
     if not replicating:
@@ -133,7 +157,7 @@ def _offset(shape: torch.Size, mesh: DeviceMesh, placements: "tuple[Placement, .
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
-    """Return the placements of a buffer that shares with ``p`` some of the dimensions -2 and -1, and has size 1 in others.
+    """Return the placements of a buffer that has some of the dimensions -2 and -1 of the matrices of ``p``, and size 1 in others.
 
     Where every rank has all of the buffer, or ``p`` is no DTensor, return None.
     """
@@ -142,6 +166,8 @@ def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement,
     from torch.distributed.tensor import Replicate
 
     kept = {*range(-p.ndim, -2), *dims}
+    if is_flattened(p):
+        kept = {-p.ndim} if -2 in dims else set()
     placements = tuple(own if _sharded_dim(own, p.ndim) in kept else Replicate() for own in p.placements)
     return None if all(placement.is_replicate() for placement in placements) else placements
 

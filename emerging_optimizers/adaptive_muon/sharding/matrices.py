@@ -188,8 +188,8 @@ def shard_info(
     ``replicas`` are the ranks with the same shard; None where there are no others, or the split says the replica.
     """
     whole, rectangle = (split.whole, split.rectangle) if isinstance(split, Piece) else (None, None)
-    split_by = split.dim - p.ndim if isinstance(split, Split) else whole
     dtype, local = str(p.dtype).removeprefix("torch."), tuple(as_matrices(p).shape)
+    split_by = split.dim - len(local) if isinstance(split, Split) else whole
     replica = split.replica if isinstance(split, ReplicaPiece) else 0 if replicas is None else replicas.rank()
     place = 0 if isinstance(split, Layout) else split.group.rank()
     return ShardInfo(name, group, dtype, blocks, split_by, local, rectangle, replica, place)

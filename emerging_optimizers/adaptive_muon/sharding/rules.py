@@ -10,6 +10,7 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon.checks import require, within
+from emerging_optimizers.adaptive_muon.parameters import is_flattened
 from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, shard_of
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
@@ -51,7 +52,7 @@ class Rules:
             not self.hooked
             or isinstance(split, Layout)
             or (isinstance(split, Piece) and split.is_whole)
-            or (is_dtensor(p) and p.ndim == 2),
+            or (is_dtensor(p) and as_matrices(p).ndim == 2),
             f"with weight_update_hook, which takes norms of whole matrices, {name} must be held whole or be a matrix in a "
             "DTensor, which sums over its ranks; it is split",
             split,
@@ -61,17 +62,17 @@ class Rules:
 
     def _valid_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """Return how a parameter is split, which its shape does not contradict."""
-        split = _transposed_if_tagged(p, self._stored_split(p, name), name)
+        split, ndim = _of_matrices(p, self._stored_split(p, name), name), as_matrices(p).ndim
         if isinstance(split, Layout) or (split.group.size() == 1 and not getattr(split, "padding", 0)):
             return Layout()
         if isinstance(split, Split):
             require(
-                split.dim in range(p.ndim),
-                f"the split dimension of {name} must be one of its {p.ndim}, counted from 0",
+                split.dim in range(ndim),
+                f"the split dimension of {name} must be one of its {ndim}, counted from 0",
                 split.dim,
                 "0 splits the rows of a matrix, 1 its columns",
             )
-            return split if split.dim >= p.ndim - 2 else Layout()  # a stack, each of whose matrices is whole
+            return split if split.dim >= ndim - 2 else Layout()  # a stack, each of whose matrices is whole
         local, (rows, columns) = tuple(as_matrices(p).shape[-2:]), Rectangle(*split.rectangle).shape
         require(
             within(split.padding, 0) and local == (rows + split.padding, columns),
@@ -87,10 +88,10 @@ class Rules:
 
         So it is in the mode "blockwise", and with a stack of which every rank has some matrices.
         """
-        split = _transposed_if_tagged(p, self._stored_split(p, "a parameter"), "a parameter")
+        split = _of_matrices(p, self._stored_split(p, "a parameter"), "a parameter")
         if isinstance(split, Layout) or split.group.size() == 1 or (isinstance(split, Piece) and split.is_whole):
             return None
-        apart = self.mode is None or (isinstance(split, Split) and split.dim < p.ndim - 2)
+        apart = self.mode is None or (isinstance(split, Split) and split.dim < as_matrices(p).ndim - 2)
         return split.group.rank() if apart else None
 
     def shares(self, split: Layout | Split | Piece) -> bool:
@@ -175,8 +176,16 @@ class Rules:
         return Layout()
 
 
-def _transposed_if_tagged(p: torch.Tensor, split: Layout | Split | Piece, name: str) -> Layout | Split | Piece:
-    """Return how the matrix (out, in) of a parameter is split, where the parameter may be stored as (in, out)."""
+def _of_matrices(p: torch.Tensor, split: Layout | Split | Piece, name: str) -> Layout | Split | Piece:
+    """Return how the matrix (out, in) of a parameter is split, which may be stored as (in, out) or be flattened."""
+    if is_flattened(p):
+        require(
+            not isinstance(split, Split) or split.dim == 0,
+            f"the split dimension of {name}, which is flattened, must be the first",
+            getattr(split, "dim", None),
+            "split its outputs, or pass flatten_conv=False",
+        )
+        return split
     if not is_transposed(p) or isinstance(split, Layout):
         return split
     if isinstance(split, Split):

@@ -30,7 +30,7 @@ from emerging_optimizers.adaptive_muon.sharding.rules import Rules
 __all__ = ["Sharding"]
 
 # The attributes that say how a parameter is sharded, and which matrices it holds.
-_TAGS = ("partition_dim", "muon_blocks", "muon_parts", "muon_stacked", "muon_transposed")
+_TAGS = ("partition_dim", "muon_blocks", "muon_form", "muon_parts", "muon_stacked", "muon_transposed")
 
 Key = tuple[int, str]
 

@@ -16,7 +16,7 @@ import torch
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
-from emerging_optimizers.adaptive_muon.parameters import parameter_name, work_dtype
+from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name, work_dtype
 from emerging_optimizers.adaptive_muon.sharding.dtensor import (
     as_matrices,
     is_transposed,
@@ -29,7 +29,7 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBa
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
-__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "state_only", "v_key"]
+__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "count_empty", "state_only", "v_key"]
 
 
 class Buffer(NamedTuple):
@@ -132,6 +132,26 @@ def state_only(
     return sharding.all_zero(fresh)
 
 
+def count_empty(
+    param_groups: Sequence[dict[str, Any]],
+    states: Mapping[torch.Tensor, dict[str, Any]],
+    gradients: Mapping[torch.Tensor, torch.Tensor],
+    fresh: Set[torch.Tensor],
+    sharding: Sharding,
+) -> None:
+    """Count a step of the parameters of which this rank has nothing, such as no experts of a stack.
+
+    A checkpoint has one count for all ranks, perhaps this one's. Of ``fresh`` parameters, whose state this step has made,
+    those at a learning rate of zero are not counted: see :func:`state_only`.
+    """
+    for group in param_groups:
+        for p in group["params"]:
+            if p in gradients and gradients[p].numel() == 0 and sharding.is_empty(p):
+                step = states.get(p, {}).get("step")
+                if step is not None and (p not in fresh or group["lr"] != 0):
+                    step.add_(1)
+
+
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
     """V of a batch of matrices, of some parameters that have these states."""
@@ -182,5 +202,5 @@ def _vector(p: torch.Tensor, shape: tuple[int, int], kept_dims: tuple[int, ...])
         sizes.reverse()
     if not kept_dims:
         sizes.pop()  # upstream's namo keeps (1,) for a matrix
-    lead, local = p.shape[:-2], local_of(p).shape[:-2]
+    lead, local = ((), ()) if is_flattened(p) else (p.shape[:-2], local_of(p).shape[:-2])
     return Buffer((*lead, *sizes), (*local, *sizes), placements_like(p, ()))

@@ -27,6 +27,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
     tag_qkv,
 )
 from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import tag_patterns
+from emerging_optimizers.adaptive_muon.integrations.megatron.routing import scalar_overrides
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 from emerging_optimizers.adaptive_muon.versions import require_supported, upstream_version
@@ -191,7 +192,8 @@ def warn_of_blockwise(ranks: int) -> None:
 def register(**options: Unpack[OptionsDict]) -> None:
     """Make ``OptimizerConfig(optimizer="adaptive_muon")`` build :class:`TensorParallelAdaptiveMuon`.
 
-    All fields about Muon and adaptive_muon of Megatron's ``OptimizerConfig`` reach the optimizer. Pass here what they
+    Routers, and parameters with ``use_muon = False``, go to Megatron's scalar optimizer. All fields about Muon and
+    adaptive_muon of Megatron's ``OptimizerConfig`` reach the optimizer. Pass here what they
     cannot say, or what is to win over them and over the command line (:func:`add_adaptive_muon_args`). Calling again
     replaces the options of the last call.
 
@@ -239,8 +241,12 @@ def register(**options: Unpack[OptionsDict]) -> None:
         }
 
     table = emerging_optimizers._EMERGING_OPTIMIZERS
+    entry = table["adaptive_muon"]
     table["adaptive_muon"] = replace(
-        table["adaptive_muon"], optimizer_cls=TensorParallelAdaptiveMuon, config_to_kwargs=config_to_kwargs
+        entry,
+        optimizer_cls=TensorParallelAdaptiveMuon,
+        config_to_kwargs=config_to_kwargs,
+        default_param_overrides=entry.default_param_overrides | scalar_overrides(),
     )
 
 
