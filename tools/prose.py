@@ -20,8 +20,8 @@ PAGE_WORDS = {"README.md": 900, "docs/apidocs/internals.md": 900}
 SENTENCE_WORDS = 40
 CODE_COLUMNS = 88
 
-# What makes or checks an error, and the place of the rule among its arguments.
-RULES = {"ValueError": 0, "TypeError": 0, "refusal": 0, "require": 1}
+# What makes or checks an error, and the place of the rule among its arguments; an option has a text without a rule.
+RULES = {"ValueError": 0, "TypeError": 0, "refusal": 0, "require": 1, "option_field": None}
 
 # A turn of this project's first pages, and what to write instead.
 BANNED = {
@@ -131,13 +131,12 @@ def of_module(text: str) -> Iterator[tuple[int, str]]:
             shown = any("property" in ast.unparse(each) for each in getattr(node, "decorator_list", ()))
             if isinstance(node, ast.FunctionDef) and not shown and re.match(nouns, first):
                 yield node.lineno, f'"{first[:30]}...": begin with a verb, such as Return'
-        elif (
-            isinstance(node, ast.Call) and (place := RULES.get(ast.unparse(node.func).rpartition(".")[2])) is not None
-        ):
+        elif isinstance(node, ast.Call) and (name := ast.unparse(node.func).rpartition(".")[2]) in RULES:
             for each in _texts(node):
                 for _, complaint in banned(each):
                     yield node.lineno, complaint
-            rule = " ".join(_texts(node.args[place])) if len(node.args) > place else ""
+            place = RULES[name]
+            rule = " ".join(_texts(node.args[place])) if place is not None and len(node.args) > place else ""
             if rule.strip(" ,:") not in ("", "got") and not re.search(r"\bmust\b", rule):
                 yield node.lineno, f'error "{rule[:40]}...": must have the rule, "X must be Y"'
 

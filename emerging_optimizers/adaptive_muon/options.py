@@ -246,8 +246,8 @@ class MatrixOptions:
     stochastic_rounding: bool = option_field(
         False,
         "Whether bfloat16 weights are rounded stochastically, so that updates below their precision are not lost. Replicas "
-        "and shards round alike, and a resumed run goes on the same. float32 and float64 weights are not rounded, and "
-        "float16 ones are not taken.",
+        "and shards round equally, and a resumed run has the same bits. float32 and float64 weights are not rounded, and "
+        "float16 ones are rejected.",
         flag=True,
     )
     weight_update_hook: WeightUpdateHook | None = option_field(
@@ -314,7 +314,7 @@ class Options(MatrixOptions):
         "layer_sharded",
         'How a sharded matrix is orthogonalized: "layer_sharded" by its owner, many matrices in two messages; '
         '"duplicated" by every rank; "distributed" without leaving its ranks, by sums of Gram matrices; "blockwise" '
-        "shard by shard, which gives another result than the whole matrix.",
+        "shard by shard, whose result differs from the whole matrix's.",
         megatron_field="muon_tp_mode",
     )
     layout_fn: LayoutFn | None = option_field(
