@@ -60,7 +60,7 @@ def in_parts(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _outer_dim(matrix: torch.Tensor) -> int:
-    """The dimension, -2 or -1, along which elements lie farther apart in memory."""
+    """Return the dimension, -2 or -1, along which elements lie farther apart in memory."""
     return -2 if matrix.stride(-1) <= matrix.stride(-2) else -1
 
 
