@@ -16,7 +16,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-test
 DOCS   := $(VENV)/.installed-docs
 
-.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale bench-memory gpu convergence upstream-patch test test-long test-torch test-upstream test-megatron test-nemo lint docs option-tables version-table links release-check clean
+.PHONY: venv demo demo-nemo sweep bench bench-growth bench-communication bench-scale bench-memory gpu convergence less-memory upstream-patch test test-long test-torch test-upstream test-megatron test-nemo lint docs option-tables version-table links release-check clean
 
 venv: $(STAMP)
 
@@ -66,6 +66,9 @@ endif
 
 convergence: $(STAMP)
 	$(BIN)/python experiments/gpt2/run.py $(ARGS)
+
+less-memory: $(STAMP)
+	$(BIN)/python experiments/less_memory/run.py $(ARGS)
 
 upstream-patch: $(STAMP)
 	$(BIN)/python tools/make_upstream_patch.py $(UPSTREAM) $(ARGS)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak temporary memory of an optimizer step: all that a step allocates beyond weights, gradients and state.
 
-Allocations are counted by torch's dispatcher, on tensors without data, so that any model fits any machine.
+Allocations are counted by torch's dispatcher, on tensors without data, so that any model fits any machine. Started by
+``torchrun --nproc_per_node 4 benchmarks/memory.py``, it counts a step with tensor parallelism over its ranks, in each mode.
+These have data, but products of matrices are not computed: no allocation depends on what is in them.
 """
 
 import argparse
@@ -11,7 +13,9 @@ from typing import Any
 
 import torch
 from counting import Counter
+from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
 
@@ -43,11 +47,63 @@ def peak_of(shapes: list[tuple[int, int]], dtype: torch.dtype, **options: Any) -
     return counter.peak
 
 
+class WithoutProducts(TorchDispatchMode):
+    """Leaves out batched products of matrices: their results have no values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            return func(*args, **(kwargs or {}))
+        if "out" in (kwargs or {}):
+            return kwargs["out"]
+        left, right = args[-2:]
+        return left.new_empty((left.size(0), left.size(1), right.size(2)))
+
+
+def peak_of_shards(shapes: list[tuple[int, int]], mode: str, cap: int) -> int:
+    """Return the peak of temporary bytes of a step of namo, of the rank that has most, split along the rows."""
+    ranks, params = dist.get_world_size(), []
+    for rows, columns in shapes:
+        p = torch.nn.Parameter(torch.zeros(rows // ranks, columns))
+        p.partition_dim = 0  # type: ignore[attr-defined]
+        p.grad = torch.ones_like(p)
+        params.append(p)
+    group: Any = dist.group.WORLD
+    optimizer = AdaptiveMuon(
+        params, moment2_method="namo", nesterov=True, tp_group=group, tp_mode=mode, max_bytes_in_flight=cap
+    )
+    with WithoutProducts():
+        optimizer.step()
+        with Counter() as counter:
+            optimizer.step()
+    peak = torch.tensor(counter.peak)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return int(peak)
+
+
+def of_ranks(out: Path | None) -> None:
+    """Print the peaks with tensor parallelism, and write the numbers."""
+    dist.init_process_group("gloo")
+    found: dict[str, dict[str, int]] = {}
+    for name, shapes in SETS.items():
+        for mode in ("layer_sharded", "duplicated", "distributed"):
+            for cap in (2**30, 2**26):
+                peak = peak_of_shards(shapes, mode, cap)
+                found.setdefault(name, {})[f"{mode}, {cap}"] = peak
+                if dist.get_rank() == 0:
+                    print(f"{name:32} {mode:14} cap {cap / 2**20:6.0f} MiB {peak / 2**20:8.1f} MiB", flush=True)
+    if out and dist.get_rank() == 0:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
 def main() -> None:
     """Print a table, and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if dist.is_torchelastic_launched():
+        of_ranks(arguments.out)
+        return
     found: dict[str, dict[str, Any]] = {}
     for name, shapes in SETS.items():
         largest = 4 * max(rows * columns for rows, columns in shapes)

@@ -25,6 +25,11 @@ from training import Protocol, train  # noqa: E402
 
 
 METHOD = "namo"
+SIZES = {
+    "demo": Protocol(),
+    # For tests: whether everything works together.
+    "tiny": Protocol(batch=2, evaluation_windows=4, shape=Shape(layers=1, width=16, heads=2, context=16)),
+}
 WHOLE = "float32"
 # For each kind of run, whether its weights are in bfloat16, and its options.
 KINDS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -68,10 +73,15 @@ def main() -> None:
     parser.add_argument("--kind", action="append", choices=KINDS, help="one or several (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--steps", type=int, default=150, help="training steps a run (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--data", type=Path, help="your text, a file or directory (default: Python's standard library)"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu.json", help="(default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    protocol, rates, text = replace(Protocol(), steps=arguments.steps, evaluations=3), Rates(), load(None)
+    protocol = replace(SIZES[arguments.size], steps=arguments.steps, evaluations=3)
+    rates, text = Rates(), load(arguments.data)
     setting = {"protocol": asdict(protocol), "method": METHOD, "text": text.describe()}
     found = {"setting": setting, "torch": torch.__version__, "runs": {}}
     if arguments.out.exists():

@@ -9,8 +9,8 @@ import torch
 from emerging_optimizers.adaptive_muon.diagnostics.store import VALUES, Measuring
 from emerging_optimizers.adaptive_muon.exchange.measures import MAXIMA, SUMS, new_measures
 from emerging_optimizers.adaptive_muon.identity import identity
-from emerging_optimizers.adaptive_muon.moment2 import sum_of_squares
-from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
+from emerging_optimizers.adaptive_muon.moment2 import sum_of_products, sum_of_squared_products, sum_of_squares
+from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch, batch_size
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import MatrixBatch
 
@@ -100,15 +100,19 @@ class BatchMeasures:
         """
         measures = new_measures(M_prime)
         if self.measures:
-            G = as_batch(Gs).to(M_prime.dtype)
-            seen = {"gradient": G, "momentum": M_prime}
-            squares = [
-                known[name].sum((-2, -1), keepdim=True) if name in known else sum_of_squares(tensor, ())
-                for name, tensor in seen.items()
-            ]
-            product = (G * M_prime).sum((-2, -1), keepdim=True)
-            weight = sum_of_squares(as_batch([W.detach() for W in Ws]), (), M_prime.dtype)
-            measures[..., _BEFORE] = torch.cat([*squares, product, weight], -1)
+            number = batch_size(M_prime.shape[1:], M_prime.device)  # large matrices are not copied into one tensor
+            for start in range(0, len(Gs), number):
+                members = slice(start, start + number)
+                G, W = as_batch(Gs[members]), as_batch([W.detach() for W in Ws[members]])
+                M = M_prime[members]
+                squares = [
+                    known[name][members].sum((-2, -1), keepdim=True)
+                    if name in known
+                    else sum_of_squares(tensor, (), M.dtype)
+                    for name, tensor in (("gradient", G), ("momentum", M))
+                ]
+                rest = [sum_of_products(G, M), sum_of_squares(W, (), M.dtype)]
+                measures[members, ..., _BEFORE] = torch.cat([*squares, *rest], -1)
         if self._carries:
             last = self._store.awaiting.take(self._keys, lambda: _nothing(measures))
             measures[..., 0, _CARRIED] = last[..., _LATE]
@@ -144,7 +148,10 @@ class BatchMeasures:
         if not self.measures:
             return
         like = measures[..., 0, :1]
-        squares = sum_of_squares(local_D * O, (), like.dtype) if of_O is None else (D.square() * of_O).sum((-2, -1))
+        if of_O is None:
+            squares = sum_of_squared_products(local_D.expand_as(O), O)
+        else:
+            squares = (D.square() * of_O).sum((-2, -1))
         of_scale = self._of_scale(D if scaled is None else scaled, O, like)
         share = torch.zeros_like(like) if clamped is None else clamped.view(like.shape)
         rest = [torch.zeros_like(like) + value for value in (factor, self._size, self._store.step_on(like.device))]

@@ -4,8 +4,9 @@
 from importlib import import_module
 from typing import get_args
 
-from .base import Moment2, Observed, sum_of_squares
+from .base import Moment2, Observed
 from .registry import METHODS, Moment2MethodT, make_moment2, register_moment2
+from .sums import sum_of_products, sum_of_squared_products, sum_of_squares
 
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Observed",
     "make_moment2",
     "register_moment2",
+    "sum_of_products",
+    "sum_of_squared_products",
     "sum_of_squares",
 ]
 

@@ -2,14 +2,14 @@
 """What a second-moment method is: which sums of squares it observes, what V averages, and which scale V gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
 
 
-__all__ = ["Moment2", "Observed", "sum_of_squares"]
+__all__ = ["Moment2", "Observed"]
 
 Observed = Literal["gradient", "momentum", "orthogonalized"]
 
@@ -100,20 +100,3 @@ class Moment2(ABC):
         short_of_momentum, short_of_moment2 = 1 - momentum**step, 1 - beta2**step
         correction: Step = short_of_momentum**-self.momentum_degree * short_of_moment2**-self.moment2_degree
         return correction
-
-
-def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return the sums of squares along the dimensions that are not kept, which get size 1.
-
-    The sums of a whole matrix are the sums of its shards' sums.
-
-    Args:
-        matrix: Shape ``(..., rows, columns)``, a batch of matrices or of shards.
-        kept_dims: Which of the dimensions -2 and -1 to keep; with both, the elements' squares.
-        dtype: The dtype of the sums, the matrix's by default.
-    """
-    summed = tuple(dim for dim in (-2, -1) if dim not in kept_dims)
-    if not summed:
-        return matrix.to(dtype or matrix.dtype).square()
-    norms: torch.Tensor = torch.linalg.vector_norm(matrix, dim=summed, keepdim=True, dtype=dtype)
-    return norms.square_()

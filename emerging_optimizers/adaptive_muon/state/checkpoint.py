@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
+from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
@@ -165,13 +166,24 @@ def _checked_states(
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
         _check_buffers(p, name, state, state_format)
+        if _has_new_count(state):
+            del state["step"]
         require(
             not state_format.bias_correction or "step" in state,
             f"bias correction needs the number of steps taken; the state of {name} holds only",
             sorted(state),
-            "pass bias_correction=False to go on with this checkpoint",
+            "pass bias_correction=False to go on with this checkpoint, which lacks it",
         )
         yield p, state
+
+
+def _has_new_count(state: dict[str, Any]) -> bool:
+    """Return whether a count is that of a new state, though the averages are not.
+
+    torch.distributed.checkpoint loads into a new state. With ``allow_partial_load=True`` it leaves what a checkpoint lacks.
+    """
+    averages = (local_of(value) for key, value in state.items() if key.startswith(_BUFFERS))
+    return "step" in state and not state["step"] and any(average.any() for average in averages)
 
 
 def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_format: StateFormat) -> None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint without step counts that is loaded into a new state, with allow_partial_load, leaves no new count there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
+
+
+class Run:
+    """Two matrices, of which the second has a gradient from the third step on, and their optimizer."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 3, bias=False)).bfloat16()
+        self.optimizer = AdaptiveMuon(self.model.parameters(), moment2_method="namo", **options)
+
+    def train(self, steps: int) -> "Run":
+        for step in range(steps):
+            for index, p in enumerate(self.model.parameters()):
+                p.grad = torch.ones_like(p) if step >= 2 * index else torch.zeros_like(p)
+            self.optimizer.step()
+        return self
+
+    def load(self, place: Path) -> list[float]:
+        """Loads what a checkpoint has, and returns the counts."""
+        loaded = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+        dcp.load(loaded, checkpoint_id=place, planner=DefaultLoadPlanner(allow_partial_load=True))
+        set_optimizer_state_dict(self.model, self.optimizer, loaded["optimizer"])
+        return [float(state["step"]) for state in self.optimizer.state.values()]
+
+    def save(self, place: Path) -> None:
+        dcp.save({"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}, checkpoint_id=place)
+
+
+def test_bias_correction_refuses_it(tmp_path: Path) -> None:
+    Run(bias_correction=False).train(3).save(tmp_path)
+    run = Run(bias_correction=True)
+    before = [p.clone() for p in run.model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"needs the number of steps taken; the state of .* pass bias_correction=False"
+    ):
+        run.load(tmp_path)
+    assert all(map(torch.equal, before, run.model.parameters()))
+
+
+def test_rounding_counts_from_long_ago(tmp_path: Path) -> None:
+    Run().train(3).save(tmp_path)
+    assert Run(stochastic_rounding=True).load(tmp_path) == [2**20, 2**20]
+
+
+@pytest.mark.parametrize("options", [{"bias_correction": True}, {"stochastic_rounding": True}], ids=str)
+def test_a_matrix_without_a_gradient_so_far_counts_from_zero(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Its averages are zero too, as in a new state."""
+    trained = Run(**options)
+    trained.train(1).save(tmp_path)
+    counts = [float(state["step"]) for state in trained.optimizer.state.values()]
+    assert Run(**options).load(tmp_path) == counts
+    with_new_state = Run(**options)
+    get_optimizer_state_dict(with_new_state.model, with_new_state.optimizer)
+    with_new_state.save(tmp_path / "new")
+    assert Run(**options).load(tmp_path / "new") == [0, 0]
