@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training goes on from Megatron's checkpoints as if it had not stopped, also at another tensor-parallel size."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,22 @@ def test_a_momentum_in_bfloat16(method: str, bf16: bool, folder: Path) -> None:
             assert losses == (expected if tp == 2 else pytest.approx(expected, rel=1e-2 if bf16 else 1e-4))
             if tp == 2:
                 torch.testing.assert_close(muon_state(optimizer), after, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("saved_in", "loaded_in"), [(None, "bfloat16"), ("bfloat16", None)])
+def test_a_momentum_of_another_dtype(saved_in: str | None, loaded_in: str | None, folder: Path) -> None:
+    """A float32 momentum is loaded into bfloat16, rounded to nearest, and back without a change; V and the count stay."""
+    with parallel(2):
+        register(bias_correction=True, momentum_dtype=saved_in)
+        _, _, saved = trained_and_saved("adamuon", False, folder)
+        register(bias_correction=True, momentum_dtype=loaded_in)
+        model = gpt(bf16=False)
+        optimizer = optimizer_of(model, "adamuon")
+        load(model, optimizer, folder)
+        dtype = torch.bfloat16 if loaded_in else torch.float32
+        expected = [{**state, "momentum_buffer": state["momentum_buffer"].to(dtype)} for state in saved]
+        torch.testing.assert_close(muon_state(optimizer), expected, atol=0, rtol=0)
+        assert all(map(math.isfinite, train(model, optimizer, range(3, 5))))
 
 
 @each_method
