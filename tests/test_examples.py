@@ -105,7 +105,7 @@ def test_committed_rates_are_the_best_of_their_grids_and_within():
 
 
 def traffic(method, mode):
-    """The bytes a rank sends, on average, and the collectives, by the formulas of docs/apidocs/sharding.md.
+    """The bytes a rank sends, on average, and the collectives, by the formulas of docs/apidocs/sharding.md and of the sums of squares.
 
     They are of matrices of 96 x 40 and 24 x 96 on two ranks, with sums of squares in float64.
     """
