@@ -25,8 +25,8 @@ RULES = {"ValueError": 0, "TypeError": 0, "refusal": 0, "require": 1, "option_fi
 
 # A turn of this project's first pages, and what to write instead.
 BANNED = {
-    r"\b(?:bytes?|bits?|ms|milliseconds|seconds|nats|FLOPs?|GFLOP|steps|numbers?|entr(?:y|ies)|state) an? "
-    r"(?:parameter|rank|step|byte|column|row|element|matrix|replica|page|second|token)\b": "per",
+    r"\b(?:bytes?|bits?|ms|milliseconds|seconds|nats|FLOPs?|GFLOP|steps|numbers?|entr(?:y|ies)|state|messages?|collectives?|rounds?|words?|ideas?) an? "
+    r"(?:parameter|rank|step|byte|column|row|element|matrix|replica|page|second|sentence|token|round|group)\b": "per",
     r"\b(?:says?|said|tells?|told|asks?|knows?|known by itself)\b": "return, store, raise, find",
     r"\b(?:goes?|went|gone|going) on\b": "continue",
     r"\b(?:lies|lie) (?:so|in|on|there|beside)\b": "is",
