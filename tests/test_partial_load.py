@@ -56,6 +56,15 @@ def test_rounding_counts_from_long_ago(tmp_path: Path) -> None:
     assert Run(stochastic_rounding=True).load(tmp_path) == [2**20, 2**20]
 
 
+def test_a_matrix_of_zeros_counts_as_the_others(tmp_path: Path) -> None:
+    """As a rank's shard may be, of a matrix that has other elements on other ranks."""
+    trained = Run().train(3)
+    for value in trained.optimizer.state[trained.model[1].weight].values():
+        value.zero_()
+    trained.save(tmp_path)
+    assert Run(stochastic_rounding=True).load(tmp_path) == [2**20, 2**20]
+
+
 @pytest.mark.parametrize("options", [{"bias_correction": True}, {"stochastic_rounding": True}], ids=str)
 def test_a_matrix_without_a_gradient_so_far_counts_from_zero(tmp_path: Path, options: dict[str, Any]) -> None:
     """Its averages are zero too, as in a new state."""

@@ -145,6 +145,7 @@ def _checked_states(
     saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], state_format: StateFormat
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yield each parameter of a group with its saved state, or raise."""
+    lacks_counts = any(map(_has_new_count, saved_states.values()))  # of all: a rank's shard may be empty, or zero
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
         # torch's set_optimizer_state_dict makes an empty dict of what a flattened checkpoint lacks.
         state = {name: value for name, value in saved_states.get(key, {}).items() if value != {}}
@@ -166,7 +167,7 @@ def _checked_states(
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
         _check_buffers(p, name, state, state_format)
-        if _has_new_count(state):
+        if lacks_counts and not state.get("step", 1):
             del state["step"]
         require(
             not state_format.bias_correction or "step" in state,
@@ -178,7 +179,7 @@ def _checked_states(
 
 
 def _has_new_count(state: dict[str, Any]) -> bool:
-    """Return whether a count is that of a new state, though the averages are not.
+    """Return whether a state has the count of a new one, and averages that are not.
 
     torch.distributed.checkpoint loads into a new state. With ``allow_partial_load=True`` it leaves what a checkpoint lacks.
     """
