@@ -57,6 +57,7 @@ from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.integrations import nemo
 from emerging_optimizers.adaptive_muon.integrations.nemo import AdaptiveMuonParams, register
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.options import SplitOptions
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "nemo"
@@ -293,7 +294,7 @@ def test_params_have_the_constructors_options_and_defaults():
     names = {"eps": "moment2_eps", "scalar_eps": "eps"}
     wanted = {names.get(name, name): argument.default for name, argument in arguments.items()} | {"routes": None}
     of_model = signature(HybridAdaptiveMuon.from_model).parameters
-    wanted |= {name: argument.default for name, argument in of_model.items() if name.startswith("split_")}
+    wanted |= {field.name: of_model[field.name].default for field in fields(SplitOptions)}
     ours = {field.name: field.default for field in fields(AdaptiveMuonParams) if field.name != "lr"}
     assert ours == wanted and MISSING not in ours.values()
 
