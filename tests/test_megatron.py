@@ -96,7 +96,11 @@ def test_register_replaces_one_entry_in_place_and_keeps_its_routing() -> None:
     assert emerging_optimizers._EMERGING_OPTIMIZERS is TABLE
     assert {name: entry for name, entry in TABLE.items() if name != "adaptive_muon"} == others
     assert entry.optimizer_cls is TensorParallelAdaptiveMuon
-    assert entry.default_param_overrides == STOCK.default_param_overrides
+    added = entry.default_param_overrides.keys() - STOCK.default_param_overrides.keys()
+    assert (
+        len(added) == 1
+        and entry.default_param_overrides | STOCK.default_param_overrides == entry.default_param_overrides
+    )
     assert entry.init_state_fn is STOCK.init_state_fn
 
 

@@ -57,6 +57,7 @@ from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.integrations import nemo
 from emerging_optimizers.adaptive_muon.integrations.nemo import AdaptiveMuonParams, register
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.options import SplitOptions
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "nemo"
@@ -293,7 +294,7 @@ def test_params_have_the_constructors_options_and_defaults():
     names = {"eps": "moment2_eps", "scalar_eps": "eps"}
     wanted = {names.get(name, name): argument.default for name, argument in arguments.items()} | {"routes": None}
     of_model = signature(HybridAdaptiveMuon.from_model).parameters
-    wanted |= {name: argument.default for name, argument in of_model.items() if name.startswith("split_")}
+    wanted |= {field.name: of_model[field.name].default for field in fields(SplitOptions)}
     ours = {field.name: field.default for field in fields(AdaptiveMuonParams) if field.name != "lr"}
     assert ours == wanted and MISSING not in ours.values()
 
@@ -355,6 +356,44 @@ def test_heads_of_the_conformer(config):
         f"{prefix}out.weight": f"{heads} heads of {size} columns",
         f"{prefix}pos.weight": f"{heads} heads of {size} rows",
     }
+
+
+def test_convolutions_of_the_conformer(config):
+    """Three steps of them as of matrices; depthwise ones and the head stay with AdamW."""
+    config.model.optim = optim("namo_d", flatten_conv=True, scalar_lr=0.0)
+    optimizer = optimizer_of(config)
+    said = {name: (route.algorithm, route.text) for name, _, route in optimizer.routes}
+    layer = "encoder.layers.0.conv."
+    assert said[f"{layer}pointwise_conv1.weight"] == ("adaptive_muon", "convolution, a matrix of 128 x 64")
+    assert said["encoder.pre_encode.conv.2.weight"] == ("adaptive_muon", "convolution, a matrix of 16 x 144")
+    assert said[f"{layer}depthwise_conv.weight"] == ("adamw", "3-D, not a matrix; depthwise convolution")
+    assert said["decoder.decoder_layers.0.weight"][0] == "adamw"
+    pairs = [
+        (p, nn.Parameter(p.detach().flatten(1).clone()))
+        for _, p, route in optimizer.routes
+        if route.algorithm == "adaptive_muon"
+    ]
+    assert sum(p.ndim > 2 for p, _ in pairs) == 2 + 2 * 2
+    group = optimizer.param_groups[0]
+    separate = AdaptiveMuon(
+        [twin for _, twin in pairs],
+        **{name: group[name] for name in ("lr", "momentum", "weight_decay", "beta2", "eps", "moment2_method")},
+        **{"nesterov": True, "extra_scale_factor": 0.2, "fp32_matmul_prec": "highest"},
+    )
+    for step in range(3):
+        for seed, (p, twin) in enumerate(pairs):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + seed))
+            twin.grad = p.grad.flatten(1).clone()
+        optimizer.step()
+        separate.step()
+    for p, twin in pairs:
+        assert (p.detach().flatten(1) - twin).norm() <= 1e-6 * twin.norm()
+
+
+def test_the_conformer_learns_with_its_convolutions_flattened(config):
+    config.model.optim = optim("adamuon", flatten_conv=True)
+    _, watch = fit(config, 24)
+    assert sum(watch.losses[-4:]) < 0.5 * sum(watch.losses[:4])
 
 
 class OneAttention(nn.Module):
@@ -493,11 +532,12 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("flatten_conv", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_heads_of_nemos_modules_go_to_adamw(head):
+def test_heads_of_nemos_modules_go_to_adamw(head, flatten_conv):
     make, matrices, rest = HEADS[head]
     register()
-    optimizer, _ = make().setup_optimization({"name": "adaptive_muon", "lr": 1e-3})
+    optimizer, _ = make().setup_optimization({"name": "adaptive_muon", "lr": 1e-3, "flatten_conv": flatten_conv})
     routes = routes_of(optimizer)
     assert matrices <= {name for name, algorithm in routes.items() if algorithm == "adaptive_muon"}
     assert rest <= {name for name, algorithm in routes.items() if algorithm == "adamw"}
