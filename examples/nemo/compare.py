@@ -123,8 +123,9 @@ def compare(
 
 def table(rates: Rates, runs: dict[str, list[dict[str, Any]]]) -> str:
     """Returns the results as text: means over the seeds, and the spread of the validation loss."""
+    width = max(8, *map(len, runs))
     lines = [
-        f"{'method':12} {'rate':>7} {'steps to a loss of 1':>21} {'validation loss':>16} {'min to max':>15} {'WER':>7}"
+        f"{'method':{width}} {'rate':>7} {'steps to a loss of 1':>21} {'validation loss':>16} {'min to max':>15} {'WER':>7}"
     ]
     for method, of_method in runs.items():
         first = [next((i for i, loss in enumerate(run["losses"]) if loss < 1), None) for run in of_method]
@@ -133,7 +134,7 @@ def table(rates: Rates, runs: dict[str, list[dict[str, Any]]]) -> str:
         spread = f"{min(losses):.3f} to {max(losses):.3f}"
         errors = mean(run[ERRORS] for run in of_method)
         lines.append(
-            f"{method:12} {rates.chosen(method):7g} {reached:>21} {mean(losses):16.3f} {spread:>15} {errors:7.1%}"
+            f"{method:{width}} {rates.chosen(method):7g} {reached:>21} {mean(losses):16.3f} {spread:>15} {errors:7.1%}"
         )
     return "\n".join(lines)
 
