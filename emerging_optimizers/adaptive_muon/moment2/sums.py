@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over the elements of matrices: exact and fast on a CPU too, and without temporary tensors of a matrix's size there."""
+"""Sums over the elements of matrices, exact and fast on a CPU too, without temporary tensors of their size there."""
 
 from collections.abc import Collection, Iterator
 
