@@ -57,10 +57,15 @@ def methods_table(results: Results) -> str:
     return _markdown(head, rows)
 
 
+def variants_of(results: Results) -> list[str]:
+    """Returns the variants that have been run, after "" for the methods as they are."""
+    return ["", *(variant for variant in VARIANTS if all(results.reported(method, variant) for method in VARIED))]
+
+
 def variants_table(results: Results) -> str:
     """Returns what each variant of NAMO and NAMO-D loses or gains, as a Markdown table."""
     rows = []
-    for variant in ("", *VARIANTS):
+    for variant in variants_of(results):
         cells = []
         for method in VARIED:
             own = {run["seed"]: run["losses"][-1] for run in results.reported(method)}
@@ -99,9 +104,10 @@ def draw(results: Results, path: Path) -> None:
     rates.set_ylim(min(finite) - 0.02, min(finite) + 0.6)
     frame(rates, "learning rate over the method's best", "tuning loss, nats per byte")
 
-    names = ["as in the paper", *VARIANTS]
+    chosen = variants_of(results)
+    names = ["as in the paper", *chosen[1:]]
     for offset, method in zip((0.15, -0.15), VARIED, strict=True):
-        losses = [[run["losses"][-1] for run in results.reported(method, variant)] for variant in ("", *VARIANTS)]
+        losses = [[run["losses"][-1] for run in results.reported(method, variant)] for variant in chosen]
         places = [len(names) - index + offset for index in range(len(names))]
         style = {**STYLES[method], "linestyle": "none"}
         variants.errorbar(

@@ -21,6 +21,7 @@ SEEDS = (1, 2, 3, 4, 5, 6)
 # What may make NAMO better, taken from it one at a time. Its own: adaptive decay, corrected bias.
 VARIANTS: dict[str, dict[str, Any]] = {
     "decoupled decay": {"weight_decay_method": "decoupled"},
+    "cautious decay": {"weight_decay_method": "cautious"},
     "no decay": {"weight_decay": 0.0},
     "bias not corrected": {"bias_correction": False},
 }
