@@ -181,7 +181,7 @@ def test_another_optimizer_of_the_model_makes_its_own_choice() -> None:
     p = model.layers[0].mlp.experts.down_proj
     assert reasons(model, stacked_experts=True)["layers.0.mlp.experts.down_proj"][0] == "adaptive_muon"
     assert reasons(model)["layers.0.mlp.experts.down_proj"][0] == "adamw"
-    with pytest.raises(ValueError, match="AdaptiveMuon takes matrices"):
+    with pytest.raises(ValueError, match="parameters of AdaptiveMuon must be matrices"):
         AdaptiveMuon([p])
     assert not HybridAdaptiveMuon([p]).param_groups[0]["use_muon"]
 
