@@ -70,6 +70,8 @@ def load(
                 wide.update((p, state_dict["state"].get(key, {})) for p, key in pairs if widened(p))
 
     def after(optimizer: Optimizer) -> None:
+        for p, of_p in optimizer.state.items():
+            optimizer.state[p] = _present(of_p)
         for p, state in saved.items():
             optimizer.state[p].update(_own_form(p, state, state_format))
             if not state_format.counts_steps:
@@ -147,8 +149,7 @@ def _checked_states(
     saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], state_format: StateFormat
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yield each parameter of a group with its saved state, or raise."""
-    # torch's set_optimizer_state_dict makes an empty dict of what a flattened checkpoint lacks.
-    states = {key: {name: value for name, value in each.items() if value != {}} for key, each in saved_states.items()}
+    states = {key: _present(state) for key, state in saved_states.items()}
     lacks_counts = any(map(_has_new_count, states.values()))  # of all: a rank's shard may be empty, or zero
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
         state, name = states.get(key, {}), parameter_name(group, index)
@@ -178,6 +179,11 @@ def _checked_states(
             "pass bias_correction=False to resume from this checkpoint, which lacks it",
         )
         yield p, state
+
+
+def _present(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state without what is missing: torch's set_optimizer_state_dict has an empty dict in its place."""
+    return {key: value for key, value in state.items() if value != {}}
 
 
 def _has_new_count(state: dict[str, Any]) -> bool:
