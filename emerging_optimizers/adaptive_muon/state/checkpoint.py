@@ -183,7 +183,7 @@ def _checked_states(
 
 def _present(state: dict[str, Any]) -> dict[str, Any]:
     """Return a state without what is missing: torch's set_optimizer_state_dict has an empty dict in its place."""
-    return {key: value for key, value in state.items() if value != {}}
+    return {key: value for key, value in state.items() if not isinstance(value, dict) or value}
 
 
 def _has_new_count(state: dict[str, Any]) -> bool:
