@@ -189,3 +189,21 @@ def test_copies_go_on_alike() -> None:
     for each, its in ((model, optimizer), (other, copied)):
         stepped(each.weight, its)
     assert torch.equal(model.weight, other.weight)
+
+
+@pytest.mark.parametrize("method", ["adamuon", "namo_d"])
+def test_a_checkpoint_in_another_memory_format(method: str) -> None:
+    """Its buffers go on as if they were contiguous."""
+    ends = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = nn.Conv2d(3, 4, 2, bias=False)
+        model.weight.data = normal((4, 3, 2, 2))
+        optimizer = HybridAdaptiveMuon.from_model(model, moment2_method=method, **FLATTEN)
+        stepped(model.weight, optimizer)
+        saved = copy.deepcopy(optimizer.state_dict())
+        for state in saved["state"].values():
+            state |= {key: V.contiguous(memory_format=memory_format) for key, V in state.items() if V.ndim == 4}
+        optimizer.load_state_dict(saved)
+        stepped(model.weight, optimizer)
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends)

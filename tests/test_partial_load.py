@@ -76,3 +76,16 @@ def test_a_matrix_without_a_gradient_so_far_counts_from_zero(tmp_path: Path, opt
     get_optimizer_state_dict(with_new_state.model, with_new_state.optimizer)
     with_new_state.save(tmp_path / "new")
     assert Run(**options).load(tmp_path / "new") == [0, 0]
+
+
+def test_a_matrix_without_state_in_a_flattened_checkpoint() -> None:
+    """Torch makes an empty dict of each buffer that such a checkpoint lacks."""
+    run = Run(bias_correction=True)
+    saved = run.train(2).optimizer.state_dict()
+    saved["state"][1] = {key: {} for key in saved["state"][0]}
+    other = Run(bias_correction=True)
+    other.optimizer.load_state_dict(saved)
+    first, second = other.model.parameters()
+    assert other.optimizer.state[first]["step"] == 2
+    other.train(1)
+    assert other.optimizer.state[second]["step"] == 1

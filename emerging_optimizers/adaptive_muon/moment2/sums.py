@@ -30,10 +30,12 @@ def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int], dtype: torc
         norms = torch.linalg.vector_norm(matrix, dim=summed, keepdim=True, dtype=dtype)
         return norms.square_()
     wide, outer = torch.promote_types(dtype, torch.float32), _outer_dim(matrix)
+    if (inner := -3 - outer) in summed and matrix.size(inner) > _CACHED:  # too long for a norm, see below
+        return _total(sum_of_squares(part, kept_dims, wide) for part in torch.split(matrix, _CACHED, inner)).to(dtype)
     if summed == (outer,):  # along which norms take ten times as long
         return _total(part.to(wide).square().sum(outer, keepdim=True) for (part,) in in_parts(matrix)).to(dtype)
     # One norm of all is a plain sum in float32, which is too small by half a percent with 2^26 elements.
-    norms = torch.linalg.vector_norm(matrix, dim=-3 - outer, keepdim=True, dtype=wide)
+    norms = torch.linalg.vector_norm(matrix, dim=inner, keepdim=True, dtype=wide)
     norms.square_()
     return (norms.sum(outer, keepdim=True) if outer in summed else norms).to(dtype)
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
-from emerging_optimizers.adaptive_muon.parameters import parameter_name
+from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name
 from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
 from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
@@ -70,6 +70,8 @@ def load(
                 wide.update((p, state_dict["state"].get(key, {})) for p, key in pairs if widened(p))
 
     def after(optimizer: Optimizer) -> None:
+        for p, of_p in optimizer.state.items():
+            optimizer.state[p] = _present(of_p)
         for p, state in saved.items():
             optimizer.state[p].update(_own_form(p, state, state_format))
             if not state_format.counts_steps:
@@ -101,6 +103,8 @@ def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat)
             if not is_traceable_wrapper_subclass(value):
                 value = value.as_subclass(torch.Tensor)  # buffers of older checkpoints may be of a subclass
             own[key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
+            if is_flattened(p):
+                own[key] = own[key].contiguous()  # in another memory format it would have no view as a matrix
     if state_format.counts_steps and "step" not in state:
         own["step"] = state_format.new_step(p).fill_(_LONG_AGO)
     return own
@@ -145,11 +149,10 @@ def _checked_states(
     saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], state_format: StateFormat
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yield each parameter of a group with its saved state, or raise."""
-    lacks_counts = any(map(_has_new_count, saved_states.values()))  # of all: a rank's shard may be empty, or zero
+    states = {key: _present(state) for key, state in saved_states.items()}
+    lacks_counts = any(map(_has_new_count, states.values()))  # of all: a rank's shard may be empty, or zero
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
-        # torch's set_optimizer_state_dict makes an empty dict of what a flattened checkpoint lacks.
-        state = {name: value for name, value in saved_states.get(key, {}).items() if value != {}}
-        name = parameter_name(group, index)
+        state, name = states.get(key, {}), parameter_name(group, index)
         if not state:
             continue  # it had no gradient yet
         require(
@@ -176,6 +179,11 @@ def _checked_states(
             "pass bias_correction=False to resume from this checkpoint, which lacks it",
         )
         yield p, state
+
+
+def _present(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state without what is missing: torch's set_optimizer_state_dict has an empty dict in its place."""
+    return {key: value for key, value in state.items() if not isinstance(value, dict) or value}
 
 
 def _has_new_count(state: dict[str, Any]) -> bool:
