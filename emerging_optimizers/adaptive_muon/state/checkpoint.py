@@ -51,23 +51,18 @@ def load(
     saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
+        groups, states = state_dict["param_groups"], _present_states(state_dict["state"])
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch says so
         _check_names(groups, optimizer.param_groups)
         state_format.sharding.resolve([group for group in optimizer.param_groups if group.get("use_muon", True)])
         for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
-            require(
-                saved_group.get("use_muon") == group.get("use_muon"),
-                f"a group of the checkpoint must have use_muon={group.get('use_muon')} as the optimizer's has",
-                saved_group.get("use_muon"),
-                "route the parameters as when it was saved, see HybridAdaptiveMuon.describe()",
-            )
+            _check_route(saved_group, group)
             if group.get("use_muon", True):
-                saved.update(_checked_states(saved_group, group, state_dict["state"], state_format))
+                saved.update(_checked_states(saved_group, group, states, state_format))
             elif widened is not None:
                 pairs = zip(group["params"], saved_group["params"], strict=True)
-                wide.update((p, state_dict["state"].get(key, {})) for p, key in pairs if widened(p))
+                wide.update((p, states.get(key, {})) for p, key in pairs if widened(p))
 
     def after(optimizer: Optimizer) -> None:
         for p, of_p in optimizer.state.items():
@@ -145,12 +140,20 @@ def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]
     )
 
 
+def _check_route(saved_group: dict[str, Any], group: dict[str, Any]) -> None:
+    """Raise if a group was AdamW's when it was saved and is not now, or the reverse."""
+    require(
+        saved_group.get("use_muon") == group.get("use_muon"),
+        f"a group of the checkpoint must have use_muon={group.get('use_muon')} as the optimizer's has",
+        saved_group.get("use_muon"),
+        "route the parameters as when it was saved, see HybridAdaptiveMuon.describe()",
+    )
+
+
 def _checked_states(
-    saved_group: dict[str, Any], group: dict[str, Any], saved_states: dict[Any, Any], state_format: StateFormat
+    saved_group: dict[str, Any], group: dict[str, Any], states: dict[Any, dict[str, Any]], state_format: StateFormat
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Yield each parameter of a group with its saved state, or raise."""
-    states = {key: _present(state) for key, state in saved_states.items()}
-    lacks_counts = any(map(_has_new_count, states.values()))  # of all: a rank's shard may be empty, or zero
     for index, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
         state, name = states.get(key, {}), parameter_name(group, index)
         if not state:
@@ -170,8 +173,6 @@ def _checked_states(
             f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
         )
         _check_buffers(p, name, state, state_format)
-        if lacks_counts and not state.get("step", 1):
-            del state["step"]
         require(
             not state_format.bias_correction or "step" in state,
             f"a state must have the number of steps for bias correction; that of {name} holds only",
@@ -179,6 +180,16 @@ def _checked_states(
             "pass bias_correction=False to resume from this checkpoint, which lacks it",
         )
         yield p, state
+
+
+def _present_states(saved_states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return copies of states without what is missing, and without the counts of new states."""
+    states = {key: _present(state) for key, state in saved_states.items()}
+    if any(map(_has_new_count, states.values())):  # of all: a rank's shard may be empty, or zero
+        for state in states.values():
+            if not state.get("step", 1):
+                del state["step"]
+    return states
 
 
 def _present(state: dict[str, Any]) -> dict[str, Any]:
