@@ -114,7 +114,7 @@ $(DOCS): $(STAMP)
 	@touch $@
 
 docs: $(DOCS)
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going -b html docs docs/_build/html
 	$(BIN)/python tools/check_site.py docs/_build/html
 
 option-tables: $(STAMP)
