@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from emerging_optimizers.adaptive_muon import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
@@ -33,6 +34,21 @@ def smooth(method: str) -> dict[str, float]:
     large as the element, or turns the sign. An eps of the order of O keeps that small.
     """
     return {"eps": 1e-2} if method == "adamuon" else {}
+
+
+def noting(seen: list[tuple[int, ...]], factor: float) -> type[AdaptiveMuon]:
+    """A class whose own functions note the shapes that they get, of which the second multiplies the update."""
+
+    class Own(AdaptiveMuon):
+        def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            seen.append(tuple(grad.shape))
+            return super().orthogonalize(p, grad, **kwargs)
+
+        def pre_weight_update_fn_inplace(self, p: torch.Tensor, update: torch.Tensor) -> None:
+            seen.append(tuple(update.shape))
+            update.mul_(factor)
+
+    return Own
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

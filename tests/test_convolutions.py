@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from separate import check_separate
-from side_by_side import difference, each_method, normal, smooth
+from side_by_side import difference, each_method, normal, noting, smooth
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -71,6 +71,13 @@ def stepped(p: nn.Parameter, optimizer: torch.optim.Optimizer, steps: int = 2) -
         optimizer.step()
 
 
+def small(method: str) -> tuple[nn.Conv2d, HybridAdaptiveMuon]:
+    """A convolution, the same in each call, and its optimizer."""
+    model = nn.Conv2d(3, 4, 2, bias=False)
+    model.weight.data = normal((4, 3, 2, 2))
+    return model, HybridAdaptiveMuon.from_model(model, moment2_method=method, **FLATTEN)
+
+
 @each_method
 @pytest.mark.parametrize("options", [{}, {"scale_mode": "unit_rms_norm", "weight_decay_method": "palm"}], ids=str)
 def test_state_and_factors_are_those_of_the_matrix(method: str, options: dict[str, Any]) -> None:
@@ -93,20 +100,13 @@ def test_state_and_factors_are_those_of_the_matrix(method: str, options: dict[st
 
 @each_method
 def test_hooks_get_the_weight_and_the_update_as_they_are(method: str) -> None:
-    seen = []
-
-    class Own(AdaptiveMuon):
-        def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            seen.append(tuple(grad.shape))
-            return super().orthogonalize(p, grad, **kwargs)
-
-        def pre_weight_update_fn_inplace(self, p: torch.Tensor, update: torch.Tensor) -> None:
-            seen.append(tuple(update.shape))
-            update.zero_()
-
+    seen: list[tuple[int, ...]] = []
     model = nn.Conv2d(3, 4, 2, bias=False)
     HybridAdaptiveMuon.from_model(model, **FLATTEN)
-    optimizer, before = Own([model.weight], moment2_method=method, weight_decay=0.0), model.weight.detach().clone()
+    optimizer, before = (
+        noting(seen, 0.0)([model.weight], moment2_method=method, weight_decay=0.0),
+        model.weight.detach().clone(),
+    )
     stepped(model.weight, optimizer, 1)
     assert seen == [(4, 12), (4, 3, 2, 2)] and torch.equal(model.weight, before)
 
@@ -151,9 +151,7 @@ def test_another_memory_format_is_said_or_refused() -> None:
 def test_a_gradient_in_another_memory_format(method: str) -> None:
     ends = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = nn.Conv2d(3, 4, 2, bias=False)
-        model.weight.data = normal((4, 3, 2, 2))
-        optimizer = HybridAdaptiveMuon.from_model(model, moment2_method=method, **FLATTEN)
+        model, optimizer = small(method)
         model.weight.grad = normal((4, 3, 2, 2), 1).contiguous(memory_format=memory_format)
         optimizer.step()
         ends.append(model.weight.detach())
@@ -196,9 +194,7 @@ def test_a_checkpoint_in_another_memory_format(method: str) -> None:
     """Its buffers go on as if they were contiguous."""
     ends = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = nn.Conv2d(3, 4, 2, bias=False)
-        model.weight.data = normal((4, 3, 2, 2))
-        optimizer = HybridAdaptiveMuon.from_model(model, moment2_method=method, **FLATTEN)
+        model, optimizer = small(method)
         stepped(model.weight, optimizer)
         saved = copy.deepcopy(optimizer.state_dict())
         for state in saved["state"].values():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import each_dtype, each_method, normal, saved, smooth
+from side_by_side import each_dtype, each_method, normal, noting, saved, smooth
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
@@ -82,21 +82,11 @@ def test_not_what_it_is_without_the_tag(method: str) -> None:
 @each_method
 def test_hooks_and_own_functions_get_the_matrix_and_the_update_as_they_are(method: str) -> None:
     """The one orthogonalizes (out, in); the other sees the parameter, and an update that lies as it does."""
-    seen = []
-
-    class Own(AdaptiveMuon):
-        def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            seen.append(tuple(grad.shape))
-            return super().orthogonalize(p, grad, **kwargs)
-
-        def pre_weight_update_fn_inplace(self, p: torch.Tensor, update: torch.Tensor) -> None:
-            seen.append(tuple(update.shape))
-            update.mul_(0.5)
-
+    seen: list[tuple[int, ...]] = []
     p, q = pair((24, 40), None, torch.float32, 0)
     for each in (p, q):
         each.grad = torch.ones_like(each)
-        Own([each], moment2_method=method).step()
+        noting(seen, 0.5)([each], moment2_method=method).step()
     assert seen == [(40, 24), (24, 40), (40, 24), (40, 24)]
     torch.testing.assert_close(p.detach().mT, q.detach(), atol=1e-5, rtol=1e-5)
 

@@ -96,9 +96,8 @@ def headings(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the complaint of each heading that is a question, a sentence or long."""
     for found in re.finditer(r"^#+ (.+)$", text, re.MULTILINE):
         rule = "must name a task or a thing, in at most 8 words and without a mark at its end"
-        if re.match(r"(?:What|How|Why|Where|When|Who|Which) ", found[1]) or found[1][-1] in ".!?:;":
-            yield text.count("\n", 0, found.start()) + 1, f'heading "{found[1]}" {rule}'
-        elif len(found[1].split()) > 8:
+        is_question = re.match(r"(?:What|How|Why|Where|When|Who|Which) ", found[1])
+        if is_question or found[1][-1] in ".!?:;" or len(found[1].split()) > 8:
             yield text.count("\n", 0, found.start()) + 1, f'heading "{found[1]}" {rule}'
 
 

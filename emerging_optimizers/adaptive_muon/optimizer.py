@@ -283,8 +283,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # an upstream checkpoint's groups lack ours
-            for name, value in self._group_defaults.items():
-                group.setdefault(name, value)
+            group.update(self._group_defaults | group)
 
 
 # Where upstream lets a user, or a subclass, put a function of its own.

@@ -19,7 +19,6 @@ __all__ = [
     "check_gradients",
     "check_matrices",
     "check_rows_and_columns",
-    "has_form",
     "has_usable_dtype",
     "in_work_dtype",
     "is_flattened",
@@ -48,11 +47,6 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
 def is_matrix(p: torch.Tensor) -> bool:
     """Return whether a parameter is a matrix, or tagged ``muon_stacked`` as a stack of them."""
     return p.ndim == 2 or (p.ndim == 3 and bool(getattr(p, "muon_stacked", False)))
-
-
-def has_form(p: torch.Tensor) -> bool:
-    """Return whether HybridAdaptiveMuon.from_model takes a parameter for a stack or flattens it: its tag ``muon_form``."""
-    return getattr(p, "muon_form", None) is not None
 
 
 def is_flattened(p: torch.Tensor) -> bool:
@@ -118,7 +112,7 @@ def check_matrices(group: dict[str, Any]) -> None:
                 p.stride(),
                 "convert the model to torch.contiguous_format, or pass flatten_conv=False",
             )
-        if not (is_matrix(p) or has_form(p)):
+        if not is_matrix(p) and getattr(p, "muon_form", None) is None:
             raise refusal(
                 "parameters of AdaptiveMuon must be matrices, of two dimensions; "
                 f"{parameter_name(group, index)} has the shape",

@@ -21,6 +21,14 @@ from torch.nn import functional as F
 
 
 VOCABULARY, LENGTH, EXPERTS = 64, 32, 4
+# Of a configuration with experts.
+MOE: dict[str, Any] = dict(
+    num_moe_experts=EXPERTS,
+    moe_router_topk=2,
+    moe_ffn_hidden_size=32,
+    moe_token_dispatcher_type="allgather",
+    moe_grouped_gemm=False,
+)
 
 
 _PRISTINE = dict(vars(parallel_state))

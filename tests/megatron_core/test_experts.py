@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import emerging_optimizers
 from megatron.core.process_groups_config import ProcessGroupCollection
-from models import EXPERTS, cut, gpt, optimizer_of, parallel, seeded, train, whole_name
+from models import EXPERTS, MOE, cut, gpt, optimizer_of, parallel, seeded, train, whole_name
 from side_by_side import normal
 from torch import distributed as dist
 from torch import nn
@@ -23,13 +23,6 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import tag
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
 STOCK = TABLE["adaptive_muon"]
-MOE: dict[str, Any] = dict(
-    num_moe_experts=EXPERTS,
-    moe_router_topk=2,
-    moe_ffn_hidden_size=32,
-    moe_token_dispatcher_type="allgather",
-    moe_grouped_gemm=False,
-)
 OPTIONS: dict[str, Any] = dict(lr=1e-2, moment2_method="namo_d", weight_decay=0.0, fp32_matmul_prec="highest")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig, emerging_optimizers, get_megatron_optimizer
-from models import EXPERTS, cut, gpt, optimizer_of, parallel, seeded, train
+from models import MOE, cut, gpt, optimizer_of, parallel, seeded, train
 from side_by_side import each_method
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
@@ -130,13 +130,7 @@ def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
     losses = {}
     for ep, expert_tp in (1, 1), (2, 1), (2, 2), (1, 2):
         with parallel(expert_model_parallel_size=ep, expert_tensor_parallel_size=expert_tp):
-            model = gpt(
-                num_moe_experts=EXPERTS,
-                moe_router_topk=2,
-                moe_ffn_hidden_size=32,
-                moe_token_dispatcher_type="allgather",
-                moe_grouped_gemm=False,
-            )
+            model = gpt(**MOE)
             if ep < expert_tp and all(getattr(p, "allreduce", True) for p in model.parameters()):
                 # 0.18.2 does not tag experts here, and averages the gradients of different shards.
                 with pytest.raises(ValueError, match="must have this rank in common only"):
@@ -156,20 +150,13 @@ def test_data_parallel_ranks_share_the_work(
     sizes: dict[str, int], mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dense matrices among all ranks with the same strip, experts among those with the same experts."""
-    experts: dict[str, Any] = dict(
-        num_moe_experts=EXPERTS,
-        moe_router_topk=2,
-        moe_ffn_hidden_size=32,
-        moe_token_dispatcher_type="allgather",
-        moe_grouped_gemm=False,
-    )
     caplog.set_level("INFO")
     losses, work, lines = {}, {}, {}
     for share in (True, False):
         register(share_replicas=share)
         caplog.clear()
         with parallel(**sizes):
-            model = gpt(**(experts if "tp" not in sizes else {}))
+            model = gpt(**(MOE if "tp" not in sizes else {}))
             optimizer = optimizer_of(model, muon_tp_mode=mode)
             losses[share] = train(model, optimizer, range(5))
             with FlopCounterMode(display=False) as counter:

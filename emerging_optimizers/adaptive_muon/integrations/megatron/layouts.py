@@ -93,8 +93,8 @@ class MegatronLayouts:
         shapes = getattr(p, "qkv_split_shapes", None) or self.qkv_split_shapes
         if not shapes:
             raise ValueError(
-                f"the fused attention weight of shape {tuple(p.shape)} must have the rows of its blocks to be split, got none: pass "
-                "qkv_split_shapes, or split_qkv=False"
+                f"the fused attention weight of shape {tuple(p.shape)} must have the rows of its blocks to be split, got "
+                "none: pass qkv_split_shapes, or split_qkv=False"
             )
         if rows % sum(shapes):
             _warn_of_misfit(rows, columns, list(shapes))
