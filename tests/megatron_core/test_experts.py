@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer import emerging_optimizers
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import global_vars
 from models import EXPERTS, MOE, cut, gpt, optimizer_of, parallel, seeded, train, whole_name
 from side_by_side import normal
 from torch import distributed as dist
@@ -128,6 +129,26 @@ def test_routers_go_to_the_scalar_optimizer_unless_they_are_tagged(bf16: bool, u
             assert not torch.equal(p, before[name])
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_diagnostics_of_experts_have_a_prefix_of_their_own(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+    """Also where 0.18.2 does not tag the main parameters of experts."""
+    rows: list[dict[str, float]] = []
+    for name, value in {
+        "_GLOBAL_ARGS": SimpleNamespace(curr_iteration=0, tensorboard_log_interval=1),
+        "_GLOBAL_WANDB_WRITER": SimpleNamespace(log=lambda row, step: rows.append(row)),
+        "_GLOBAL_TENSORBOARD_WRITER": None,
+    }.items():
+        monkeypatch.setattr(global_vars, name, value)
+    register(diagnostics_every=1)
+    with parallel(expert_model_parallel_size=2):
+        model = gpt(bf16=bf16, **MOE)
+        train(model, optimizer_of(model), range(1))
+    assert sorted({name.split("/")[0] for name in row}.pop() for row in rows) == [
+        "adaptive_muon",
+        "adaptive_muon_experts",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["legacy", "layout"])
 def test_experts_with_the_layer_wise_optimizer(kind: str) -> None:
     """Whose parameter layout, where there is one, keeps routers with the matrices."""
@@ -185,12 +206,13 @@ def test_grouped_linear_layers(gate_up: bool, interleaved: int | None) -> None:
     parts = [[nn.Parameter(part.clone()) for part in parts_of(p.detach())] for p in params]
     assert [len(each) for each in parts] == [2, 2, 1, 1] if gate_up else [1] * 4
     config = SimpleNamespace(optimizer="adaptive_muon")
+    chunk = SimpleNamespace(ddp_config=SimpleNamespace(), parameters=model.parameters)
     optimizer = TensorParallelAdaptiveMuon(
         params,
         pg_collection=groups,
         split_gate_up=gate_up,
         nesterov=False,
-        replica_group=replica_group_of(config, [SimpleNamespace(ddp_config=SimpleNamespace())], groups),
+        replica_group=replica_group_of(config, [chunk], groups),
         **OPTIONS,
     )
     separate = AdaptiveMuon([part for each in parts for part in each], **OPTIONS)

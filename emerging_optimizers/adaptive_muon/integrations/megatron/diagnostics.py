@@ -55,7 +55,7 @@ def write_diagnostics(optimizer: Diagnosed, *_: Any) -> None:
     tensorboard, wandb = global_vars.get_tensorboard_writer(), global_vars.get_wandb_writer()
     if tensorboard is None and not wandb:
         return
-    of_experts = [not getattr(p, "allreduce", True) for _, p in optimizer.named_matrices()]
+    of_experts = [group.get("is_expert_parallel", False) for group in optimizer.param_groups if group["params"]]
     prefix = f"{PREFIX}_experts" if all(of_experts) else PREFIX  # which have an optimizer of their own
     metrics = flat(optimizer.diagnostics(), prefix=prefix)
     for name, value in metrics.items() if tensorboard is not None else ():

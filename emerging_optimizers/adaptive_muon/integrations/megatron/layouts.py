@@ -154,7 +154,11 @@ def replica_group_of(
         return None
     if str(config.optimizer).startswith("dist_"):  # Megatron's older name of the layer-wise one
         return None
-    return lambda p: getattr(pg_collection, "dp_cp" if getattr(p, "allreduce", True) else "expt_dp", None)
+    experts: MutableMapping[torch.Tensor, bool] = WeakTensorKeyDictionary()  # main parameters of 0.18 are not tagged
+    experts.update(
+        (p, True) for chunk in model_chunks for p in chunk.parameters() if not getattr(p, "allreduce", True)
+    )
+    return lambda p: getattr(pg_collection, "expt_dp" if _known_of(p, experts) else "dp_cp", None)
 
 
 def qkv_split_shapes(model_config: Any) -> list[int]:
