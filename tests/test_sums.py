@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from emerging_optimizers.adaptive_muon.moment2 import sum_of_products, sum_of_squared_products, sum_of_squares
+from emerging_optimizers.adaptive_muon.moment2 import sum_of_squared_products, sum_of_squares, sums_of_products
 from emerging_optimizers.adaptive_muon.moment2.sums import in_parts
 
 
@@ -44,13 +44,16 @@ def test_sums_of_squares(kept: tuple[int, ...], view: str, dtype: torch.dtype, s
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_sums_of_products(view: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [LARGE, (1, 1400, 300), (1, 1, 40, 30), (1400, 300)], ids=str)
+def test_sums_of_products(view: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
-    one, other = (VIEWS[view](torch.randn(LARGE, generator=generator)) for _ in range(2))
+    one, other = (VIEWS[view](torch.randn(shape, generator=generator)) for _ in range(2))
     one = one.to(dtype)
-    total = sum_of_products(one, other)
-    expected = (one.double() * other.double()).sum((-2, -1), keepdim=True)
-    torch.testing.assert_close(total.double(), expected, rtol=0.0, atol=2e-6 * one.numel() ** 0.5)
+    pairs = (one, other), (one, one), (other, other)
+    for (a, b), total in zip(pairs, sums_of_products((one, other), [(0, 1), (0, 0), (1, 1)]), strict=True):
+        expected = (a.double() * b.double()).sum((-2, -1), keepdim=True)
+        assert total.shape == expected.shape
+        torch.testing.assert_close(total.double(), expected, rtol=1e-5 * (a is b), atol=2e-6 * one.numel() ** 0.5)
     squares = sum_of_squared_products(one, other)
     expected = (one.double() * other.double()).square().sum((-2, -1), keepdim=True)
     torch.testing.assert_close(squares.double(), expected, rtol=2e-6, atol=0.0)
@@ -72,7 +75,8 @@ def test_empty_shards_and_numbers_that_are_not_finite() -> None:
         for kept in ((), (-1,), (-2,)):
             sums = sum_of_squares(torch.empty(shape), kept)
             assert not sums.any() and sums.shape == torch.empty(shape).sum(dims(kept), keepdim=True).shape
-        assert sum_of_products(torch.empty(shape), torch.empty(shape)).tolist() == [[[0.0]]] * 2
+        [total] = sums_of_products([torch.empty(shape)] * 2, [(0, 1)])
+        assert total.tolist() == [[[0.0]]] * 2
     matrix = torch.ones(LARGE)
     matrix[0, 0, 0], matrix[1, 5, 7] = torch.inf, torch.nan
     for kept in ((), (-1,), (-2,)):

@@ -9,7 +9,7 @@ import torch
 from emerging_optimizers.adaptive_muon.diagnostics.store import VALUES, Measuring
 from emerging_optimizers.adaptive_muon.exchange.measures import MAXIMA, SUMS, new_measures
 from emerging_optimizers.adaptive_muon.identity import identity
-from emerging_optimizers.adaptive_muon.moment2 import sum_of_products, sum_of_squared_products, sum_of_squares
+from emerging_optimizers.adaptive_muon.moment2 import sum_of_squared_products, sum_of_squares, sums_of_products
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch, batch_size
 from emerging_optimizers.adaptive_muon.sharding.layout import ShardedLayout
 from emerging_optimizers.adaptive_muon.sharding.matrices import MatrixBatch
@@ -105,14 +105,12 @@ class BatchMeasures:
                 members = slice(start, start + number)
                 G, W = as_batch(Gs[members]), as_batch([W.detach() for W in Ws[members]])
                 M = M_prime[members]
-                squares = [
-                    known[name][members].sum((-2, -1), keepdim=True)
-                    if name in known
-                    else sum_of_squares(tensor, (), M.dtype)
-                    for name, tensor in (("gradient", G), ("momentum", M))
-                ]
-                rest = [sum_of_products(G, M), sum_of_squares(W, (), M.dtype)]
-                measures[members, ..., _BEFORE] = torch.cat([*squares, *rest], -1)
+                pairs = {"gradient": (0, 0), "momentum": (1, 1), "product": (0, 1)}
+                unknown = [name for name in pairs if name not in known]
+                found = dict(zip(unknown, sums_of_products((G, M), [pairs[name] for name in unknown]), strict=True))
+                found |= {name: sums[members].sum((-2, -1), keepdim=True) for name, sums in known.items()}
+                of_W = sum_of_squares(W, (), M.dtype)
+                measures[members, ..., _BEFORE] = torch.cat([*(found[name] for name in pairs), of_W], -1)
         if self._carries:
             last = self._store.awaiting.take(self._keys, lambda: _nothing(measures))
             measures[..., 0, _CARRIED] = last[..., _LATE]

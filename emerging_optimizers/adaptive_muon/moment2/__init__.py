@@ -6,7 +6,7 @@ from typing import get_args
 
 from .base import Moment2, Observed
 from .registry import METHODS, Moment2MethodT, make_moment2, register_moment2
-from .sums import sum_of_products, sum_of_squared_products, sum_of_squares
+from .sums import sum_of_squared_products, sum_of_squares, sums_of_products
 
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "Observed",
     "make_moment2",
     "register_moment2",
-    "sum_of_products",
     "sum_of_squared_products",
     "sum_of_squares",
+    "sums_of_products",
 ]
 
 for _name in get_args(Moment2MethodT):
