@@ -148,7 +148,7 @@ def report(title: str, args: argparse.Namespace, device: torch.device, counts: d
         )
     ranks = dist.get_world_size()
     print(f"\n{title}, {ranks} ranks, {args.precision}, {args.algorithm}\n")
-    print(table(("", "collectives", "MiB a rank", "x Megatron's duplicated", "ms", "x Megatron's duplicated"), rows))
+    print(table(("", "collectives", "MiB per rank", "x Megatron's duplicated", "ms", "x Megatron's duplicated"), rows))
     settings = {"set": args.set, "ranks": ranks, "precision": args.precision, "algorithm": args.algorithm}
     name = args.name or f"communication-tp{ranks}"
     result = {"machine": circumstances(device), "settings": settings, "contestants": result}

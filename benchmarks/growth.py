@@ -71,7 +71,7 @@ def draw(axis: Axes, title: str, measured: dict[int, dict[str, Any]]) -> None:
     """Draws one sweep: milliseconds over n, a line for each contestant."""
     for name in next(iter(measured.values())):
         axis.plot(list(measured), [each[name]["median_ms"] for each in measured.values()], marker="o", label=name)
-    axis.set(title=title, xlabel="n", ylabel="milliseconds a step", xscale="log", yscale="log")
+    axis.set(title=title, xlabel="n", ylabel="milliseconds per step", xscale="log", yscale="log")
     axis.set_xticks(list(measured), [str(n) for n in measured])
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
