@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts in one tensor: each a matrix with ``stacked_experts``, in its true orientation; and routers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tiny_models
-import torch
+from expert_matrices import check_matrices
 from separate import Apart, Language, check_separate
 from side_by_side import normal
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 
 
 def fields(**values: Any) -> Callable[[Any], None]:
@@ -49,71 +49,18 @@ def experts_of(kind: str, change: Any, name: str) -> tuple[nn.Module, str, Any]:
     return model, path, model.get_submodule(path)
 
 
-def parts_of(p: torch.Tensor) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """For each expert its number and views of its matrices, (out, in), as the optimizer works on them."""
-    blocks = getattr(p, "muon_parts", None)
-    assert not isinstance(blocks, ColumnBlocks)
-    for number, stored in enumerate(p.data):
-        matrix = stored.mT if getattr(p, "muon_transposed", False) else stored
-        sizes = blocks or (len(matrix),)
-        period = sum(sizes)
-        starts = [sum(sizes[:part]) for part in range(len(sizes))]
-        assert sizes in ((1, 1), (len(matrix) // 2,) * 2, (len(matrix),))
-        yield (
-            number,
-            [
-                matrix[start::period] if period == 2 else matrix[start : start + size]
-                for start, size in zip(starts, sizes, strict=True)
-            ],
-        )
-
-
 @pytest.mark.parametrize(("kind", "change", "name", "leaves", "text"), EXPERTS, ids=NAMES)
 def test_each_expert_is_a_matrix_as_the_model_multiplies_by_it(
     kind: str, change: Any, name: str, leaves: tuple[str, str], text: str
 ) -> None:
-    """Hugging Face's own forward decides. A row of a projection down changes one output only.
-
-    A row of a gate or an up projection changes the output along one column of the projection down: of the up projection in
-    proportion, of the gate not.
-    """
+    """Hugging Face's own forward decides."""
     model, path, module = experts_of(kind, change, name)
     optimizer = HybridAdaptiveMuon.from_model(model, stacked_experts=True, split_gate_up=True)
     up, down = (module.get_parameter(leaf) for leaf in leaves)
     assert f"{path}.{leaves[0]}  (stack of hidden matrices" in optimizer.describe()
     routes = {id(p): route for _, p, route in optimizer.routes}
     assert routes[id(up)].text.endswith(text) and routes[id(down)].algorithm == "adaptive_muon"
-    seen: list[torch.Tensor] = []
-    module.register_forward_hook(lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output))
-
-    def change_of(row: torch.Tensor, times: int) -> torch.Tensor:
-        """How the output changes with a row."""
-        outputs = []
-        kept = row.clone()
-        for factor in (0, times):
-            row.copy_(kept + factor * 0.01 * normal(tuple(row.shape), 5).to(row.dtype))
-            seen.clear()
-            tiny_models.run(model)
-            outputs.append(seen[0].reshape(-1, seen[0].size(-1)))
-        row.copy_(kept)
-        return outputs[1] - outputs[0]
-
-    hit = 0
-    last = dict(parts_of(down))
-    for number, matrices in parts_of(up):
-        if number not in last:
-            continue  # LongCat has rows for experts that do nothing
-        [of_down] = last[number]
-        change = change_of(of_down[3], 1).abs()
-        hit += bool(change.max() > 1e-9)
-        assert change[:, torch.arange(change.size(1)) != 3].max() <= 1e-9
-        for part, matrix in enumerate(matrices):
-            once, twice = change_of(matrix[5], 1), change_of(matrix[5], 2)
-            along = of_down[:, 5] / of_down[:, 5].norm()
-            assert (once - torch.outer(once @ along, along)).abs().max() <= 1e-4 * once.abs().max()
-            is_linear = torch.allclose(twice, 2 * once, rtol=1e-6, atol=1e-9)
-            assert once.abs().max() <= 1e-9 or is_linear is (part == 1), (number, part)
-    assert hit > 0
+    check_matrices(module, up, down, lambda: tiny_models.run(model))
 
 
 def stacks(*leaves: str) -> dict[str, Apart]:
