@@ -138,13 +138,39 @@ def test_another_memory_format_is_said_or_refused() -> None:
     for module in (model.wide, model.pointwise):
         module.to(memory_format=torch.channels_last)
     reasons = {name: route.reason for name, _, route in HybridAdaptiveMuon.from_model(model, **FLATTEN).routes}
-    assert reasons["wide.weight"] == "4-D, not a matrix; convolution in the memory format channels_last"
+    assert (
+        reasons["wide.weight"]
+        == "4-D, not a matrix; convolution that is not contiguous, as in the memory format channels_last"
+    )
     assert reasons["pointwise.weight"] == "convolution, a matrix of 12 x 8"
     model = nn.Conv2d(3, 4, 2, bias=False)
     optimizer = HybridAdaptiveMuon.from_model(model, **FLATTEN)
     model.weight.data = model.weight.data.to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="'weight' must be contiguous to be flattened.*contiguous_format"):
         stepped(model.weight, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Conv1d(8, 8, 3, groups=8), "depthwise convolution"),
+        (nn.ConvTranspose1d(8, 6, 3), "transposed convolution"),
+        (nn.Conv2d(8, 6, 3).to(memory_format=torch.channels_last), "convolution that is not contiguous"),
+    ],
+    ids=["depthwise", "transposed", "channels_last"],
+)
+def test_routes_cannot_make_a_matrix_of_what_is_none(module: nn.Module, reason: str) -> None:
+    """The error has the reason, and no switch that would not help; a pattern before it helps."""
+    model = nn.ModuleDict({"conv": module, "linear": nn.Linear(3, 4)})
+    routes: dict[str, Any] = {"*.weight": "adaptive_muon"}
+    for switches in {}, FLATTEN:
+        with pytest.raises(ValueError, match=rf"must be a matrix, or several.*conv.weight.*{reason}") as error:
+            HybridAdaptiveMuon.from_model(model, routes=routes, **switches)
+        assert "flatten_conv" not in str(error.value)
+        optimizer = HybridAdaptiveMuon.from_model(model, routes={"conv.*": "adamw"} | routes, **switches)
+        assert {name for name, _, route in optimizer.routes if route.algorithm == "adaptive_muon"} == {"linear.weight"}
+    with pytest.raises(ValueError, match="flatten_conv=True takes the convolution for one"):
+        HybridAdaptiveMuon.from_model(nn.Sequential(nn.Conv2d(8, 6, 3)), routes={"0.weight": "adaptive_muon"})
 
 
 @pytest.mark.parametrize("method", METHODS)

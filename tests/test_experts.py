@@ -115,7 +115,7 @@ def test_without_the_switch_experts_go_to_adamw_and_it_is_named() -> None:
     assert "4 of them 3-D, stacks of experts" in made.describe(each=False)
     found = [finding.remedy for finding in made.further_findings()]
     assert found and set(found) == {"pass stacked_experts=True to from_model"}
-    with pytest.raises(ValueError, match="pass stacked_experts=True to from_model"):
+    with pytest.raises(ValueError, match="stacked_experts=True makes each a matrix"):
         HybridAdaptiveMuon.from_model(model, routes={"*experts.down_proj": "adaptive_muon"})
     said = reasons(model, stacked_experts=True)
     for leaf in ("gate_up_proj_bias", "down_proj_bias"):

@@ -37,5 +37,5 @@ def _why_none(module: nn.modules.conv._ConvNd, p: nn.Parameter) -> str:
     if p.size(1) == 1 and module.groups > 1:
         return "depthwise convolution"
     if not local_of(p).is_contiguous():
-        return "convolution in the memory format channels_last"
+        return "convolution that is not contiguous, as in the memory format channels_last"
     return ""

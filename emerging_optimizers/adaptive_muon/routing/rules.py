@@ -185,6 +185,13 @@ def route_model(
         names = {name for use in places for name in use.names}
         for pattern, matching, algorithm in patterns:
             if any(fnmatchcase(name, matching) for name in names):
+                reason = findings.reasons.get(p, "")
+                require(
+                    algorithm == "adamw" or not reason or is_matrix(p),
+                    f'what routes[{pattern!r}] gives to "adaptive_muon" must be a matrix, or several',
+                    f"{places[0].name} ({reason})",
+                    'give it to "adamw" by a pattern before this one',
+                )
                 route = Route(algorithm, f"pattern {pattern!r}")
                 break
         else:
