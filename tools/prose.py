@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "emerging_optimizers"
 ALL_WORDS = 8000  # of the pages in docs together
 PAGE_WORDS = {"README.md": 900, "docs/apidocs/internals.md": 900}
+OF_ROOT = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 SENTENCE_WORDS = 40
 CODE_COLUMNS = 88
 
@@ -154,7 +155,7 @@ def complaints(root: Path = ROOT) -> list[str]:
     """Return all breaches of the rules, each with its file and line."""
     total = total_words(root)
     found = [f"docs: {total} words, {ALL_WORDS} at most"] if total > ALL_WORDS else []
-    for path in [*pages(root), root / "README.md", root / "CONTRIBUTING.md"]:
+    for path in [*pages(root), *(root / name for name in OF_ROOT)]:
         name, text = str(path.relative_to(root)), path.read_text(encoding="utf-8")
         found += [f"{name}:{line}: {complaint}" for line, complaint in of_page(text)]
         if count(text) > (limit := PAGE_WORDS.get(name, ALL_WORDS)):
