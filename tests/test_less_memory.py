@@ -10,8 +10,9 @@ import torch
 from side_by_side import assert_resumes, assert_same, each_method, normal, saved
 from small_model import model_and_optimizer, train
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, adamw
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
@@ -364,6 +365,57 @@ def test_adamws_part_steps_as_in_float32_and_is_rounded() -> None:
         assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32
         assert p.grad is not None and p.grad.dtype == torch.bfloat16
     assert optimizer.state.keys() == {*params}
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64, 600])
+def test_adamws_part_by_rows_is_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Its states too, at the first step and after; of what has no view as a matrix, all at once."""
+    params, twins = [*scalars(torch.bfloat16)], [*scalars(torch.bfloat16)]
+    for each in (params, twins):
+        each.append(nn.Parameter(normal((20, 30), 3).bfloat16().mT))
+        each[-1].use_muon = False  # type: ignore[attr-defined]
+        each.append(nn.Parameter(torch.empty(0, 5, dtype=torch.bfloat16)))
+        each[-1].use_muon = False  # type: ignore[attr-defined]
+    groups: list[list[dict[str, Any]]] = [
+        [{"params": each[:3]}, {"params": each[3:], "lr": 1e-2}] for each in (params, twins)
+    ]
+    options = {"scalar_lr": 1e-3, "scalar_weight_decay": 0.1, "stochastic_rounding": True}
+    optimizer, other = (made(each, kind=HybridAdaptiveMuon, **options) for each in groups)
+    for step in range(4):
+        give_gradients(params, step)
+        give_gradients(twins, step)
+        params[1].grad = twins[1].grad = None if step == 0 else params[1].grad  # whose state comes later
+        optimizer.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(adamw, "AT_ONCE", at_once)
+            other.step()
+        for p, q in zip(params, twins, strict=True):
+            assert torch.equal(p, q)
+            assert optimizer.state[p].keys() == other.state[q].keys()
+            for key, value in optimizer.state[p].items():
+                assert torch.equal(value, other.state[q][key]) and value.dtype == other.state[q][key].dtype, key
+        if step == 1:
+            other.load_state_dict(saved(optimizer))
+
+
+def test_few_elements_of_adamws_part_have_copies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "AT_ONCE", 64)
+    params = [
+        nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((5,), (20,), (30, 20), (40,), (4, 16))
+    ]
+    for p in params:
+        p.use_muon, p.grad = False, torch.ones_like(p)  # type: ignore[attr-defined]
+    optimizer = made(params, kind=HybridAdaptiveMuon, stochastic_rounding=True)
+    sizes: list[list[int]] = []
+
+    def note(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        if isinstance(stepping, torch.optim.AdamW):
+            sizes.append([p.numel() for group in stepping.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_pre_hook(note)
+    optimizer.step()
+    handle.remove()
+    assert [*filter(None, sizes)] == [[5, 20], *[[60]] * 10, [40], [64]]
 
 
 def test_a_whole_model_resumes_bit_for_bit() -> None:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW's part of stochastic rounding: its bfloat16 parameters step in float32 copies, which are then rounded."""
+"""AdamW's part of stochastic rounding: its bfloat16 parameters step in float32 copies, which are then rounded.
+
+AdamW's update is by elements, so only a few parameters have copies at a time, and of a large one only some rows.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, override
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -14,7 +17,10 @@ from emerging_optimizers.adaptive_muon.rounding import noise_of
 from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
 
 
-__all__ = ["in_float32", "is_widened"]
+__all__ = ["AT_ONCE", "is_widened", "step_in_float32"]
+
+# Elements that have copies at once: 64 MiB of them, and as much of their gradients.
+AT_ONCE = 2**24
 
 
 def is_widened(p: torch.Tensor) -> bool:
@@ -22,61 +28,137 @@ def is_widened(p: torch.Tensor) -> bool:
     return p.dtype == torch.bfloat16
 
 
-@contextmanager
-def in_float32(adamw: Optimizer) -> Iterator[None]:
-    """Return a context in which AdamW steps on float32 copies of its bfloat16 parameters; at its end they are rounded.
-
-    The copies live as long as the context. They take the parameters' places in the groups and have their states.
-    """
+@torch.no_grad()
+def step_in_float32(adamw: Optimizer) -> None:
+    """Make a step of AdamW in which the updates of its bfloat16 parameters are rounded once, stochastically."""
     groups, states = adamw.param_groups, adamw.state
-    copies = {p: _copy(p) for group in groups for p in group["params"] if is_widened(p) and p.grad is not None}
-    adamw.param_groups = [{**group, "params": [copies.get(p, p) for p in group["params"]]} for group in groups]
-    adamw.state = _Lent(states, {copy: p for p, copy in copies.items()})
+    numbered = [*enumerate((group, p) for group in groups for p in group["params"])]
     try:
-        yield
-        _round(copies, groups, states)
+        adamw.param_groups = [{**group, "params": [*filter(_is_not_widened, group["params"])]} for group in groups]
+        adamw.step()
+        widened = ((place, group, p) for place, (group, p) in numbered if is_widened(p) and p.grad is not None)
+        for batch in _batches(part for place, group, p in widened for part in _parts(p, place, group, states[p])):
+            copies = [part.copy() for part in batch]
+            adamw.state = defaultdict(dict, zip(copies, (part.lent_state() for part in batch), strict=True))
+            adamw.param_groups = [
+                {**group, "params": [copy for copy, part in zip(copies, batch, strict=True) if part.group is group]}
+                for group in groups
+            ]
+            adamw.step()
+            for copy, part in zip(copies, batch, strict=True):
+                part.take_back(copy, adamw.state[copy])
     finally:
         adamw.param_groups, adamw.state = groups, states
 
 
-class _Lent(defaultdict[torch.Tensor, dict[str, Any]]):
-    """The states of parameters, in which a copy has that of its parameter.
+def _is_not_widened(p: torch.Tensor) -> bool:
+    return not is_widened(p)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A parameter that steps in a float32 copy, or some rows of what this rank holds of it.
 
     Args:
-        states: The states.
-        originals: The parameter of each copy.
+        p: The parameter.
+        place: Its place in the optimizer.
+        group: Its group.
+        state: Its state, which is filled.
+        is_new: Whether it had no state before this step.
+        rows: Which rows, the last dimension taken for columns; None for all of the parameter.
+        is_last: Whether these are the last rows.
     """
 
-    def __init__(
-        self, states: dict[torch.Tensor, dict[str, Any]], originals: Mapping[torch.Tensor, torch.Tensor]
-    ) -> None:
-        super().__init__(dict)
-        self._states, self._originals = states, originals
+    p: torch.Tensor
+    place: int
+    group: dict[str, Any]
+    state: dict[str, Any]
+    is_new: bool
+    rows: slice | None = None
+    is_last: bool = True
 
-    @override
-    def __missing__(self, p: torch.Tensor) -> dict[str, Any]:
-        return self._states[self._originals.get(p, p)]
+    def copy(self) -> torch.Tensor:
+        """Return the part in float32, with its gradient."""
+        assert self.p.grad is not None
+        copy = self._of(self.p.detach()).float()
+        copy.grad = self._of(self.p.grad).float()
+        return copy
+
+    def lent_state(self) -> dict[str, Any]:
+        """Return the state for a copy: the parameter's own, or these rows of it and copies of what has no rows."""
+        if self.rows is None:
+            return self.state
+        if self.is_new:
+            return {}
+        return {key: self._of(value) if self._has_rows(value) else value.clone() for key, value in self.state.items()}
+
+    def take_back(self, copy: torch.Tensor, lent: dict[str, Any]) -> None:
+        """Round a copy that has stepped into the parameter, and keep its state."""
+        noise, local = noise_of(self.p, self.place, lent["step"]), _as_matrix(self.p.detach())
+        if self.rows is None:
+            result = local if _is_viewed(self.p) else torch.empty_like(local)
+            round_into([result], [_as_matrix(copy)], noise)
+            if result is not local:
+                local_of(self.p.detach()).copy_(result.view(local_of(self.p).shape))
+            return
+        assert noise.rows is not None
+        round_into([local[self.rows]], [copy], replace(noise, rows=noise.rows[self.rows]))
+        for key, value in lent.items():
+            if value.shape == copy.shape:
+                if key not in self.state:
+                    self.state[key] = torch.zeros_like(self.p, dtype=value.dtype)
+                if self.is_new:
+                    self._of(self.state[key]).copy_(value)
+            elif key not in self.state:
+                self.state[key] = value
+            elif self.is_last:
+                self.state[key].copy_(value)
+
+    def _of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the part of a tensor of the parameter's shape."""
+        return tensor if self.rows is None else _as_matrix(tensor)[self.rows]
+
+    def _has_rows(self, value: torch.Tensor) -> bool:
+        return value.shape == self.p.shape
 
 
-def _copy(p: torch.Tensor) -> torch.Tensor:
-    """Return a float32 copy of a parameter, with its gradient."""
-    copy, grad = p.detach().float(), p.grad
-    assert grad is not None
-    copy.grad = grad.float()
-    return copy
+def _parts(p: torch.Tensor, place: int, group: dict[str, Any], state: dict[str, Any]) -> Iterator[_Part]:
+    """Yield the parts in which a parameter steps."""
+    whole, matrix = _Part(p, place, group, state, is_new=not state), _as_matrix(p.detach())
+    of_state = (value for value in state.values() if value.shape == p.shape)
+    if matrix.numel() <= AT_ONCE or not all(map(_is_viewed, (p, *of_state))):
+        yield whole
+        return
+    rows, columns = matrix.shape
+    height = max(1, AT_ONCE // columns)
+    for top in range(0, rows, height):
+        bottom = min(top + height, rows)
+        yield replace(whole, rows=slice(top, bottom), is_last=bottom == rows)
 
 
-@torch.no_grad()
-def _round(
-    copies: Mapping[torch.Tensor, torch.Tensor],
-    groups: Sequence[dict[str, Any]],
-    states: Mapping[torch.Tensor, dict[str, Any]],
-) -> None:
-    """Round the copies into their parameters in place."""
-    for place, p in enumerate(p for group in groups for p in group["params"]):
-        if p in copies:
-            local, value = local_of(p.detach()), local_of(copies[p])
-            columns = local.size(-1) if local.ndim else 1
-            result = local.new_empty((local.numel() // max(columns, 1), columns))
-            round_into([result], [value.reshape(result.shape)], noise_of(p, place, states[p]["step"]))
-            local.copy_(result.view(local.shape))
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Yield parts that have copies at the same time."""
+    batch: list[_Part] = []
+    elements = 0
+    for part in parts:
+        own = part._of(part.p.detach())
+        number = local_of(own).numel()
+        if batch and elements + number > AT_ONCE:
+            yield batch
+            batch, elements = [], 0
+        batch.append(part)
+        elements += number
+    if batch:
+        yield batch
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor with its last dimension as columns; a view where that is contiguous."""
+    local = local_of(tensor)
+    columns = local.size(-1) if local.ndim else 1
+    return local.reshape(local.numel() // max(columns, 1), columns)
+
+
+def _is_viewed(tensor: torch.Tensor) -> bool:
+    """Return whether :func:`_as_matrix` returns a view."""
+    return local_of(tensor).is_contiguous()

@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Self, Unpack, overload, override
 
@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon.adamw import in_float32, is_widened
+from emerging_optimizers.adaptive_muon.adamw import is_widened, step_in_float32
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.diagnostics.face import Diagnosed
 from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
@@ -261,7 +261,9 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
                 check_options(inner)
             _prepare(self._adamw, self._muon.options)
             self._muon.step()  # checks its own parameters before it changes anything
-            with in_float32(self._adamw) if self._muon.options.stochastic_rounding else nullcontext():
+            if self._muon.options.stochastic_rounding:
+                step_in_float32(self._adamw)
+            else:
                 self._adamw.step()
         return loss
 
