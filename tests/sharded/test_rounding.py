@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, Piece
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, Piece, adamw
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 
 
@@ -101,9 +101,11 @@ def test_the_noise_of_another_place_would_be_seen(group: ProcessGroup, monkeypat
     assert all(seen) is (dist.get_world_size() == 1 or dist.get_rank() == 0)
 
 
+@pytest.mark.parametrize("at_once", [2**24, 20], ids=["", "by rows"])
 @pytest.mark.parametrize("way", WAYS)
-def test_dtensors(way: Callable[[nn.Module], None]) -> None:
-    """AdamW's part too, which is elementwise: to the bit."""
+def test_dtensors(way: Callable[[nn.Module], None], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's part too, which is elementwise: to the bit, also a few rows at a time."""
+    monkeypatch.setattr(adamw, "AT_ONCE", at_once)
     whole, sharded, places = models(way, hidden=14, dtype=torch.bfloat16)
     options = {**options_of("namo"), **LESS, "scalar_lr": 1e-2}
     optimizers = [HybridAdaptiveMuon.from_model(model, **options) for model in (whole, sharded)]
