@@ -21,7 +21,7 @@ DOCS   := $(VENV)/.installed-docs
 venv: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, got " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python must be 3.12 or newer, got " + sys.version.split()[0] + ". Use make PYTHON=/path/to/python3.12.")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,megatron,nemo,automodel,huggingface]'
 	@touch $@

@@ -43,14 +43,12 @@ def main() -> int:
         run_part(args.parts[0], args.directory, args.minutes, args.rehearse)
         return 0
     if not args.rehearse and not torch.cuda.is_available():
-        parser.error(
-            "the machine must have a GPU that torch finds, and has none. Use --rehearse to try it on the CPU."
-        )
+        parser.error("the machine must have a GPU that torch finds, got none. Use --rehearse to try it on the CPU.")
     try:
         import_module("emerging_optimizers.adaptive_muon")
     except ImportError as error:
         parser.error(
-            f"this Python must have emerging-optimizers and this package: {error}. Use make gpu WHEELS=folder."
+            f"this Python must have emerging-optimizers and this package, got {error!r}. Use make gpu WHEELS=folder."
         )
     directory = args.directory or (Path(tempfile.mkdtemp(prefix="gpu-")) if args.rehearse else RESULTS)
     failed = [part for part in args.parts if not start_part(part, directory, args.minutes, args.rehearse)]

@@ -59,7 +59,9 @@ def _positive[T: (int, float)](kind: type[T]) -> Callable[[str], T]:
         except ValueError:
             number = kind(0)
         if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {kind.__name__} and above zero, got {value!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be {kind.__name__} and above zero, got {value!r}. Leave it out for the default."
+            )
         return number
 
     return convert
@@ -69,12 +71,13 @@ def _names(value: str) -> list[str]:
     names = [name.strip() for name in value.split(",") if name.strip()]
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
-        raise argparse.ArgumentTypeError(f"must be one or several of {', '.join(METHODS)}, got {value!r}")
+        raise argparse.ArgumentTypeError(f"must be known methods, got {value!r}. Choose from {', '.join(METHODS)}.")
     return names
 
 
 def _device(value: str) -> str:
     if value == "cpu" or (value == "cuda" and torch.cuda.is_available()):
         return value
-    reason = "this torch sees no CUDA device" if value == "cuda" else f"got {value!r}"
-    raise argparse.ArgumentTypeError(f"must be cpu, or cuda where there is one: {reason}; leave it out for cpu")
+    raise argparse.ArgumentTypeError(
+        f"must be cpu, or cuda where torch finds one, got {value!r}. Leave it out for cpu."
+    )

@@ -37,8 +37,8 @@ class Rates:
         changed = [key for key in before.keys() | setting.keys() if before.get(key) != setting.get(key)]
         if self.methods and changed:
             raise ValueError(
-                f"{self.path.name} must be of one setting, and differs in {', '.join(sorted(changed))}: "
-                "give another file with --out, or delete it to begin anew."
+                f"{self.path.name} must be of one setting, got different {', '.join(sorted(changed))}. "
+                "Give another file with --out, or delete it to begin again."
             )
 
     def add(self, method: str, lr: float, loss: float, **facts: Any) -> None:
@@ -63,5 +63,7 @@ class Rates:
             ValueError: If none was tried.
         """
         if method not in self.methods:
-            raise ValueError(f"{self.path.name} has no rate for {method}: run `make sweep`, or give --lr.")
+            raise ValueError(
+                f"{self.path.name} must have a rate for {method}, got none. Run `make sweep`, or give --lr."
+            )
         return float(self.methods[method]["lr"])

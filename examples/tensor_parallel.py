@@ -120,7 +120,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="training steps, at least 2 (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.steps < 2 or "LOCAL_RANK" not in os.environ:
-        parser.error("needs at least 2 steps, and torchrun: torchrun --nproc_per_node 2 examples/tensor_parallel.py")
+        parser.error(
+            "needs at least 2 steps, and torchrun. Use torchrun --nproc_per_node 2 examples/tensor_parallel.py."
+        )
     if ON_CUDA:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if ON_CUDA else "gloo")

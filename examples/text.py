@@ -53,12 +53,12 @@ def load(path: Path | None = None) -> Text:
     elif path.is_file():
         text = _from_one_file(path)
     else:
-        raise ValueError(f"--data must be a file or a directory, got {str(path)!r}: check the spelling.")
+        raise ValueError(f"--data must be a file or a directory, got {str(path)!r}. Check the spelling.")
     for part in PARTS:
         if len(getattr(text, part)) < MINIMUM_BYTES:
             raise ValueError(
-                f"The {part} part needs at least {MINIMUM_BYTES} bytes, got {len(getattr(text, part))} from {text.source}: "
-                "give more text; a few files are best joined into one, which is cut 80/10/10."
+                f"The {part} part must have {MINIMUM_BYTES} bytes or more, got {len(getattr(text, part))} from "
+                f"{text.source}. Give more text. Join a few files into one, which is cut 80/10/10."
             )
     return text
 

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"), help="directory to write to (default: %(default)s)")
     arguments, methods, text = options.parse(parser)
     if arguments.lr is not None and len(methods) != 1:
-        parser.error(f"--lr needs exactly one --method, got {len(methods)}: name it, or leave --lr out.")
+        parser.error(f"--lr must be given with exactly one --method, got {len(methods)}. Name it, or leave --lr out.")
     rates, protocol = Rates(), replace(Protocol(), steps=arguments.steps)
     try:
         chosen = {method: arguments.lr or rates.chosen(method) for method in methods}

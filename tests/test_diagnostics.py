@@ -207,7 +207,7 @@ def test_it_must_be_switched_on(make: Callable[..., Any]) -> None:
     optimizer = make([nn.Parameter(torch.ones(4, 3))])
     for method in (optimizer.diagnostics, optimizer.diagnostics_summary, optimizer.report):
         with pytest.raises(
-            ValueError, match="diagnostics_every must be a number of steps .* pass diagnostics_every=100"
+            ValueError, match="diagnostics_every must be a number of steps .* Pass diagnostics_every=100"
         ):
             method()
     for bad in (0, -1, 2.0, True, "3"):

@@ -81,4 +81,4 @@ def test_a_dead_link_of_the_site_is_found(tmp_path):
         "sub/index.html: ../p.png",
     ]
     done = subprocess.run([*command[:-1], tmp_path / "nothing"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "build it first" in done.stderr
+    assert done.returncode == 1 and "Build it first" in done.stderr

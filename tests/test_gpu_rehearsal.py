@@ -190,7 +190,7 @@ def test_ranks_that_fail_or_end_are_noted(tmp_path):
     from on_gpu.record import Record
 
     record = Record(tmp_path / "a.json", torch.device("cpu"), 60, {})
-    with pytest.raises(RuntimeError, match="ended with .*3"):
+    with pytest.raises(RuntimeError, match="must end with 0 .*, got .*3"):
         run_ranks(record, 2, "gloo", gpu_rehearsal_cases.cases, None, 40)
     found = record.content["measurements"]
     assert found["works"] == {"rank": 1} and found["raises"]["raised"] == "ValueError: on both ranks"

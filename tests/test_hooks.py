@@ -216,7 +216,7 @@ def test_an_older_upstream_is_named(monkeypatch: pytest.MonkeyPatch, make: Any) 
     with pytest.raises(ValueError) as error:
         make([torch.ones(2, 3)], weight_update_hook=Restrained())
     assert f"weight_update_hook must be None with emerging-optimizers {version}, which" in str(error.value)
-    assert str(error.value).endswith(": install emerging-optimizers 0.5 or newer")
+    assert str(error.value).endswith(". Install emerging-optimizers 0.5 or newer.")
     make([torch.ones(2, 3)])
 
 
@@ -225,7 +225,7 @@ def test_looks_for_upstreams_package(monkeypatch: pytest.MonkeyPatch) -> None:
     if UPSTREAM_HAS_HOOKS:
         AdaptiveMuon([torch.ones(2, 3)], weight_update_hook=Restrained())
     else:
-        with pytest.raises(ValueError, match="install emerging-optimizers 0.5"):
+        with pytest.raises(ValueError, match="Install emerging-optimizers 0.5"):
             AdaptiveMuon([torch.ones(2, 3)], weight_update_hook=Restrained())
 
 
@@ -235,7 +235,7 @@ BAD = {"class": Restrained, "object": object(), "name": "hyperball", "function":
 @pytest.mark.parametrize("hook", BAD.values(), ids=BAD)
 def test_what_is_no_hook_is_refused(hook: Any) -> None:
     with pytest.raises(
-        ValueError, match="weight_update_hook must be a hook with the methods pre_.* got .*: pass an object"
+        ValueError, match="weight_update_hook must be a hook with the methods pre_.* got .*. Pass an object"
     ):
         AdaptiveMuon([torch.ones(2, 3)], weight_update_hook=hook)
 

@@ -25,4 +25,4 @@ def test_an_old_triton_is_not_used(version: str, enough: bool, monkeypatch: pyte
     device = torch.device("cuda", 90 + ["3.2.0", "2.3.1", "3.3.0", "3.10.0+git"].index(version))  # answers are kept
     assert not usable.kernels_usable(device)
     [line] = said
-    assert (f"Triton must be >= 3.3, got {version}: install torch 2.7 or newer" in line) is not enough
+    assert (f"Triton must be >= 3.3, got {version}. Install torch 2.7 or newer." in line) is not enough

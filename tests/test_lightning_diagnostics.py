@@ -137,7 +137,7 @@ def test_the_one_that_is_always_there_stands_back() -> None:
 
 def test_errors() -> None:
     with pytest.raises(
-        ValueError, match="must have an optimizer made with diagnostics_every, got .*pass diagnostics_every"
+        ValueError, match="must have an optimizer made with diagnostics_every, got .*Pass diagnostics_every"
     ):
         fit(Model(), AdaptiveMuonDiagnostics(), steps=1)
     for bad in ("some", 3, [4]):

@@ -513,7 +513,7 @@ def test_a_gradient_of_several_tensors_is_refused() -> None:
     p = nn.Parameter(normal((4, 6)))
     p.grad = two_tensor.TwoTensor(normal((4, 6), 1), normal((4, 6), 1))
     optimizer = AdaptiveMuon([("w", p)])
-    with pytest.raises(ValueError, match=r"one tensor each; that of parameter 'w' is, got 'TwoTensor': convert"):
+    with pytest.raises(ValueError, match=r"one tensor each; that of parameter 'w' is, got 'TwoTensor'. Convert"):
         optimizer.step()
     assert torch.equal(p, normal((4, 6))) and not optimizer.state[p]
 
@@ -597,7 +597,7 @@ def test_a_graph_takes_only_what_can_be_captured(make: type, monkeypatch: pytest
     optimizer, before = make([p], lr=0.1), p.detach().clone()
     p.grad = torch.randn(4, 6)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match="pass capturable=True"):
+    with pytest.raises(ValueError, match="Pass capturable=True"):
         optimizer.step()
     assert torch.equal(p, before) and not optimizer.state.get(p)
     AdaptiveMuon([p], lr=0.1, capturable=True).step()

@@ -302,7 +302,7 @@ def test_params_have_the_constructors_options_and_defaults():
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        ({"beta_2": 0.9}, r"known keys, got 'beta_2': choose from lr, .*moment2_method.*, routes"),
+        ({"beta_2": 0.9}, r"known keys, got 'beta_2'. Choose from lr, .*moment2_method.*, routes"),
         ({"lr": None}, r"lr must be >= 0, got"),
         ({"lr": "fast"}, r"lr must be >= 0, got 'fast'"),
         ({"moment2_method": "muon"}, r"moment2_method must be .*adamuon, normuon, namo, namo_d"),

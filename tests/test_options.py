@@ -30,7 +30,7 @@ class Extended(Options):
     """The record with one more option."""
 
     warmth: int = option_field(
-        7, "How warm the matrices are.", rule=Rule("at least 3", lambda value: within(value, 3), "try 4"), flag=True
+        7, "How warm the matrices are.", rule=Rule("at least 3", lambda value: within(value, 3), "Use 4."), flag=True
     )
 
 
@@ -52,9 +52,9 @@ def matrix() -> nn.Parameter:
 @pytest.mark.usefixtures("extended")
 def test_the_constructors_take_and_check_it(make: Callable[..., Any]) -> None:
     make([matrix()], warmth=3).step()
-    with pytest.raises(ValueError, match="warmth must be at least 3, got 2: try 4"):
+    with pytest.raises(ValueError, match="warmth must be at least 3, got 2. Use 4."):
         make([matrix()], warmth=2)
-    with pytest.raises(TypeError, match="got heat: choose from lr, momentum, .*capturable, warmth"):
+    with pytest.raises(TypeError, match="got heat. Choose from lr, momentum, .*capturable, warmth"):
         make([matrix()], heat=2)
 
 
@@ -217,5 +217,5 @@ def test_what_replaces_a_method_resolves_anew(asked: bool | None) -> None:
 @pytest.mark.parametrize("value", ["false", 1, None])
 def test_a_switch_is_true_or_false(value: Any) -> None:
     """A configuration file's "false" would count as true."""
-    with pytest.raises(ValueError, match=f"nesterov must be True or False, got {value!r}: the default is False"):
+    with pytest.raises(ValueError, match=f"nesterov must be True or False, got {value!r}. Use False, the default."):
         AdaptiveMuon([matrix()], nesterov=value)

@@ -45,7 +45,7 @@ def test_bias_correction_refuses_it(tmp_path: Path) -> None:
     run = Run(bias_correction=True)
     before = [p.clone() for p in run.model.parameters()]
     with pytest.raises(
-        ValueError, match=r"must have the number of steps for bias correction; that of .* pass bias_correction=False"
+        ValueError, match=r"must have the number of steps for bias correction; that of .* Pass bias_correction=False"
     ):
         run.load(tmp_path)
     assert all(map(torch.equal, before, run.model.parameters()))

@@ -206,7 +206,7 @@ def test_wrapping_changes_no_route_and_no_name(wrap):
 
 def test_lazy_parameters_are_refused_by_name():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="'0.weight': run the model once"):
+    with pytest.raises(ValueError, match="'0.weight'. Run the model once"):
         HybridAdaptiveMuon.from_model(model)
 
 
@@ -346,7 +346,7 @@ def test_placeholders_are_refused_wherever_they_are(kind, owner):
     )
     model["raw"] = nn.Module()
     p = model[owner].weight = PLACEHOLDERS[kind]()
-    error = rf"must keep its rows and columns.*'?{owner}.weight.*use FSDP2, torch.distributed.fsdp.fully_shard"
+    error = rf"must keep its rows and columns.*'?{owner}.weight.*Use FSDP2, torch.distributed.fsdp.fully_shard"
     for make in (
         lambda: HybridAdaptiveMuon.from_model(model),
         lambda: HybridAdaptiveMuon.from_model(model, routes={"*": "adaptive_muon"}),
@@ -355,10 +355,10 @@ def test_placeholders_are_refused_wherever_they_are(kind, owner):
     ):
         with pytest.raises(ValueError, match=error):
             make()
-    with pytest.raises(ValueError, match="use FSDP2"):
+    with pytest.raises(ValueError, match="Use FSDP2"):
         HybridAdaptiveMuon([p])
     optimizer = HybridAdaptiveMuon(model["fine"].named_parameters())
-    with pytest.raises(ValueError, match="use FSDP2"):
+    with pytest.raises(ValueError, match="Use FSDP2"):
         optimizer.add_param_group({"params": [(f"{owner}.weight", p)]})
     assert len(optimizer.param_groups) == 2
 
@@ -493,7 +493,7 @@ def test_the_remedy_for_a_pattern_without_a_match_works():
     for wrap, _ in WRAPS.values():
         model = wrap(net())
         with pytest.raises(
-            ValueError, match=r"print the names with \[name for name, _ in model.named_parameters\(\)\]"
+            ValueError, match=r"Print the names with \[name for name, _ in model.named_parameters\(\)\]"
         ):
             HybridAdaptiveMuon.from_model(model, routes={"2.weight": "adamw"})
         for name in [name for name, _ in model.named_parameters()]:

@@ -193,7 +193,7 @@ def test_a_tag_set_after_a_step_is_refused_and_changes_nothing(shape: tuple[int,
     weights, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
     p.muon_transposed = True
     with pytest.raises(
-        ValueError, match=r"state of parameter 'w' must have the shapes .*: set muon_transposed before"
+        ValueError, match=r"state of parameter 'w' must have the shapes .*. Set muon_transposed before"
     ):
         optimizer.step()
     assert torch.equal(p, weights)

@@ -272,7 +272,7 @@ def test_a_branch_that_is_there_is_kept(upstream, output):
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        (OPTIMIZER, "beta2: float = 0.95", "beta2: float = 0.9", "has changed since changes.diff was made"),
+        (OPTIMIZER, "beta2: float = 0.95", "beta2: float = 0.9", "that changes.diff was made from, got"),
         (
             OLD_TEST,
             "expected_moment2,\n                atol=0.0",

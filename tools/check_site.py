@@ -58,7 +58,7 @@ def main() -> None:
     """Print the dead links of the directory given, and fail if there is one."""
     site = Path(sys.argv[1])
     if not (site / "index.html").exists():
-        sys.exit(f"The site must have an index.html, and {site} has none: build it first, `make docs`.")
+        sys.exit(f"The site must have an index.html, got none in {site}. Build it first with make docs.")
     dead = dead_links(site)
     print("\n".join(dead) or f"No dead link in {len(list(site.rglob('*.html')))} pages.")
     sys.exit(bool(dead))

@@ -53,7 +53,7 @@ def check_unchanged(path: Path, base: str, diff: str) -> None:
         found = git(path, "rev-parse", f"{base}:{name}")
         if name.startswith("emerging_optimizers/") and found != blob:
             raise ValueError(
-                f"{name} must be the blob {blob}, got {found}: it has changed since {DIFF.name} was made. "
+                f"{name} must be the blob {blob} that {DIFF.name} was made from, got {found}. "
                 f"Read git diff {blob} {found}, then renew the diff, see {Path(__file__).name}."
             )
 
@@ -62,7 +62,9 @@ def commit(path: Path, base: str, diff: str, message: str) -> str:
     """Commit the diff and the copies on top of a revision, signed off, and return the new commit."""
     name, address = (git(path, "config", "--default=", "--get", f"user.{key}") for key in ("name", "email"))
     if not name or not address:
-        raise ValueError(f"A sign-off needs user.name and user.email: set them with git config in {path}.")
+        raise ValueError(
+            f"A sign-off must have user.name and user.email, got none. Set them with git config in {path}."
+        )
     code = git(path, "show", f"{base}:{PACKAGE}/adaptive_muon.py").splitlines(keepends=True)
     license_lines = "".join(takewhile(lambda line: line.startswith("#"), code)).replace("2025", "2026")
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +91,7 @@ def main() -> None:
     title = text.split("\n", 1)[0].removeprefix("# ")
     try:
         if git(given.path, "branch", "--list", given.branch):
-            raise ValueError(f"--branch must be new, got {given.branch}: delete that branch, or name another.")
+            raise ValueError(f"--branch must be new, got {given.branch}. Delete that branch, or name another.")
         check_unchanged(given.path, given.base, diff)
         git(given.path, "branch", given.branch, commit(given.path, given.base, diff, f"{title}\n\n{BODY}"))
         patch = git(given.path, "format-patch", "-1", "--stdout", given.branch) + "\n"

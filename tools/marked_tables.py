@@ -21,5 +21,5 @@ def with_table(page: str, kind: str, table: str) -> str:
     marked = re.compile(rf"(<!-- {kind}, by tools/[\w.]+ -->\n\n).*?(\n\n<!-- end of {kind} -->)", re.DOTALL)
     text, count = marked.subn(lambda marks: marks[1] + table + marks[2], page)
     if count != 1:
-        raise ValueError(f"a page must have the marks of its table once, got {count} times: see docs/apidocs/nemo.md")
+        raise ValueError(f"a page must have the marks of its table once, got {count} times. See docs/apidocs/nemo.md.")
     return text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the English of pages, docstrings and errors: their length, their sentences, their headings and this project's banned turns.
+"""Checks the English of pages, docstrings and errors: length, sentences, headings, form and banned turns.
 
 Counted as a page's words are those of its text and of the tables that are written by hand. Not counted are numbers, code, formulas, comments, and the tables that tools write, between their marks.
 """
@@ -22,7 +22,14 @@ SENTENCE_WORDS = 40
 CODE_COLUMNS = 88
 
 # What makes or checks an error, and the place of the rule among its arguments; an option has a text without a rule.
-RULES = {"ValueError": 0, "TypeError": 0, "refusal": 0, "require": 1, "option_field": None}
+RULES = {"refusal": 0, "require": 1, "require_agreement": None, "option_field": None}
+RULES |= dict.fromkeys(("ValueError", "TypeError", "RuntimeError", "ImportError", "PicklingError"), 0)
+# The place of the remedy, of those that take it by itself.
+REMEDIES = {"refusal": 2, "require": 3, "require_agreement": 2, "Rule": 2}
+# Functions that end a program with an error, as raise does.
+ENDS = ("exit", "error")
+# Folders whose errors have the same form.
+OTHER_CODE = ("benchmarks", "examples", "experiments", "tools")
 
 # A turn of this project's first pages, and what to write instead.
 BANNED = {
@@ -120,8 +127,50 @@ def of_page(text: str) -> Iterator[tuple[int, str]]:
     yield from wide_code(text)
 
 
+def of_errors(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of each error of a module that does not read "X must be Y, got Z. Use W."."""
+    tree = ast.parse(text)
+    raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and "remedy" in ast.unparse(node.targets[0]).lower():
+            yield from _of_remedy(node.value)
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in REMEDIES:
+                yield from (each for remedy in node.args[REMEDIES[name] :][:1] for each in _of_remedy(remedy))
+            elif node.args and (node in raised or name in ENDS):
+                yield from _of_whole(node.args[0])
+
+
+def _of_whole(node: ast.expr) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of an error with a rule or a value that has another form."""
+    text = _shown(node)
+    form = r", got (?:(?!: [a-z]).)+?\. [A-Z](?:(?!: [a-z]|; ).)*\.$"
+    if re.search(r"\b(?:must|got)\b", text) and not re.search(form, text):
+        yield node.lineno, f'error "{text[:40]}...": must read "X must be Y, got Z. Use W."'
+
+
+def _of_remedy(node: ast.expr) -> Iterator[tuple[int, str]]:
+    """Yield the line and the complaint of a remedy that is not written as sentences. A value, {}, may be one."""
+    text = _shown(node)
+    if text != "{}" and not re.match(r"[A-Z{](?:(?!: [a-z]|; ).)*\.(?: ?\{\})?$", text):
+        yield node.lineno, f'remedy "{text[:40]}...": must be sentences, from a capital to a full stop'
+
+
+def _shown(node: ast.expr) -> str:
+    """Return the text of an expression, with {} for values."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_shown, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _shown(node.left) + _shown(node.right)
+    return "{}"
+
+
 def of_module(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the complaint of each banned turn in the docstrings' first lines and the errors of a module."""
+    yield from of_errors(text)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             first = (ast.get_docstring(node) or "").partition("\n")[0]
@@ -137,7 +186,7 @@ def of_module(text: str) -> Iterator[tuple[int, str]]:
                     yield node.lineno, complaint
             place = RULES[name]
             rule = " ".join(_texts(node.args[place])) if place is not None and len(node.args) > place else ""
-            if rule.strip(" ,:") not in ("", "got") and not re.search(r"\bmust\b", rule):
+            if rule.strip(" ,.") not in ("", "got") and not re.search(r"\bmust\b", rule):
                 yield node.lineno, f'error "{rule[:40]}...": must have the rule, "X must be Y"'
 
 
@@ -166,6 +215,9 @@ def complaints(root: Path = ROOT) -> list[str]:
             continue  # what a command has written there
         text = path.read_text(encoding="utf-8")
         found += [f"{path.relative_to(root)}:{line}: {complaint}" for line, complaint in of_module(text)]
+    for path in (path for name in OTHER_CODE for path in sorted((root / name).rglob("*.py"))):
+        text = path.read_text(encoding="utf-8")
+        found += [f"{path.relative_to(root)}:{line}: {complaint}" for line, complaint in of_errors(text)]
     return found
 
 

@@ -100,7 +100,7 @@ def run_checkout(name: str, checkout: Path, arguments: Sequence[str]) -> int:
     """Run the tests that concern a neighbor against a checkout of it, and return pytest's exit code."""
     neighbor = NEIGHBORS[name]
     if not (checkout / neighbor.folder).is_dir():
-        sys.exit(f"the checkout must have the folder {neighbor.folder}, got {checkout}: pass the repository's root")
+        sys.exit(f"the checkout must have the folder {neighbor.folder}, got {checkout}. Pass the repository's root.")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / neighbor.folder).symlink_to(checkout.resolve() / neighbor.folder)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -109,7 +109,9 @@ def run_checkout(name: str, checkout: Path, arguments: Sequence[str]) -> int:
             environment[neighbor.checkout_in] = str(checkout.resolve())
         version, file = found(neighbor.module, environment)
         if not file.is_relative_to(folder):
-            sys.exit(f"{neighbor.module} must come from {checkout}, got {file}: an import hook is before PYTHONPATH")
+            sys.exit(
+                f"{neighbor.module} must come from {checkout}, got {file}. Remove the import hook before PYTHONPATH."
+            )
         print(f"{neighbor.module} {version} of {checkout}, at {described(checkout)}", flush=True)
         return run_tests(name, version, described(checkout), arguments, environment)
 
@@ -157,7 +159,9 @@ def run_tests(name: str, version: str, source: str, arguments: Sequence[str], en
     tests = [path for path in sorted((ROOT / "tests").glob(neighbor.tests)) if path.stem not in neighbor.without]
     if any(map(names_tests, ["", *arguments], arguments)):
         if recorded:
-            sys.exit("a record is of all tests that concern a neighbor: leave out --record, or the files of tests")
+            sys.exit(
+                "a record must be of all tests for a neighbor, got some. Leave out --record, or the files of tests."
+            )
         tests = []
     commit = git(ROOT, "describe", "--always")
     if git(ROOT, "status", "--porcelain", "--", "emerging_optimizers", "tests"):

@@ -65,7 +65,7 @@ def run_ranks(record: Record, world: int, backend: str, cases: Cases, sizes: Any
         record.note(title, {RAISED: f"{len(each)} of {world} ranks finished"} | told)
     codes = [each.exitcode for each in ranks]
     if any(codes):
-        raise RuntimeError(f"the ranks must end with 0 within {seconds:.0f} s; they ended with {codes}")
+        raise RuntimeError(f"the ranks must end with 0 within {seconds:.0f} s, got {codes}. See what they printed.")
     return {"exit codes": codes, "cases": len(heard)}
 
 

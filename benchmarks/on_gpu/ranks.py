@@ -130,7 +130,7 @@ def padded(device: torch.device, sizes: Sizes, method: str, in_graph: bool) -> d
     with Traffic() as traffic:
         sending.step()
     if not traffic.collectives:
-        raise RuntimeError("a step must send messages; it sent none")
+        raise RuntimeError("a step must send messages, got none. Check the padding.")
     plain.step()
     apart = worst(distance(q[:-PADDING], p, each) for p, q, each in zip(whole, own, begin, strict=True))
     return {"distance": apart, "messages": sum(traffic.collectives.values())}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One form for every error: the rule, the value that broke it, and the remedy."""
+"""One form for every error, "X must be Y, got Z. Use W.": the rule, the value that broke it, and the remedy."""
 
 import math
 import pickle
@@ -16,9 +16,9 @@ def refusal(rule: str, value: object, remedy: str) -> ValueError:
     Args:
         rule: What must hold, as a sentence without its end.
         value: The value that was given.
-        remedy: What to pass instead, or what to do about it.
+        remedy: What to pass or to do instead, as one or more full sentences.
     """
-    return ValueError(f"{rule}, got {value!r}: {remedy}")
+    return ValueError(f"{rule}, got {value!r}. {remedy}")
 
 
 def require(ok: object, rule: str, value: object, remedy: str) -> None:
@@ -30,14 +30,16 @@ def require(ok: object, rule: str, value: object, remedy: str) -> None:
 def require_one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     """Raise a ``ValueError`` that lists the choices unless the value of an argument is one of them."""
     choices = tuple(allowed)
-    require(value in choices, f"{name} must be one of the known names", value, f"choose from {', '.join(choices)}")
+    require(value in choices, f"{name} must be one of the known names", value, f"Choose from {', '.join(choices)}.")
 
 
 def require_known(names: Iterable[str], known: Collection[str]) -> None:
     """Raise a ``TypeError`` that lists the known options unless all names of keyword arguments are among them."""
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise TypeError(f"keyword arguments must be options, got {', '.join(unknown)}: choose from {', '.join(known)}")
+        raise TypeError(
+            f"keyword arguments must be options, got {', '.join(unknown)}. Choose from {', '.join(known)}."
+        )
 
 
 def within(value: Any, low: float, high: float = math.inf) -> bool:
@@ -54,6 +56,6 @@ def require_picklable(name: str, value: object) -> None:
         pickle.dumps(value)
     except Exception as error:
         raise pickle.PicklingError(
-            f"{name} must be None or something that pickle can carry, got {value!r} ({error}): use a function of a "
-            "module, or save the optimizer's state_dict() and make a new optimizer"
+            f"{name} must be None or something that pickle can carry, got {value!r} ({error}). Use a function of a "
+            "module, or save the optimizer's state_dict() and make a new optimizer."
         ) from error

@@ -39,5 +39,5 @@ def check_upstream_has_hooks(hook: WeightUpdateHook | None) -> None:
         hook is None or find_spec("emerging_optimizers.weight_update_hooks"),
         f"weight_update_hook must be None with emerging-optimizers {upstream_version()}, which has no such hooks",
         hook,
-        "install emerging-optimizers 0.5 or newer",
+        "Install emerging-optimizers 0.5 or newer.",
     )

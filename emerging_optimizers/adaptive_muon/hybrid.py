@@ -184,7 +184,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         of_model = ModelRoutes.of(model, routes, switches)
         known, groups = of_model.by_parameter(), as_groups(model.parameters() if params is None else params)
         foreign = [tuple(p.shape) for group in groups for _, p in group["params"] if p not in known]
-        require(not foreign, "params must be parameters of the model", foreign, "pass the model that holds them")
+        require(not foreign, "params must be parameters of the model", foreign, "Pass the model that holds them.")
         options.setdefault("replica_group", replica_group_of(model))
         optimizer = cls([in_model(known, group) for group in groups], lr, momentum, weight_decay, **options)
         optimizer._model = of_model
@@ -232,7 +232,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         check_rounding(group, self._muon.options, scalar=inner is self._adamw)
         held = {p for group in self.param_groups for p in group["params"]}
         repeated = [tuple(p.shape) for p in group["params"] if p in held]
-        require(not repeated, "a parameter must be in one group only", repeated, "remove it from the other group")
+        require(not repeated, "a parameter must be in one group only", repeated, "Remove it from the other group.")
         self.param_groups.append(group)
 
     @overload
@@ -363,7 +363,7 @@ def _check_names(groups: list[dict[str, Any]]) -> None:
         len(named) < 2,
         "all parameters must have names, or none",
         "some of each",
-        "pass (name, parameter) pairs for all of them, as in model.named_parameters()",
+        "Pass (name, parameter) pairs for all of them, as in model.named_parameters().",
     )
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     del sys.argv[0]
     script = sys.argv[0]
     if not Path(script).is_file():
-        sys.exit(f"launch: the first argument must be the training script, got {script!r}: no such file")
+        sys.exit(f"launch: the first argument must be the file of a training script, got {script!r}. Check the path.")
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(script).resolve().parent)  # as Python does for a script; Megatron may lie beside it
 

@@ -44,7 +44,7 @@ def check_capture(param_groups: Iterable[dict[str, Any]], capturable: bool) -> N
     on_cuda = any(group["params"] and group["params"][0].is_cuda for group in param_groups)
     require(
         capturable or not (on_cuda and torch.cuda.is_current_stream_capturing()),
-        "an optimizer whose step is captured in a CUDA graph must be made with",
-        "capturable=False",
-        "pass capturable=True, and lr as a tensor on the GPU if it changes",
+        "capturable must be True for a step that is captured in a CUDA graph",
+        capturable,
+        "Pass capturable=True, and lr as a tensor on the GPU if it changes.",
     )

@@ -209,7 +209,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
             not replaced or self._mode is None or self._mode.takes_functions,
             "orthogonalize and scaled_orthogonalize_fn must not be replaced in a tp_mode that calls neither",
             "distributed",
-            'use tp_mode="layer_sharded"',
+            'Use tp_mode="layer_sharded".',
         )
 
     def _has_own(self, name: str) -> bool:

@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
     text: str
     holds: Callable[[Any], bool]
-    remedy: str
+    remedy: str  # in full sentences
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Option:
             require_one_of(self.name, value, self.choices)
         elif self.is_switch:
             valid = isinstance(value, bool) or (value is None and self.default is None)
-            require(valid, f"{self.name} must be True or False", value, f"the default is {self.default}")
+            require(valid, f"{self.name} must be True or False", value, f"Use {self.default}, the default.")
         elif self.rule:
             require(self.rule.holds(value), f"{self.name} must be {self.rule.text}", value, self.rule.remedy)
 
@@ -123,7 +123,7 @@ _BELOW_1 = partial(within, low=0, high=1)
 _HOOK = Rule(
     "a hook with the methods pre_weight_update_inplace and post_weight_update_inplace",
     _or_none(is_hook),
-    "pass an object, such as emerging_optimizers.weight_update_hooks.RelativeUpdateHook(), or None",
+    "Pass an object, such as emerging_optimizers.weight_update_hooks.RelativeUpdateHook(), or None.",
 )
 # A smaller eps is zero, or has no inverse, in float32.
 _TINY = torch.finfo(torch.float32).tiny
@@ -136,7 +136,7 @@ class MatrixOptions:
     lr: float = option_field(
         3e-4,
         "Learning rate. The default is that of upstream's Muon.",
-        rule=Rule(">= 0", _AT_LEAST_0, "Muon's rates are about 1e-3 to 1e-2"),
+        rule=Rule(">= 0", _AT_LEAST_0, "Use about 1e-3 to 1e-2."),
         scope="group",
         megatron_field="lr",
         in_files=False,
@@ -144,14 +144,14 @@ class MatrixOptions:
     momentum: float = option_field(
         0.95,
         "Decay rate of the momentum. The default is that of upstream's Muon and of all three papers.",
-        rule=Rule("in [0, 1)", _BELOW_1, "the default is 0.95"),
+        rule=Rule("in [0, 1)", _BELOW_1, "Use 0.95, the default."),
         scope="group",
         megatron_field="muon_momentum",
     )
     weight_decay: float = option_field(
         0.01,
         "Coefficient of the weight decay. The default is that of upstream's Muon.",
-        rule=Rule(">= 0", _AT_LEAST_0, "pass 0 for none"),
+        rule=Rule(">= 0", _AT_LEAST_0, "Pass 0 for none."),
         scope="group",
         megatron_field="weight_decay",
     )
@@ -197,7 +197,7 @@ class MatrixOptions:
     extra_scale_factor: float = option_field(
         1.0,
         'Further factor on the update. With "spectral", 0.2 gives Muon the update size of AdamW (arXiv:2502.16982).',
-        rule=Rule("finite", lambda value: within(value, -math.inf) and math.isfinite(value), "try 1.0"),
+        rule=Rule("finite", lambda value: within(value, -math.inf) and math.isfinite(value), "Use 1.0, the default."),
         megatron_field="muon_extra_scale_factor",
     )
     moment2_method: Moment2MethodT = option_field(
@@ -210,7 +210,7 @@ class MatrixOptions:
     beta2: float = option_field(
         0.95,
         "Decay rate of the second moment V. The default is upstream's; the NAMO paper uses 0.99.",
-        rule=Rule("in [0, 1)", _BELOW_1, "0.95 and 0.99 are usual"),
+        rule=Rule("in [0, 1)", _BELOW_1, "Use 0.95, the default, or 0.99."),
         scope="group",
         megatron_field="adaptive_muon_beta2",
         flag=True,
@@ -219,7 +219,7 @@ class MatrixOptions:
         1e-8,
         'Constant added to the denominator of D; for "normuon" the least value that V counts as. The default is '
         'upstream\'s. For "namo" and "namo_d", the denominator is a gradient norm: choose a value well below those.',
-        rule=Rule("> 0 in float32", partial(within, low=_TINY), "the default is 1e-8"),
+        rule=Rule("> 0 in float32", partial(within, low=_TINY), "Use 1e-8, the default."),
         scope="group",
         megatron_field="adaptive_muon_eps",
         flag=True,
@@ -286,7 +286,7 @@ class Options(MatrixOptions):
         rule=Rule(
             _PROCESS_GROUP,
             _or_none(lambda value: isinstance(value, ProcessGroup)),
-            "pass what torch.distributed.new_group returned, or mesh.get_group(); None where nothing is split",
+            "Pass what torch.distributed.new_group or mesh.get_group() returned, or None where nothing is split.",
         ),
         scope="rank",
         in_files=False,
@@ -299,7 +299,8 @@ class Options(MatrixOptions):
         rule=Rule(
             _PROCESS_GROUP + ", or a function that returns one",
             _or_none(lambda value: isinstance(value, ProcessGroup) or callable(value)),
-            "pass the data-parallel group, such as torch.distributed.group.WORLD; None to let every rank do all the work",
+            "Pass the data-parallel group, such as torch.distributed.group.WORLD, or None to let every rank do "
+            "all the work.",
         ),
         scope="rank",
         in_files=False,
@@ -324,7 +325,7 @@ class Options(MatrixOptions):
         rule=Rule(
             "a function of a parameter",
             _or_none(callable),
-            "return a Layout, Split or Piece from it, or None for the usual rules",
+            "Pass a function that returns a Layout, Split or Piece, or None for the usual rules.",
         ),
         scope="rank",
         in_files=False,
@@ -334,7 +335,11 @@ class Options(MatrixOptions):
         "Function that takes a fused parameter and returns the row counts of its blocks, or ColumnBlocks with their "
         "column counts, or None for the parameter's attribute muon_blocks. Every block is a matrix of its own. Counts "
         "whose sum is less than the rows, or columns, repeat, as Megatron's query groups do.",
-        rule=Rule("a function of a parameter", _or_none(callable), "or set muon_blocks on the fused parameters"),
+        rule=Rule(
+            "a function of a parameter",
+            _or_none(callable),
+            "Pass a function, or set muon_blocks on the fused parameters.",
+        ),
         scope="rank",
         in_files=False,
     )
@@ -342,7 +347,7 @@ class Options(MatrixOptions):
         2**30,
         "The most bytes that a rank sends and receives at once; or one matrix for every owner, where that is more. A step "
         "with more takes more rounds. The default is 1 GiB.",
-        rule=Rule("a positive number of bytes", partial(within, low=1), "the default is 2**30"),
+        rule=Rule("a positive number of bytes", partial(within, low=1), "Use 2**30, the default."),
         flag=True,
     )
     diagnostics_every: int | None = option_field(
@@ -352,7 +357,7 @@ class Options(MatrixOptions):
         rule=Rule(
             "a whole number >= 1, or None",
             _or_none(lambda value: type(value) is int and value >= 1),
-            "pass the interval of your logger, such as 100",
+            "Pass the interval of your logger, such as 100.",
         ),
         flag=True,
     )
@@ -374,7 +379,7 @@ class Options(MatrixOptions):
             not self.capturable or self.diagnostics_every in (None, 1),
             "diagnostics_every must be 1 or None with capturable=True, since a CUDA graph repeats the same step",
             self.diagnostics_every,
-            "pass 1, and read diagnostics() as often as you want to",
+            "Pass 1, and read diagnostics() as often as you want to.",
         )
         check_upstream_has_hooks(self.weight_update_hook)
 
@@ -513,14 +518,14 @@ def _check_decay_method(options: Options) -> None:
         decay_method != "l2" or not options.moment2.reads_gradient,
         f'weight_decay_method must not be "l2" with moment2_method="{method}", whose gradient norms it would falsify',
         decay_method,
-        'use "decoupled" or "adaptive"',
+        'Use "decoupled" or "adaptive".',
     )
     require(
         decay_method != "adaptive" or options.moment2.adaptive_decay,
         f'weight_decay_method must not be "adaptive" with moment2_method="{method}", whose D is not a ratio of signal to '
         "noise",
         decay_method,
-        'use "decoupled", or moment2_method="namo" or "namo_d"',
+        'Use "decoupled", or moment2_method="namo" or "namo_d".',
     )
 
 
@@ -533,15 +538,15 @@ def check_group(group: dict[str, Any], options: Options) -> None:
             own.append(option.name)
         elif option.name in group and option.name != "moment2_method":
             common.append(option.name)
-    require(not common, f"options of a group must be among {', '.join(own)}", common, "set it for all")
+    require(not common, f"options of a group must be among {', '.join(own)}", common, "Set it for all groups.")
     require(
         group["moment2_method"] == options.moment2_method,
         f'moment2_method must be the same in all groups, "{options.moment2_method}"',
         group["moment2_method"],
-        "make a second optimizer for these parameters",
+        "Make a second optimizer for these parameters.",
     )
     maximize = group.get("maximize")
-    require(not maximize, "maximize must not be set, which AdaptiveMuon does not have", maximize, "negate the loss")
+    require(not maximize, "maximize must not be set, which AdaptiveMuon does not have", maximize, "Negate the loss.")
 
 
 def document(cls: type, options: Iterable[Option]) -> None:

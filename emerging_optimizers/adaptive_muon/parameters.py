@@ -65,7 +65,7 @@ def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
     An empty shard of a small matrix is valid.
     """
     rule = "a parameter must keep its rows and columns to be optimized"
-    remedy = "use FSDP2, torch.distributed.fsdp.fully_shard"
+    remedy = "Use FSDP2, torch.distributed.fsdp.fully_shard."
     if getattr(p, "_fsdp_flattened", False):
         raise refusal(rule, f"{name} flattened by FullyShardedDataParallel", remedy)
     if type(p).__name__ == "FlatParameter":
@@ -87,15 +87,15 @@ def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
             raise refusal(
                 rule,
                 f"{name}, which {engine} holds as {tuple(p.shape)} instead of {tuple(kept)}",
-                f"{remedy}, instead of the engine",
+                remedy,
             )
 
 
 # By the number of dimensions.
-_OF_CONVOLUTION = "; pass flatten_conv=True to from_model if it is the weight of a convolution"
+_OF_CONVOLUTION = " Pass flatten_conv=True to from_model if it is the weight of a convolution."
 _REMEDIES = {
-    3: "; set its muon_stacked = True, or pass stacked_experts=True to from_model, if it is a stack of matrices (experts)"
-    + _OF_CONVOLUTION,
+    3: " Set its muon_stacked = True, or pass stacked_experts=True to from_model, if it is a stack of matrices "
+    "(experts)." + _OF_CONVOLUTION,
     **dict.fromkeys((4, 5), _OF_CONVOLUTION),
 }
 
@@ -110,21 +110,21 @@ def check_matrices(group: dict[str, Any]) -> None:
             raise refusal(
                 f"{parameter_name(group, index)} must be contiguous to be flattened; it has the strides",
                 p.stride(),
-                "convert the model to torch.contiguous_format, or pass flatten_conv=False",
+                "Convert the model to torch.contiguous_format, or pass flatten_conv=False.",
             )
         if not is_matrix(p) and getattr(p, "muon_form", None) is None:
             raise refusal(
                 "parameters of AdaptiveMuon must be matrices, of two dimensions; "
                 f"{parameter_name(group, index)} has the shape",
                 tuple(p.shape),
-                "give it to AdamW, as HybridAdaptiveMuon does by itself" + _REMEDIES.get(p.ndim, ""),
+                "Give it to AdamW, as HybridAdaptiveMuon does by itself." + _REMEDIES.get(p.ndim, ""),
             )
         if not has_usable_dtype(p):
             raise refusal(
                 "parameters of AdaptiveMuon must be real floating-point matrices; "
                 f"{parameter_name(group, index)} has the dtype",
                 p.dtype if p.layout == torch.strided else f"{p.dtype}, {p.layout}",
-                f"use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer",
+                f"Use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer.",
             )
 
 
@@ -138,14 +138,14 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
             raise refusal(
                 f"gradients of {algorithm} must be one tensor each; that of {parameter_name(group, index)} is",
                 type(grad).__name__,
-                "convert it to a plain tensor, or give the parameter to another optimizer",
+                "Convert it to a plain tensor, or give the parameter to another optimizer.",
             )
         if grad.layout != torch.strided or (grad.is_complex() and not complex_too):
             raise refusal(
                 f"gradients of {algorithm} must be dense{'' if complex_too else ' and real'}; that of "
                 f"{parameter_name(group, index)} is",
                 f"{grad.layout}, {grad.dtype}",
-                "make it dense (sparse=False in an embedding), or give the parameter to another optimizer",
+                "Make it dense (sparse=False in an embedding), or give the parameter to another optimizer.",
             )
 
 
@@ -158,7 +158,7 @@ def check_capturable(group: dict[str, Any]) -> None:
                 f"with capturable=True parameters of AdamW must be on one of {', '.join(supported)}; "
                 f"{parameter_name(group, index)} is on",
                 p.device.type,
-                "move the model there, or pass capturable=False",
+                "Move the model there, or pass capturable=False.",
             )
 
 

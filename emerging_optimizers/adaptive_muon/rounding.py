@@ -121,14 +121,14 @@ def check_rounding(group: dict[str, Any], options: RoundingOptions, *, scalar: b
             raise refusal(
                 f"with stochastic_rounding=True weights in 16 bit must be in bfloat16; {parameter_name(group, index)} is in",
                 p.dtype,
-                "convert it to bfloat16, or pass stochastic_rounding=False",
+                "Convert it to bfloat16, or pass stochastic_rounding=False.",
             )
         if not scalar and momentum_dtype != "float32" and p.dtype == torch.float64:
             raise refusal(
                 f'with momentum_dtype="{momentum_dtype}" weights must not be in float64; '
                 f"{parameter_name(group, index)} is in",
                 p.dtype,
-                'convert it to float32, or pass momentum_dtype="float32", which is float64 for it',
+                'Convert it to float32, or pass momentum_dtype="float32", which is float64 for it.',
             )
 
 

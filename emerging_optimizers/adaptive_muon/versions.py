@@ -27,8 +27,8 @@ def require_supported_upstream() -> None:
         import_module("emerging_optimizers.orthogonalized_optimizers")
     except RuntimeError as error:  # from Triton 3.2 and 3.3, which torch 2.6 and 2.7 bring along
         raise ImportError(
-            f"emerging-optimizers {found} must find a GPU where Triton is older than 3.4, got {error}: import it on a "
-            "machine with a GPU, or install torch 2.8 or newer"
+            f"emerging-optimizers {found} must find a GPU where Triton is older than 3.4, got {error!r}. Import it on "
+            "a machine with a GPU, or install torch 2.8 or newer."
         ) from error
 
 
@@ -52,5 +52,5 @@ def require_supported(
     if not low <= version < high:
         lowest, beyond = (".".join(map(str, each)) for each in supported)
         raise kind(
-            f'{package} must be >= {lowest} and < {beyond}, got {found}: install "{package}>={lowest},<{beyond}"'
+            f'{package} must be >= {lowest} and < {beyond}, got {found}. Install "{package}>={lowest},<{beyond}".'
         )

@@ -125,7 +125,7 @@ def with_tables(page: str, results: Results) -> str:
         marker = f"<!-- {name} -->\n"
         page, found = re.subn(rf"(?<={re.escape(marker)})(\|[^\n]*\n)*", lambda _, table=table: table, page)
         if found != 1:
-            raise ValueError(f"The page must have the marker {marker!r} once, and has it {found} times: put it back.")
+            raise ValueError(f"The page must have the marker {marker!r} once, got it {found} times. Restore it.")
     return page
 
 

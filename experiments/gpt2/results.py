@@ -43,8 +43,8 @@ class Results:
         changed = sorted(key for key in before.keys() | setting.keys() if before.get(key) != setting.get(key))
         if changed:
             raise ValueError(
-                f"{self.path} must be of one setting, and differs in {', '.join(changed)}: give another file with "
-                "--results, or move it away to begin anew."
+                f"{self.path} must be of one setting, got different {', '.join(changed)}. Give another file with "
+                "--results, or move it away to begin again."
             )
         self.content["setting"] = setting
 

@@ -87,9 +87,7 @@ def main() -> None:
     if arguments.out.exists():
         found = json.loads(arguments.out.read_text())
         if found["setting"] != json.loads(json.dumps(setting)):
-            parser.error(
-                f"{arguments.out} must be of the same setting, and is of another: give another file with --out."
-            )
+            parser.error(f"{arguments.out} must be of the same setting, got another. Give another file with --out.")
     runs: dict[str, dict[str, float]] = found["runs"]
     for seed in arguments.seeds:
         for kind in arguments.kind or KINDS:

@@ -133,7 +133,7 @@ def test_hooks_see_dtensors(method: str) -> None:
 def test_what_fsdp1_has_flattened_is_refused(use_orig_params):
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     model = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel.: use FSDP2"):
+    with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel.. Use FSDP2"):
         HybridAdaptiveMuon.from_model(model)
-    with pytest.raises(ValueError, match="use FSDP2"):
+    with pytest.raises(ValueError, match="Use FSDP2"):
         HybridAdaptiveMuon(list(model.parameters()))

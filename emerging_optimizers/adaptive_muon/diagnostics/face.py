@@ -93,7 +93,7 @@ class Diagnosed:
             raise refusal(
                 "diagnostics_every must be a number of steps for the optimizer to measure",
                 None,
-                "pass diagnostics_every=100 to the constructor",
+                "Pass diagnostics_every=100 to the constructor.",
             )
         return self.diagnostics_store
 

@@ -82,8 +82,8 @@ def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, st
         yield 1e5 * row["clamped"], what, 'lower namo_d_clamp, or use "namo"'
     error = row["orthogonality_error"]
     if error > _FAR_FROM_ORTHOGONAL:
-        remedy = "raise num_ns_steps; nothing helps where its gradients have a low rank"
-        yield 1e3 * error, f"its O is far from orthogonal ({error:.2f})", remedy
+        what = f"its O is far from orthogonal ({error:.2f})"
+        yield 1e3 * error, what, "raise num_ns_steps; nothing helps where its gradients have a low rank"
 
 
 def _median(rows: Iterable[Row], value: str) -> float:

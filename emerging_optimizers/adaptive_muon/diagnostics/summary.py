@@ -27,7 +27,7 @@ def check_matrices(matrices: Any) -> None:
         matrices in ("summary", "all") or (is_list and all(isinstance(each, str) for each in matrices)),
         'matrices must be "summary", "all" or a list of name patterns',
         matrices,
-        'pass "summary", or patterns as in fnmatch, such as ["*.qkv*"]',
+        'Pass "summary", or patterns as in fnmatch, such as ["*.qkv*"].',
     )
 
 

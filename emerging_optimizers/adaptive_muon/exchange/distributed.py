@@ -48,7 +48,7 @@ class Distributed(Mode):
             not (layout.split[-2] and layout.split[-1]),
             f'with tp_mode="distributed" matrices must be split along one dimension; {name} is along both, in the shards',
             [tuple(each) for each in layout.rectangles],
-            'use tp_mode="layer_sharded"',
+            'Use tp_mode="layer_sharded".',
         )
 
 

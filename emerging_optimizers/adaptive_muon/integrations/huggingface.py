@@ -52,12 +52,12 @@ def optimizer_cls_and_kwargs(
         >>> made = optimizer_cls_and_kwargs(model, args, scalar_lr=2e-3)
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=made)
     """
-    require("params" not in options, "params must be left to Trainer", "params", "leave it out")
+    require("params" not in options, "params must be left to Trainer", "params", "Leave it out.")
     require(
         "weight_decay" not in options,
         "weight_decay must be that of TrainingArguments, which Trainer writes into its groups",
         options.get("weight_decay"),
-        "set it there",
+        "Set it in TrainingArguments.",
     )
     of_args = {
         "lr": args.learning_rate,

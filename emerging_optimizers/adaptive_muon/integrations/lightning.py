@@ -51,7 +51,7 @@ class AdaptiveMuonDiagnostics(Callback):
             not self._required or self._optimizers(trainer),
             "AdaptiveMuonDiagnostics must have an optimizer made with diagnostics_every",
             [type(each).__name__ for each in trainer.optimizers],
-            "pass diagnostics_every=50 to AdaptiveMuon or HybridAdaptiveMuon, or remove the callback",
+            "Pass diagnostics_every=50 to AdaptiveMuon or HybridAdaptiveMuon, or remove the callback.",
         )
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:

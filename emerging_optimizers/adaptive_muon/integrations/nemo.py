@@ -97,7 +97,7 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
         raise refusal(
             "adaptive_muon must get the model, to route its parameters by their modules",
             "a call from elsewhere than ModelPT.setup_optimization",
-            "make the optimizer with HybridAdaptiveMuon.from_model(model)",
+            "Make the optimizer with HybridAdaptiveMuon.from_model(model).",
         )
     _tag_heads(model)
     optimizer = options.make_optimizer(model, map(_renamed, params), options.lr)
@@ -116,7 +116,9 @@ def _renamed(group: dict[str, Any]) -> dict[str, Any]:
 def _check_keys(given: Iterable[str], valid: Collection[str], place: str) -> None:
     """Raise a ``ValueError`` that names the first unknown key, if there is one."""
     for key in given:
-        require(key in valid, f"{place} of adaptive_muon must have known keys", key, f"choose from {', '.join(valid)}")
+        require(
+            key in valid, f"{place} of adaptive_muon must have known keys", key, f"Choose from {', '.join(valid)}."
+        )
 
 
 def _tag_heads(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ def _runs_on(index: int) -> bool:
         import triton
 
         if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
-            raise RuntimeError(f"Triton must be >= 3.3, got {triton.__version__}: install torch 2.7 or newer")
+            raise RuntimeError(f"Triton must be >= 3.3, got {triton.__version__}. Install torch 2.7 or newer.")
         from emerging_optimizers.adaptive_muon.kernels.trial import set_one_kernel
 
         kernel: Any = set_one_kernel

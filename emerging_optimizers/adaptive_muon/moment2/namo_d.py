@@ -38,7 +38,7 @@ class NamoD(Moment2):
         """Check the clamp."""
         c = self.namo_d_clamp
         if not (isinstance(c, float | int) and 0 < c <= 1):
-            raise ValueError(f"namo_d_clamp must be in (0, 1], got {c!r}: the default is 0.75")
+            raise ValueError(f"namo_d_clamp must be in (0, 1], got {c!r}. Use 0.75, the default.")
 
     @override
     def kept_dims(self, rows: int, columns: int) -> tuple[int, ...]:

@@ -27,12 +27,19 @@ def register_moment2(name: str) -> Callable[[type[Moment2]], type[Moment2]]:
         needed = ("observed", "momentum_degree", "moment2_degree")
         missing = [attribute for attribute in needed if not hasattr(cls, attribute)]
         if missing:
-            raise TypeError(f"{cls.__name__} must set {' and '.join(missing)}, see Moment2")
+            raise TypeError(
+                f"{cls.__name__} must set {' and '.join(needed)}, got no {' and no '.join(missing)}. See Moment2."
+            )
         if cls.scales_momentum and (cls.momentum_degree or cls.moment2_degree or cls.adaptive_decay):
-            raise TypeError(f"{cls.__name__} scales the momentum: its degrees must be 0, and adaptive_decay False")
+            degrees = cls.momentum_degree, cls.moment2_degree
+            raise TypeError(
+                f"{cls.__name__} scales the momentum and must have degrees of 0 and no adaptive_decay, got {degrees} "
+                f"and {cls.adaptive_decay}. Change these attributes, or set scales_momentum to False."
+            )
         if "orthogonalized" in (cls.observed if cls.scales_momentum else cls.observed[:-1]):
             raise TypeError(
-                f"{cls.__name__} must observe what is orthogonalized last, or not if it scales the momentum"
+                f"{cls.__name__} must observe what is orthogonalized last, or not if it scales the momentum, got "
+                f'{cls.observed}. Move "orthogonalized" to the end, or remove it.'
             )
         METHODS[name] = cls
         return cls
@@ -53,7 +60,7 @@ def make_moment2(name: str, **options: Any) -> Moment2:
     """
     if name not in METHODS:
         choices = ", ".join(METHODS)
-        raise ValueError(f"moment2_method must be one of the known names, got {name!r}: choose from {choices}")
+        raise ValueError(f"moment2_method must be one of the known names, got {name!r}. Choose from {choices}.")
     made = {
         key: cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
         for key, cls in METHODS.items()

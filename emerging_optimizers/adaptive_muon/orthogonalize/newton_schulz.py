@@ -86,7 +86,7 @@ class NewtonSchulz:
             isinstance(self.num_steps, int) and self.num_steps >= 1,
             "num_ns_steps must be a whole number >= 1",
             self.num_steps,
-            "upstream's default is 5",
+            "Use 5, the default.",
         )
         fixed = len(_sets(self.coefficient_type)) if self.coefficient_type in _FIXED else self.num_steps
         require(
@@ -94,7 +94,7 @@ class NewtonSchulz:
             f'num_ns_steps must be {fixed} with coefficient_type="{self.coefficient_type}", whose coefficients are of so '
             "many steps",
             self.num_steps,
-            f"pass {fixed}, or take another set",
+            f"Pass {fixed}, or take another set.",
         )
         require_one_of("fp32_matmul_prec", self.precision, get_args(FP32MatmulPrecT))
 

@@ -179,8 +179,8 @@ def as_groups(params: ParamsT) -> list[dict[str, Any]]:
     if isinstance(params, torch.Tensor | nn.Module | Mapping):
         raise TypeError(
             "params must be an iterable of tensors, of (name, tensor) pairs or of dicts, "
-            f"got a {type(params).__name__}: pass model.named_parameters(), "
-            "or use HybridAdaptiveMuon.from_model(model)"
+            f"got a {type(params).__name__}. Pass model.named_parameters(), "
+            "or use HybridAdaptiveMuon.from_model(model)."
         )
     entries: list[Any] = list(params)
     groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
@@ -190,10 +190,10 @@ def as_groups(params: ParamsT) -> list[dict[str, Any]]:
 def with_entries(group: dict[str, Any]) -> dict[str, Any]:
     """Return a group whose ``params`` are a list of pairs: the name, "" where it has none, and the parameter."""
     if "params" not in group:
-        raise ValueError(f"a parameter group must have params, got {sorted(group)}: add the list of its parameters")
+        raise ValueError(f"a parameter group must have params, got {sorted(group)}. Add the list of its parameters.")
     params = group["params"]
     if isinstance(params, set):
-        raise TypeError("params must have an order, which a set has not: pass them as a list")
+        raise TypeError("params must have an order, got a set. Pass them as a list.")
     entries = [_named(entry) for entry in ([params] if isinstance(params, torch.Tensor) else params)]
     names = group.get("param_names")  # where the group is another optimizer's
     if names is not None and not any(name for name, _ in entries):
@@ -201,7 +201,7 @@ def with_entries(group: dict[str, Any]) -> dict[str, Any]:
             len(names) == len(entries),
             f"param_names of a group must be as many as its {len(entries)} params",
             len(names),
-            "leave param_names out, or pass (name, parameter) pairs as params",
+            "Leave param_names out, or pass (name, parameter) pairs as params.",
         )
         entries = [(name, p) for name, (_, p) in zip(names, entries, strict=True)]
     return {**_without(group, "param_names"), "params": entries}
@@ -259,7 +259,9 @@ def split(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[dict[
     """
     entries, routes = group["params"], group["routes"]
     unknown = [key for key in group if key.startswith("scalar_") and key not in _SCALAR_KEYS]
-    require(not unknown, "scalar_ options of a group must be known", unknown, f"choose from {', '.join(_SCALAR_KEYS)}")
+    require(
+        not unknown, "scalar_ options of a group must be known", unknown, f"Choose from {', '.join(_SCALAR_KEYS)}."
+    )
     parts = []
     for algorithm in ("adaptive_muon", "adamw"):
         indices = [index for index, route in enumerate(routes) if route.algorithm == algorithm]
@@ -308,10 +310,10 @@ def check_scalar(options: Mapping[str, Any]) -> None:
     """Check the options of the AdamW part."""
     lr, betas, eps, weight_decay = options["lr"], options["betas"], options["eps"], options["weight_decay"]
     two = isinstance(betas, Sequence) and len(betas) == 2 and all(within(beta, 0, 1) for beta in betas)
-    require(within(lr, 0), "scalar_lr must be >= 0", lr, "AdamW's rates are about 1e-4 to 3e-3")
-    require(two, "betas must be two numbers in [0, 1)", betas, "try (0.9, 0.95)")
-    require(within(eps, 0), "scalar_eps must be >= 0", eps, "the default is 1e-8")
-    require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "pass 0 for none")
+    require(within(lr, 0), "scalar_lr must be >= 0", lr, "Use about 1e-4 to 3e-3.")
+    require(two, "betas must be two numbers in [0, 1)", betas, "Use (0.9, 0.95).")
+    require(within(eps, 0), "scalar_eps must be >= 0", eps, "Use 1e-8, the default.")
+    require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "Pass 0 for none.")
 
 
 def check_options(optimizer: Optimizer) -> None:
@@ -323,7 +325,7 @@ def check_options(optimizer: Optimizer) -> None:
             not missing,
             f"a group with use_muon={group.get('use_muon')} must have all options of its kind; it lacks",
             missing,
-            "remove the group from param_groups and add it by add_param_group({'params': ..., 'use_muon': ...})",
+            "Remove the group from param_groups and add it by add_param_group({'params': ..., 'use_muon': ...}).",
         )
 
 
@@ -368,5 +370,8 @@ def _named(entry: Any) -> tuple[str, torch.Tensor]:
     """Return a group's entry as a pair of name, "" where it has none, and parameter."""
     name, p = entry if isinstance(entry, tuple) and len(entry) == 2 else ("", entry)
     if not isinstance(name, str) or not isinstance(p, torch.Tensor):
-        raise TypeError(f"a parameter must be a tensor or a (name, tensor) pair, got {type(entry).__name__}")
+        raise TypeError(
+            f"a parameter must be a tensor or a (name, tensor) pair, got {type(entry).__name__}. "
+            "Pass model.named_parameters()."
+        )
     return name, p

@@ -190,7 +190,7 @@ def route_model(
                     algorithm == "adamw" or not reason or is_matrix(p),
                     f'what routes[{pattern!r}] gives to "adaptive_muon" must be a matrix, or several',
                     f"{places[0].name} ({reason})",
-                    'give it to "adamw" by a pattern before this one',
+                    'Give it to "adamw" by a pattern before this one.',
                 )
                 route = Route(algorithm, f"pattern {pattern!r}")
                 break
@@ -254,7 +254,7 @@ def _resolved(
             form is not None or partly,
             "a pattern of routes must match a parameter",
             pattern,
-            "print the names with [name for name, _ in model.named_parameters()]",
+            "Print the names with [name for name, _ in model.named_parameters()].",
         )
         if form is not None:
             resolved.append((pattern, form, algorithm))
@@ -407,7 +407,7 @@ def _route_by_itself(
         not is_lazy(p),
         "a parameter must have a shape to be routed",
         names[0] or "an uninitialized parameter",
-        "run the model once before making the optimizer",
+        "Run the model once before making the optimizer.",
     )
     check_rows_and_columns(p, names[0] or "a parameter")
     if getattr(p, "is_embedding_or_output_parameter", False):

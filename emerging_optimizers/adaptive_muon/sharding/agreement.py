@@ -29,8 +29,8 @@ def gather_from_all[T](group: ProcessGroup, value: T, subject: str) -> list[T]:
         dist.all_gather_object(values, value, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"rank {group.rank()} of {group.size()} compared {subject} with its process group, and not all answered: "
-            "another rank has failed (see its own error) or makes another optimizer step"
+            f"all ranks of a process group must compare {subject}, got no answer on rank {group.rank()} of "
+            f"{group.size()}. See the error of the rank that failed, or make the same optimizer step on all ranks."
         ) from error
     return values
 

@@ -106,7 +106,7 @@ def blocks_of(blocks: Any, whole: tuple[int, int], name: str) -> Sequence[Block]
         and length % sum(sizes) == 0,
         f"the blocks of {name} must be positive {word} counts whose sum divides its {length} {word}s",
         blocks,
-        f"give the {word}s of each block, or of each in one group where the groups repeat",
+        f"Give the {word}s of each block, or of each in one group where the groups repeat.",
     )
     return _resolved(-1 if is_columns else -2, sizes)
 

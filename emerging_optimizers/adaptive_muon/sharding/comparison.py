@@ -23,7 +23,7 @@ Key = tuple[int, str]
 # The parameters that a process group holds, in their order, and their names in errors.
 Names = Mapping[torch.Tensor, str]
 
-_REMEDY = "let every rank take part in the backward pass"
+_REMEDY = "Let every rank take part in the backward pass."
 
 
 class AllChanged(Exception):
@@ -152,7 +152,7 @@ class Comparison:
             if event is not None:
                 event.synchronize()
             if flags.any():
-                remedy = f"the last step was wrong on all of them: load a checkpoint from before it, and {_REMEDY}"
+                remedy = f"Load a checkpoint from before the last step, which was wrong on all ranks. {_REMEDY}"
                 self.agree(group, by_group()[group], remedy)
 
 
@@ -172,7 +172,7 @@ def require_equal_replicas(group: ProcessGroup, shards: Mapping[str, tuple[Hasha
                 total == expected,
                 f"replicas must have the same weights; those of {name} differ on the ranks of a process group",
                 [other, rank],
-                "broadcast the weights first, or set share_replicas=False if these are no replicas",
+                "Broadcast the weights first, or set share_replicas=False if these are no replicas.",
             )
 
 

@@ -104,7 +104,7 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
         not any(placement.is_partial() for placement in p.placements),
         f"a parameter must be sharded or replicated; {name} has the placements",
         p.placements,
-        "redistribute it before the optimizer is made",
+        "Redistribute it before the optimizer is made.",
     )
     if is_flattened(p):
         dims = [None if dim is None else -2 if dim == -p.ndim else 0 for dim in dims]
@@ -112,7 +112,7 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
             0 not in dims,
             f"{name}, which is flattened, must be sharded along its first dimension; it has the placements",
             p.placements,
-            "shard it so, as FSDP2 does by default, or pass flatten_conv=False",
+            "Shard it as FSDP2 does by default, or pass flatten_conv=False.",
         )
     splitting = [index for index, dim in enumerate(dims) if dim in (-2, -1) and mesh.size(index) > 1]
     replicating = [index for index, dim in enumerate(dims) if dim is None and mesh.size(index) > 1]
@@ -123,7 +123,7 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
         tuple(shape) == tuple(p.to_local().shape),
         f"the local shard of {name} must have the shape {tuple(shape)} of its placements {p.placements}; it has",
         tuple(p.to_local().shape),
-        "use torch's own placements, without padding",
+        "Use torch's own placements, without padding.",
     )
     (top, left), (rows, columns), whole = offset[-2:], shape[-2:], (p.size(-2), p.size(-1))
     if is_flattened(p):

@@ -93,7 +93,7 @@ class ShardedLayout(Layout):
             f"the shards (top, bottom, left, right) must make up the whole {self.whole} matrix, each element once"
             + (f", in each of the replicas {self.replicas}" if self.replicas else ""),
             [tuple(each) for each in self.rectangles],
-            "a matrix that every rank holds whole has partition_dim -1",
+            "Set partition_dim to -1 for a matrix that every rank holds whole.",
         )
 
     @override

@@ -229,7 +229,7 @@ def sharded_matrices(
         ValueError: If shards or blocks do not fit together, or the mode cannot orthogonalize the matrix.
     """
     require_agreement(
-        [info.local[:-2] for info in infos], f"the number of matrices in {name}", "give all ranks as many"
+        [info.local[:-2] for info in infos], f"the number of matrices in {name}", "Give all ranks as many."
     )
     whole, rectangles = _rectangles(infos)
     blocks, own = infos[0].blocks, rectangles[group.rank()]

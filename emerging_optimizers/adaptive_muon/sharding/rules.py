@@ -56,7 +56,7 @@ class Rules:
             f"with weight_update_hook, which takes norms of whole matrices, {name} must be held whole or be a matrix in a "
             "DTensor, which sums over its ranks; it is split",
             split,
-            "shard it as a DTensor (FSDP2), or pass weight_update_hook=None",
+            "Shard it as a DTensor (FSDP2), or pass weight_update_hook=None.",
         )
         return split
 
@@ -70,7 +70,7 @@ class Rules:
                 split.dim in range(ndim),
                 f"the split dimension of {name} must be one of its {ndim}, counted from 0",
                 split.dim,
-                "0 splits the rows of a matrix, 1 its columns",
+                "Use 0 to split the rows of a matrix, 1 to split its columns.",
             )
             return split if split.dim >= ndim - 2 else Layout()  # a stack, each of whose matrices is whole
         local, (rows, columns) = tuple(as_matrices(p).shape[-2:]), Rectangle(*split.rectangle).shape
@@ -79,7 +79,7 @@ class Rules:
             f"the local shard of {name} must have the {rows} x {columns} of its rectangle and {split.padding} rows of "
             "padding; it has the shape",
             local,
-            "check the rectangle (top, bottom, left, right) and the padding",
+            "Check the rectangle (top, bottom, left, right) and the padding.",
         )
         return split
 
@@ -114,7 +114,7 @@ class Rules:
             isinstance(group, ProcessGroup | None),
             f"replica_group must return a process group or None; for {name} it returned",
             group,
-            "return the group of the ranks with the same shard of it, or None",
+            "Return the group of the ranks with the same shard of it, or None.",
         )
         if group is None or group.size() == 1:
             return None
@@ -124,7 +124,7 @@ class Rules:
                 both[0] & both[1] == {dist.get_rank()},
                 f"the ranks with other shards of {name}, and those with the same, must have this rank in common only",
                 [sorted(ranks) for ranks in both],
-                "pass as replica_group those data-parallel ranks that have the same place in their tensor-parallel group",
+                "Pass as replica_group the data-parallel ranks with the same place in their tensor-parallel group.",
             )
         return group
 
@@ -143,7 +143,7 @@ class Rules:
                 isinstance(split, Layout | Split | Piece),
                 f"layout_fn must return a Layout, Split, Piece or None; for {name} it returned",
                 split,
-                "return None for the usual rules",
+                "Return None for the usual rules.",
             )
             return split
         if is_dtensor(p):
@@ -153,7 +153,7 @@ class Rules:
                 self.mode is not None or isinstance(split, Layout) or split.is_whole,
                 f"the mode must not take the shards of a DTensor for matrices; {name} is one, with tp_mode",
                 "blockwise",
-                'use the default, "layer_sharded"',
+                'Use "layer_sharded", the default.',
             )
             return split
         dim = getattr(p, "partition_dim", -1)
@@ -163,7 +163,7 @@ class Rules:
             isinstance(dim, int) and dim in range(p.ndim),
             f"partition_dim of {name} must be a dimension of it, or -1",
             dim,
-            "0 splits the rows, 1 the columns, -1 is a whole matrix",
+            "Use 0 to split the rows, 1 to split the columns, -1 for a whole matrix.",
         )
         if self.tp_group is not None:
             return Split(self.tp_group, dim)
@@ -171,7 +171,7 @@ class Rules:
             not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1),
             f"a parameter with partition_dim, a shard of a matrix, must have a tp_group; {name} has partition_dim",
             dim,
-            "pass the tensor-parallel group, or set partition_dim to -1 if every rank holds all of it",
+            "Pass the tensor-parallel group, or set partition_dim to -1 if every rank holds all of it.",
         )
         return Layout()
 
@@ -183,7 +183,7 @@ def _of_matrices(p: torch.Tensor, split: Layout | Split | Piece, name: str) -> L
             not isinstance(split, Split) or split.dim == 0,
             f"the split dimension of {name}, which is flattened, must be the first",
             getattr(split, "dim", None),
-            "split its outputs, or pass flatten_conv=False",
+            "Split its outputs, or pass flatten_conv=False.",
         )
         return split
     if not is_transposed(p) or isinstance(split, Layout):
@@ -195,7 +195,7 @@ def _of_matrices(p: torch.Tensor, split: Layout | Split | Piece, name: str) -> L
         split.padding == 0,
         f"a parameter tagged muon_transposed must not be padded; the padding of {name} is",
         split.padding,
-        "store its transpose, without the tag",
+        "Store its transpose, without the tag.",
     )
     top, bottom, left, right = split.rectangle
     return replace(split, whole=split.whole[::-1], rectangle=(left, right, top, bottom))

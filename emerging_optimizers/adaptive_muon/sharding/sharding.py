@@ -81,7 +81,7 @@ class Sharding:
             not any(isinstance(matrix.layout, ShardedLayout) for _, known in self._known.values() for matrix in known),
             "an optimizer must hold whole matrices to be pickled",
             "parameters that a process group holds together",
-            "save its state_dict(), and make a new optimizer",
+            "Save its state_dict(), and make a new optimizer.",
         )
         return {**vars(self), "_known": {}, "_comparison": Comparison(), "_to_compare": set()}
 
@@ -281,11 +281,11 @@ class Sharding:
         self._comparison.forget(group)
         if any(failures):
             raise ValueError(next(filter(None, failures)))
-        require_agreement([*options], "options of the optimizer", "configure all ranks in the same way")
+        require_agreement([*options], "options of the optimizer", "Configure all ranks in the same way.")
         require_agreement(
             [[info.common() for info in of_rank] for of_rank in infos],
-            "parameters, in their order, and their shapes but for a split dimension (*)",
-            "give every rank its shard of the same matrices; partition_dim -1 is a whole matrix",
+            "parameters, in their order, and their shapes except for a split dimension (*)",
+            "Give every rank its shard of the same matrices. Set partition_dim to -1 for a whole matrix.",
         )
         return {(one.p, group): list(of_ranks) for one, *of_ranks in zip(params, *infos, strict=True)}
 

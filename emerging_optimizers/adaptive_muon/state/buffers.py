@@ -100,7 +100,7 @@ def check_state(
             momentum.dtype == state_format.dtype(p, "momentum_buffer"),
             f"the momentum of {parameter_name(group, index)} must be in {state_format.dtype(p, 'momentum_buffer')}",
             momentum.dtype,
-            "after converting a model, call optimizer.load_state_dict(optimizer.state_dict())",
+            "Call optimizer.load_state_dict(optimizer.state_dict()) after converting a model.",
         )
         expected = {key: buffer.shape for key, buffer in state_format.buffers(p).items()}
         found = {key: tuple(state[key].shape) for key in expected if key in state}
@@ -108,7 +108,7 @@ def check_state(
             found == expected,
             f"the state of {parameter_name(group, index)} must have the shapes {expected}; it has",
             found,
-            "set muon_transposed before the first step, and drop the state of a parameter that has another shape",
+            "Set muon_transposed before the first step, and drop the state of a parameter that has another shape.",
         )
 
 

@@ -136,7 +136,7 @@ def _check_names(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]
         not moved,
         "parameters must be in the checkpoint's order; the first (name there, name here) that differ",
         moved[:3],
-        "make the optimizer from the same model, with the same routes, as when it was saved",
+        "Make the optimizer from the same model, with the same routes, as when it was saved.",
     )
 
 
@@ -146,7 +146,7 @@ def _check_route(saved_group: dict[str, Any], group: dict[str, Any]) -> None:
         saved_group.get("use_muon") == group.get("use_muon"),
         f"a group of the checkpoint must have use_muon={group.get('use_muon')} as the optimizer's has",
         saved_group.get("use_muon"),
-        "route the parameters as when it was saved, see HybridAdaptiveMuon.describe()",
+        "Route the parameters as when it was saved, see HybridAdaptiveMuon.describe().",
     )
 
 
@@ -162,7 +162,7 @@ def _checked_states(
             "momentum_buffer" in state and any(key.startswith("moment2_buffer") for key in state),
             f"the state of {name} must hold momentum_buffer and moment2_buffer; in the checkpoint it holds",
             sorted(state),
-            "the checkpoint is of another optimizer",
+            "Load a checkpoint of AdaptiveMuon. This one is of another optimizer.",
         )
         method = saved_group.get("moment2_method") or _upstream_method(p, state, state_format)
         require(
@@ -170,14 +170,14 @@ def _checked_states(
             f'the checkpoint must be of the optimizer\'s moment2_method, "{state_format.moment2_method}"; for {name} '
             "it is of",
             method,
-            f'pass moment2_method="{method}" to resume it, or start without its optimizer state',
+            f'Pass moment2_method="{method}" to resume it, or start without its optimizer state.',
         )
         _check_buffers(p, name, state, state_format)
         require(
             not state_format.bias_correction or "step" in state,
             f"a state must have the number of steps for bias correction; that of {name} holds only",
             sorted(state),
-            "pass bias_correction=False to resume from this checkpoint, which lacks it",
+            "Pass bias_correction=False to resume from this checkpoint, which lacks it.",
         )
         yield p, state
 
@@ -214,9 +214,8 @@ def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_form
         found <= expected.keys(),
         f"the state of {name} must hold {', '.join(expected)}; in the checkpoint it holds",
         sorted(found),
-        "it was saved with other blocks or none, or by a version before 0.1.0, which had one buffer for the rows of all "
-        "blocks: use the blocks and the version of then (from_model(..., split_qkv=False) if it had none), or start "
-        "without its optimizer state",
+        "Use the blocks and the version with which it was saved (from_model(..., split_qkv=False) if it had none), "
+        "or start without its optimizer state. Versions before 0.1.0 had one buffer for the rows of all blocks.",
     )
     for key, buffer in expected.items():
         saved = state.get(key)
@@ -224,14 +223,14 @@ def _check_buffers(p: torch.Tensor, name: str, state: dict[str, Any], state_form
             saved is not None and tuple(saved.shape) == buffer.shape,
             f"{key} of {name} must have the shape {buffer.shape}; in the checkpoint it has",
             tuple(saved.shape) if saved is not None else None,
-            "the checkpoint is of another model, or its parameters are in another order or in other blocks",
+            "Use the model, the order of its parameters and the blocks with which it was saved.",
         )
         placements = getattr(saved, "placements", None)
         require(
             placements == buffer.placements,
             f"{key} of {name} must have the placements {buffer.placements}; in the checkpoint it has",
             placements,
-            "load it with torch.distributed.checkpoint and set_optimizer_state_dict, which reshard",
+            "Load it with torch.distributed.checkpoint and set_optimizer_state_dict, which reshard.",
         )
 
 

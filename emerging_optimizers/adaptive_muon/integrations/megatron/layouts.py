@@ -94,7 +94,7 @@ class MegatronLayouts:
         if not shapes:
             raise ValueError(
                 f"the fused attention weight of shape {tuple(p.shape)} must have the rows of its blocks to be split, got "
-                "none: pass qkv_split_shapes, or split_qkv=False"
+                "none. Pass qkv_split_shapes, or split_qkv=False."
             )
         if rows % sum(shapes):
             _warn_of_misfit(rows, columns, list(shapes))

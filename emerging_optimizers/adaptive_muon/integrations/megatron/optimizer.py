@@ -269,6 +269,6 @@ def _require_emerging_optimizers(of_megatron: ModuleType) -> None:
             reasons.append(f" ({error})")
     raise RuntimeError(
         f"megatron-core {package_info.__shortversion__} must find all that it imports of emerging-optimizers to build its "
-        f"optimizers, got version {upstream_version()}{''.join(reasons[:1])}: "
-        'install "emerging-optimizers>=0.3,<0.5" and restart Python'
+        f"optimizers, got version {upstream_version()}{''.join(reasons[:1])}. "
+        'Install "emerging-optimizers>=0.3,<0.5" and restart Python.'
     )
