@@ -285,8 +285,31 @@ def test_report_of_a_large_update() -> None:
     step(optimizer, {p: normal((12, 20), 9) for p in params})
     rows = rows_of(optimizer.report())
     assert [*rows] == ["1.4", "0.0"]
-    assert "its update is 25 times the median; give it a group with a smaller lr" in rows["0.0"]
+    assert "its update is 25 times the others' median; give it a group with a smaller lr" in rows["0.0"]
     assert "its update, relative to the weight, is 9" in rows["1.4"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_report_of_a_large_update_among_few(count: int) -> None:
+    """The others' median is without the matrix itself; one alone has no others."""
+    params = [nn.Parameter(normal((12, 20), seed)) for seed in range(count)]
+    groups = [{"params": params[:1], "lr": 1.0}, {"params": params[1:], "lr": 1e-4}]
+    optimizer = AdaptiveMuon(groups, moment2_method="namo", diagnostics_every=1)
+    step(optimizer, {p: normal((12, 20), 9) for p in params})
+    rows = rows_of(optimizer.report())
+    assert [*rows] == ["0.0"] and "its update is 10000 times the others' median" in rows["0.0"]
+    alone = AdaptiveMuon(params[:1], lr=1.0, moment2_method="namo", diagnostics_every=1)
+    step(alone, {params[0]: normal((12, 20), 9)})
+    assert alone.report() == "Nothing stands out among 1 matrices."
+
+
+@each_method
+def test_cosines_are_between_minus_one_and_one(method: str) -> None:
+    """At the first step the momentum is a multiple of the gradient, and rounding brings the ratio beyond 1."""
+    optimizer, params = healthy(100, moment2_method=method, nesterov=False)
+    step(optimizer, {p: normal((12, 20), seed) for seed, p in enumerate(params)})
+    cosines = [row["cosine"] for row in optimizer.diagnostics().values()]
+    assert all(1 - 1e-6 < cosine <= 1 for cosine in cosines)
 
 
 def test_report_of_a_clamped_scale() -> None:
@@ -320,9 +343,39 @@ def test_report_of_what_went_to_adamw() -> None:
     assert 'routes={"table": "adaptive_muon"}' in row
 
 
+@pytest.mark.parametrize(
+    ("module", "remedy"),
+    [
+        (nn.Conv2d(16, 32, 3, bias=False), "pass flatten_conv=True to from_model"),
+        (nn.ParameterList([normal((4, 20, 30))]), "set its muon_stacked = True if it is a stack of matrices"),
+        (nn.ParameterList([normal((40, 30))]), 'pass routes={"table.0": "adaptive_muon"} to from_model'),
+    ],
+    ids=["convolution", "stack", "matrix"],
+)
+def test_remedies_of_what_went_to_adamw(module: nn.Module, remedy: str) -> None:
+    """Following the last two makes matrices of them."""
+    model = nn.ModuleDict({"hidden": nn.Linear(8, 8), "table": module})
+    optimizer = HybridAdaptiveMuon.from_model(model, diagnostics_every=1)
+    step(optimizer, {p: normal((*p.shape,), 3) for p in model.parameters()})
+    [(_, row)] = rows_of(optimizer.report()).items()
+    assert remedy in row
+    alone = HybridAdaptiveMuon.from_model(nn.ModuleDict({"table": module}), diagnostics_every=1)
+    assert remedy in alone.report() and "Nothing has been measured yet" in alone.report()
+
+
+def test_what_went_to_adamw_without_a_model_or_names() -> None:
+    params = [("hidden.weight", nn.Parameter(normal((8, 8)))), ("table", nn.Parameter(normal((40, 30))))]
+    optimizer = HybridAdaptiveMuon(params, diagnostics_every=1)
+    assert "table  AdamW has it" in optimizer.report() and "set 'use_muon': True in its group" in optimizer.report()
+    nameless = HybridAdaptiveMuon(
+        [nn.Parameter(normal((4, 20, 30))), nn.Parameter(normal((8, 8)))], diagnostics_every=1
+    )
+    assert "1.0  AdamW has it" in nameless.report()
+
+
 def test_report_of_many() -> None:
     optimizer, params = healthy(40)
     step(optimizer, {p: torch.zeros(12, 20) if i < 32 else normal((12, 20), i) for i, p in enumerate(params)})
     lines = optimizer.report().splitlines()
-    assert lines[0] == "32 of 40 matrices stand out:"
+    assert lines[0] == "32 findings, 40 matrices measured:"
     assert len(lines) == 22 and lines[-1] == "  and 12 more"

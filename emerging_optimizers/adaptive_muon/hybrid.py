@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Self, Unpack, overload, override
@@ -23,7 +23,7 @@ from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
 from emerging_optimizers.adaptive_muon.rounding import check_rounding
-from emerging_optimizers.adaptive_muon.routing.forms import EXPERTS
+from emerging_optimizers.adaptive_muon.routing.forms import EXPERTS, FLATTENS
 from emerging_optimizers.adaptive_muon.routing.groups import (
     Entries,
     ModelRoutes,
@@ -54,6 +54,8 @@ class _DiagnosedModel(Diagnosed, ABC):
     def routes(self) -> list[tuple[str, torch.Tensor, Route]]:
         """The name, the parameter and the route of every parameter."""
 
+    _model: ModelRoutes  # what a model says of its parameters, if one was given
+
     @override
     def named_matrices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters that AdaptiveMuon updates, with their names in the model where it is known."""
@@ -63,7 +65,13 @@ class _DiagnosedModel(Diagnosed, ABC):
     @override
     def further_findings(self) -> list[Finding]:
         """Return the parameters that went to AdamW though they are the largest, and for want of a better reason only."""
-        return _misrouted(self.routes)
+        places = {
+            id(p): f"{number}.{index}"
+            for number, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+        }
+        rows = ((name or places[id(p)], p, route) for name, p, route in self.routes)
+        return _misrouted(rows, of_model=bool(self._model.routes))
 
 
 class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
@@ -125,9 +133,9 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
             "eps": scalar_eps,
             "weight_decay": weight_decay if scalar_weight_decay is None else scalar_weight_decay,
         }
-        check_scalar(scalar)
         # They lend their steps and checks: _shared gives them the groups.
         self._muon = AdaptiveMuon([{"params": []}], lr, momentum, weight_decay, **options)
+        check_scalar(scalar)
         self._adamw = AdamW([{"params": []}], **scalar, capturable=self._muon.capturable)
         self.state_format, self.diagnostics_store = self._muon.state_format, self._muon.diagnostics_store
         groups = as_groups(params)
@@ -318,8 +326,13 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
                 inner.state, inner.param_groups = defaultdict(dict), []
 
 
-def _misrouted(routes: list[tuple[str, torch.Tensor, Route]]) -> list[Finding]:
-    """Return what :meth:`HybridAdaptiveMuon.report` has of AdamW's parameters."""
+def _misrouted(routes: Iterable[tuple[str, torch.Tensor, Route]], *, of_model: bool) -> list[Finding]:
+    """Return the findings of parameters that are the largest, and that AdamW has for want of a better reason only.
+
+    Args:
+        routes: Name, parameter and route of each.
+        of_model: Whether a model has given them.
+    """
     rows = [(p.numel(), name, route) for name, p, route in routes if p.requires_grad]
     largest = max((size for size, _, route in rows if route.algorithm == "adaptive_muon"), default=0)
     return [
@@ -327,13 +340,26 @@ def _misrouted(routes: list[tuple[str, torch.Tensor, Route]]) -> list[Finding]:
             1e4 * size / max(largest, 1),
             name,
             f"AdamW has it, though it is larger than all matrices of AdaptiveMuon ({route.reason.split(';')[0]})",
-            "pass stacked_experts=True to from_model"
-            if route.reason == EXPERTS
-            else 'pass routes={"' + name + '": "adaptive_muon"} to from_model if it is the weight of a linear map',
+            remedy,
         )
         for size, name, route in rows
-        if route.algorithm == "adamw" and route.reason.startswith((NOT_A_MAP, STACK, EXPERTS)) and size > largest
+        if route.algorithm == "adamw" and size > largest and (remedy := _remedy(name, route.reason, of_model))
     ]
+
+
+def _remedy(name: str, reason: str, of_model: bool) -> str:
+    """Return what to try about a parameter that went to AdamW for a reason; "" where that is right."""
+    if reason == EXPERTS:
+        return "pass stacked_experts=True to from_model"
+    if reason.endswith(FLATTENS):
+        return "pass flatten_conv=True to from_model, and compare"
+    if reason.startswith(STACK):
+        return "set its muon_stacked = True if it is a stack of matrices"
+    if reason.startswith(NOT_A_MAP) and of_model:
+        return f'pass routes={{"{name}": "adaptive_muon"}} to from_model if it is the weight of a linear map'
+    if reason.startswith(NOT_A_MAP):
+        return "set 'use_muon': True in its group if it is the weight of a linear map"
+    return ""
 
 
 def _prepare(adamw: AdamW, options: Options) -> None:

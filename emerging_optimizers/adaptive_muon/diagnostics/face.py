@@ -129,7 +129,7 @@ def _shown(value: dict[str, float], clamps: bool) -> dict[str, float]:
         "step": value["step"],
         "gradient_norm": gradient,
         "momentum_norm": momentum,
-        "cosine": _ratio(value["product"], gradient * momentum),
+        "cosine": _clamped(_ratio(value["product"], gradient * momentum)),
         "scale_mean": value["scale_mean"],
         "scale_min": value["scale_min"],
         "scale_max": value["scale_max"],
@@ -146,6 +146,11 @@ def _ratio(numerator: float, denominator: float) -> float:
     if denominator:
         return numerator / denominator
     return math.inf if numerator > 0 else math.nan
+
+
+def _clamped(cosine: float) -> float:
+    """Return a cosine, which rounding can bring beyond 1, between -1 and 1; NaN stays."""
+    return cosine if math.isnan(cosine) else min(max(cosine, -1.0), 1.0)
 
 
 def _clamps(moment2: Moment2) -> bool:

@@ -2,8 +2,9 @@
 """What stands out among the matrices, and what to try about it."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import median
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import NamedTuple
 
 
@@ -33,9 +34,13 @@ def findings(measured: Mapping[str, Row]) -> list[Finding]:
     Args:
         measured: Values by their names, by the names of matrices.
     """
-    medians = {value: _median(measured.values(), value) for value in ("update_rms", "update_ratio")}
+    finite = {
+        value: sorted(row[value] for row in measured.values() if math.isfinite(row[value]))
+        for value in ("update_rms", "update_ratio")
+    }
     found = []
     for name, row in measured.items():
+        medians = {value: _median_without(row[value], values) for value, values in finite.items()}
         of_matrix = [Finding(severity, name, what, remedy) for severity, what, remedy in _of(row, medians)]
         found += sorted(of_matrix, reverse=True)[:1]
     return found
@@ -48,20 +53,20 @@ def table(found: Sequence[Finding], matrices: int) -> str:
         found: The findings.
         matrices: How many matrices were measured.
     """
-    if not matrices:
-        return "Nothing has been measured yet: no step of diagnostics_every steps is complete."
+    unmeasured = "Nothing has been measured yet: no step of diagnostics_every steps is complete."
     if not found:
-        return f"Nothing stands out among {matrices} matrices."
+        return f"Nothing stands out among {matrices} matrices." if matrices else unmeasured
     rows = sorted(found, key=lambda finding: -finding.severity)
     width = max(len(row.name) for row in rows[:_MOST_ROWS])
-    lines = [f"{len(rows)} of {matrices} matrices stand out:"]
+    number = f"{len(rows)} finding{'s' if len(rows) > 1 else ''}"
+    lines = [f"{number}, {matrices} matrices measured:" if matrices else f"{unmeasured} {number} of the routes:"]
     lines += [f"  {row.name:<{width}}  {row.what}; {row.remedy}" for row in rows[:_MOST_ROWS]]
     rest = len(rows) - _MOST_ROWS
     return "\n".join([*lines, f"  and {rest} more"] if rest > 0 else lines)
 
 
 def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, str]]:
-    """Yield what stands out of one matrix: how bad it is, what it is, and what to try."""
+    """Yield what stands out of one matrix, beside the others' medians: how bad it is, what it is, and what to try."""
     gradient = row["gradient_norm"]
     if not math.isfinite(gradient):
         yield 5e9, f"its gradient is not finite ({gradient})", "look at the loss; clip gradients, or lower the rate"
@@ -75,7 +80,11 @@ def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, st
     for value, what in (("update_rms", "update"), ("update_ratio", "update, relative to the weight,")):
         ratio = row[value] / medians[value] if medians[value] > 0 else 0.0
         if ratio >= _LARGER and math.isfinite(ratio):
-            yield 1e6 * ratio, f"its {what} is {ratio:.0f} times the median", "give it a group with a smaller lr"
+            yield (
+                1e6 * ratio,
+                f"its {what} is {ratio:.0f} times the others' median",
+                "give it a group with a smaller lr",
+            )
             break
     if row.get("clamped", 0.0) >= _CLAMPED:
         what = f"the clamp moves {row['clamped']:.0%} of its D, in [{row['scale_min']:.3g}, {row['scale_max']:.3g}]"
@@ -86,7 +95,10 @@ def _of(row: Row, medians: Mapping[str, float]) -> Iterator[tuple[float, str, st
         yield 1e3 * error, what, "raise num_ns_steps; nothing helps where its gradients have a low rank"
 
 
-def _median(rows: Iterable[Row], value: str) -> float:
-    """Return the median of a value over the matrices in which it is finite; 0 where there are none."""
-    finite = [row[value] for row in rows if math.isfinite(row[value])]
-    return median(finite) if finite else 0.0
+def _median_without(value: float, values: Sequence[float]) -> float:
+    """Return the median of values, which are sorted, without one of them; 0 where there are no others."""
+    alone = math.isfinite(value)
+    place = bisect_left(values, value) if alone else len(values)
+    number = len(values) - alone
+    middle = {(number - 1) // 2, number // 2} if number else set()
+    return fmean(values[index + (index >= place)] for index in middle) if middle else 0.0

@@ -11,10 +11,12 @@ from emerging_optimizers.adaptive_muon.routing.convolutions import in_convolutio
 from emerging_optimizers.adaptive_muon.routing.experts import in_experts
 
 
-__all__ = ["EXPERTS", "Form", "find_forms"]
+__all__ = ["EXPERTS", "FLATTENS", "Form", "find_forms"]
 
 # The reason of a stack of experts that no switch asks for.
 EXPERTS = "3-D, a stack of experts; stacked_experts=True makes each a matrix"
+# The end of that of a convolution.
+FLATTENS = "flatten_conv=True takes the convolution for one"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def find_forms(model: nn.Module, switches: SplitOptions) -> tuple[dict[nn.Parame
                 reasons[p] = EXPERTS
         for p, shape, reason in in_convolution(module):
             if not switches.flatten_conv or reason:
-                reasons[p] = f"{p.ndim}-D, not a matrix; {reason or 'flatten_conv=True takes the convolution for one'}"
+                reasons[p] = f"{p.ndim}-D, not a matrix; {reason or FLATTENS}"
             elif not is_matrix(p):  # tagged muon_stacked, which decides
                 forms[p] = Form("flattened", shape)
     return forms, reasons
