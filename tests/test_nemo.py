@@ -244,6 +244,16 @@ def test_a_call_without_a_model_is_refused_with_the_remedy(config):
         nemo.adaptive_muon([{"params": list(model.parameters())}], lr=1e-3)
 
 
+@pytest.mark.parametrize("version", ["2.6.2", "4.0.0rc1"])
+def test_an_unsupported_nemo_is_refused_by_its_number(config, monkeypatch, version):
+    """When it makes the optimizer; other users of NeMo are left alone."""
+    monkeypatch.setattr(sys.modules["nemo"], "__version__", version)
+    should = f'nemo-toolkit must be >= 2.7 and < 4.0, got {version}. Install "nemo-toolkit>=2.7,<4.0".'
+    nemo.register()
+    with pytest.raises(RuntimeError, match=re.escape(should)):
+        optimizer_of(config)
+
+
 # ---- what the YAML says ----
 
 

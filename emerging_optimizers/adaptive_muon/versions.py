@@ -7,7 +7,7 @@ from importlib import import_module
 import emerging_optimizers
 
 
-__all__ = ["require_supported", "require_supported_upstream", "upstream_version"]
+__all__ = ["numbers", "require_supported", "require_supported_upstream", "upstream_version"]
 
 # From the first, to below the second. setup.py asks pip for the same.
 _SUPPORTED = (0, 3), (0, 6)
@@ -21,8 +21,7 @@ def upstream_version() -> str:
 def require_supported_upstream() -> None:
     """Raise an ``ImportError`` unless the version of emerging-optimizers is supported, and can be imported here."""
     found = upstream_version()
-    version = tuple(map(int, re.findall(r"\d+", found)[:2]))
-    require_supported("emerging-optimizers", version, found, _SUPPORTED, ImportError)
+    require_supported("emerging-optimizers", numbers(found), found, _SUPPORTED, ImportError)
     try:
         import_module("emerging_optimizers.orthogonalized_optimizers")
     except RuntimeError as error:  # from Triton 3.2 and 3.3, which torch 2.6 and 2.7 bring along
@@ -30,6 +29,11 @@ def require_supported_upstream() -> None:
             f"emerging-optimizers {found} must find a GPU where Triton is older than 3.4, got {error!r}. Import it on "
             "a machine with a GPU, or install torch 2.8 or newer."
         ) from error
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def require_supported(

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nemo_automodel
 import pytest
 import torch
 from nemo_automodel.components.config.loader import ConfigNode, translate_value
@@ -122,6 +123,13 @@ def test_wrong_options_are_refused():
         yaml(moment2_method="muon").build(llama())
     with pytest.raises(ValueError, match="no trainable parameters"):
         yaml().build(llama().requires_grad_(False))
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "0.8.0+4d21246", "1.0"])
+def test_an_unsupported_automodel_is_refused_by_its_number(version, monkeypatch):
+    monkeypatch.setattr(nemo_automodel, "__version__", version)
+    with pytest.raises(RuntimeError, match=rf"must be >= 0.7 and < 0.8, got {re.escape(version)}. Install"):
+        yaml().build(llama())
 
 
 def test_frozen_parameters_are_left_out_and_routes_come_first():

@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar, override
 
+import nemo_automodel
 import torch
 from nemo_automodel.components.optim.optimizer import OptimizerConfig, _trainable_params_or_groups
 from torch import nn
@@ -12,10 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
 from emerging_optimizers.adaptive_muon.options import Options
+from emerging_optimizers.adaptive_muon.versions import numbers, require_supported
 
 
 __all__ = ["AdaptiveMuonConfig"]
 
+_SUPPORTED = (0, 7), (0, 8)  # setup.py asks pip for the same
 _logger = logging.getLogger(__name__)  # as Automodel's own modules log
 
 
@@ -45,8 +48,11 @@ class AdaptiveMuonConfig(AdaptiveMuonOptions, OptimizerConfig):
             is_peft: Not used.
 
         Raises:
+            RuntimeError: If the version of Automodel is not supported.
             ValueError: As :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
         """
+        found = str(nemo_automodel.__version__)
+        require_supported("nemo-automodel", numbers(found), found, _SUPPORTED, RuntimeError)
         return [self._build_part(part) for part in getattr(model, "parts", [model])]
 
     def _build_part(self, part: nn.Module) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cache, wraps
 from typing import Any
 
+import nemo
 from nemo.core.classes import ModelPT, NeuralModule
 from nemo.core.config.optimizers import OptimizerParams
 from nemo.core.neural_types import LogitsType, LogprobsType, NeuralType
@@ -19,9 +20,12 @@ from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.checks import refusal, require
 from emerging_optimizers.adaptive_muon.integrations.lightning import AdaptiveMuonDiagnostics
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
+from emerging_optimizers.adaptive_muon.versions import numbers, require_supported
 
 
 __all__ = ["AdaptiveMuonParams", "adaptive_muon", "diagnostics_callback", "register"]
+
+_SUPPORTED = (2, 7), (4, 0)  # setup.py asks pip for the same
 
 # Keys that a module may have in ``optim_param_groups``. HybridAdaptiveMuon has another name for the last.
 _GROUP_KEYS = ("lr", "weight_decay", "momentum", "beta2", "betas", "scalar_lr", "scalar_weight_decay", "eps")
@@ -88,8 +92,11 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
         **optim: Keys of :class:`AdaptiveMuonParams`.
 
     Raises:
+        RuntimeError: If the version of NeMo is not supported.
         ValueError: If a key is unknown, a value is out of its range, or no model is making its optimizer.
     """
+    found = str(nemo.__version__)
+    require_supported("nemo-toolkit", numbers(found), found, _SUPPORTED, RuntimeError)
     _check_keys(optim, [field.name for field in fields(AdaptiveMuonParams)], "optim")
     options = AdaptiveMuonParams(**optim)
     model = _model.get()
