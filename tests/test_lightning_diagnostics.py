@@ -126,6 +126,41 @@ def test_only_what_is_new_and_only_when_the_trainer_logs(make: Any, batches: int
     assert [step for step, _ in wandb.of_muon()] == [3, 5, 9, 11]  # of steps 3, 6, 9 and 12
 
 
+class TwoOptimizers(Model):
+    """Two optimizers that step in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        """Returns one for the first layer, and one for the others."""
+        first, *others = [p for p in self.parameters() if p.ndim == 2]
+        options = {"moment2_method": "namo", "diagnostics_every": 1}
+        return AdaptiveMuon([first], **options), AdaptiveMuon(others, **options)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Steps both."""
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return loss
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_several_optimizers_are_written_beside_the_trainers_own_metrics(every: int) -> None:
+    logger = Wandb()
+    fit(TwoOptimizers(), AdaptiveMuonDiagnostics(), steps=24, loggers=[logger], log_every_n_steps=every)
+    own = [step for step, row in logger.rows if "loss" in row]
+    assert own == [*range(every - 1, 12, every)]
+    for number in range(2):
+        rows = [step for step, row in logger.rows if any(key.startswith(f"adaptive_muon_{number}/") for key in row)]
+        assert rows == own
+
+
 def test_the_one_that_is_always_there_stands_back() -> None:
     wandb = Wandb()
     own, always = AdaptiveMuonDiagnostics("all"), AdaptiveMuonDiagnostics(required=False)

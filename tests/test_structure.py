@@ -40,6 +40,7 @@ FOREIGN = {
     "torch.distributed.tensor._utils": "the offset of a DTensor's local shard has no public function",
     "_flatten": "a DeviceMesh has no public way to make one dimension of several",
     "_comm_hooks": "the hooks that DistributedDataParallel has; no public function tells",
+    "_batches_that_stepped": "the step of Lightning's loggers; global_step counts that of every optimizer",
     "_trainer": "a LightningModule's public trainer raises an error where it has none",
     "_foreach_*": "torch's optimizers are built on these; torch documents no others",
     "_get_capturable_supported_devices": "the devices on which torch's AdamW takes capturable=True",

@@ -72,9 +72,7 @@ NEIGHBORS = {
     "nemo": Neighbor(
         "nemo", "nemo-toolkit", "test_nemo.py", extras="test,nemo", beside=("torch", "upstream", "lightning")
     ),
-    "lightning": Neighbor(
-        "lightning", "lightning", "test_nemo.py", extras="test,nemo", beside=("torch", "upstream", "nemo")
-    ),
+    "lightning": Neighbor("lightning", "lightning", tests="test_lightning*.py", extras="test,nemo"),
     "automodel": Neighbor("nemo_automodel", "nemo-automodel", tests="test_automodel.py", extras="test,automodel"),
 }
 

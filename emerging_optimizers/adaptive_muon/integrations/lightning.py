@@ -41,10 +41,11 @@ class AdaptiveMuonDiagnostics(Callback):
         check_matrices(matrices)
         self._matrices, self._required = matrices, required
         self._written: dict[int, int] = {}  # the last step that was written of each optimizer
+        self._seen = 0  # the Trainer's global_step after the last batch
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that an optimizer measures."""
-        self._written = {}
+        self._written, self._seen = {}, trainer.global_step
         others = [each for each in trainer.callbacks if isinstance(each, AdaptiveMuonDiagnostics) and each is not self]
         self._stands_back = not self._required and bool(others)
         require(
@@ -56,8 +57,13 @@ class AdaptiveMuonDiagnostics(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Write what is new, at the steps at which the Trainer logs."""
-        every = trainer.log_every_n_steps
-        if self._stands_back or not trainer.is_global_zero or not every or trainer.global_step % every:
+        every, seen = trainer.log_every_n_steps, self._seen
+        self._seen = trainer.global_step
+        # What Lightning's own metrics are counted by: global_step counts the steps of every optimizer.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if self._stands_back or not trainer.is_global_zero or not every or (step + 1) % every:
+            return
+        if self._seen == seen:  # a batch whose gradients are accumulated
             return
         optimizers = self._optimizers(trainer)
         for number, optimizer in enumerate(optimizers):
@@ -68,7 +74,7 @@ class AdaptiveMuonDiagnostics(Callback):
             prefix = PREFIX if len(optimizers) == 1 else f"{PREFIX}_{number}"
             metrics = flat(optimizer.diagnostics(), self._matrices, prefix)
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step - 1)  # as Lightning counts for its own metrics
+                logger.log_metrics(metrics, step=step)
 
     @staticmethod
     def _optimizers(trainer: Any) -> list[Any]:
