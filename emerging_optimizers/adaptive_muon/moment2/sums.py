@@ -45,7 +45,7 @@ def sum_of_squares(matrix: torch.Tensor, kept_dims: Collection[int], dtype: torc
 def sums_of_products(matrices: Sequence[torch.Tensor], pairs: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """Return for each pair of places the sums of the products of elements of the batches there, shape ``(..., 1, 1)``.
 
-    They are in the widest of the matrices' dtypes, at least float32, and are read from memory once for all pairs on a CPU.
+    They are in the widest of the matrices' dtypes, at least float32. A CPU reads the matrices once for all pairs.
     """
     dtype = reduce(torch.promote_types, (matrix.dtype for matrix in matrices), torch.float32)
     parts = ([each.to(dtype) for each in part] for part in in_parts(*matrices))
@@ -54,7 +54,7 @@ def sums_of_products(matrices: Sequence[torch.Tensor], pairs: Sequence[tuple[int
 
 
 def sum_of_squared_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the sums of the squares of the products of elements, shape ``(..., 1, 1)``, of two batches of matrices."""
+    """Return the sums of the squares of products of elements, shape ``(..., 1, 1)``, of two batches of matrices."""
     return _total((a * b).square_().sum((-2, -1), keepdim=True) for a, b in in_parts(one, other))
 
 
@@ -70,7 +70,7 @@ def in_parts(*matrices: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the sums of products of two parts. Of one matrix on a CPU without a temporary tensor, in 0.65 of the time."""
+    """Return the sums of products of two parts; of one matrix on a CPU in 0.65 of the time of a temporary tensor."""
     flat = a.device.type == "cpu" and math.prod(a.shape[:-2]) == 1 and a.is_contiguous() and b.is_contiguous()
     if flat:
         return torch.dot(a.reshape(-1), b.reshape(-1)).view((1,) * a.ndim)
