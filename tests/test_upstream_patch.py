@@ -104,9 +104,10 @@ def make(repository, *arguments):
 
 
 def new_repository(path):
-    """A repository with upstream's main: a clone of your checkout, or made from the installed package."""
+    """A repository with upstream's main: a clone of your checkout at its commit, or made from the installed package."""
     if CHECKOUT:
-        git(ROOT, "clone", "--quiet", "--branch", "main", CHECKOUT, path)
+        git(ROOT, "clone", "--quiet", CHECKOUT, path)
+        git(path, "checkout", "--quiet", "-B", "main", git(CHECKOUT, "rev-parse", "HEAD").strip())
         name_the_author(path)
         return path
     [installed] = [Path(each) for each in find_spec("emerging_optimizers").submodule_search_locations][:1]

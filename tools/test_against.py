@@ -41,7 +41,7 @@ class Neighbor:
         tests: A pattern of the files of tests that concern it.
         without: The files among them that do not, without their endings.
         extras: What of our package is installed with it.
-        checkout_in: The environment variable by which tests find the checkout itself, where its branch is main.
+        checkout_in: The environment variable by which tests find the checkout itself, where it is at no tag of a release.
         beside: The neighbors whose versions a record names beside its own.
     """
 
@@ -103,7 +103,8 @@ def run_checkout(name: str, checkout: Path, arguments: Sequence[str]) -> int:
         (Path(folder) / neighbor.folder).symlink_to(checkout.resolve() / neighbor.folder)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        if neighbor.checkout_in and git(checkout, "rev-parse", "--abbrev-ref", "HEAD") == "main":
+        is_released = git(checkout, "describe", "--tags", "--exact-match") or not git(checkout, "rev-parse", "HEAD")
+        if neighbor.checkout_in and not is_released:
             environment[neighbor.checkout_in] = str(checkout.resolve())
         version, file = found(neighbor.module, environment)
         if not file.is_relative_to(folder):

@@ -345,8 +345,8 @@ class Options(MatrixOptions):
     )
     max_bytes_in_flight: int = option_field(
         2**30,
-        "The most bytes that a rank sends and receives at once; or one matrix for every owner, where that is more. A step "
-        "with more takes more rounds. The default is 1 GiB.",
+        "The most bytes that a rank sends and receives in a round; or one matrix for every owner, where that is more. A step "
+        "with more takes more rounds, of which two may overlap. The default is 1 GiB.",
         rule=Rule("a positive number of bytes", partial(within, low=1), "Use 2**30, the default."),
         flag=True,
     )

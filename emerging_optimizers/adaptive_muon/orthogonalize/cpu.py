@@ -9,6 +9,8 @@ import torch
 
 __all__ = ["has_bfloat16_units", "has_tiles", "is_amd_with_bfloat16_vectors"]
 
+# The functions of torch.cpu have come one by one since 2.4; what an older torch cannot find out counts as absent.
+
 
 @cache
 def has_tiles() -> bool:
