@@ -274,12 +274,13 @@ def shapes_in(chunk: torch.nn.Module) -> dict[str, list[tuple[int, int]]]:
 def test_layers_that_are_wrapped_are_split_as_others(wrap: Any, split: bool) -> None:
     """Inside of adapters and of torch.compile; the two factors of an adapter are one matrix each."""
     register(split_heads=split, split_gate_up=split)
-    chunk = Chunk()
-    chunk.attention, chunk.mlp = Attention(), GatedMLP()
-    plain = shapes_in(chunk)
-    for module, name in (chunk.attention, "linear_qkv"), (chunk.attention, "linear_proj"), (chunk.mlp, "linear_fc1"):
+    plain, wrapped = Chunk(), Chunk()
+    for chunk in plain, wrapped:
+        chunk.attention, chunk.mlp = Attention(), GatedMLP()
+    places = (wrapped.attention, "linear_qkv"), (wrapped.attention, "linear_proj"), (wrapped.mlp, "linear_fc1")
+    for module, name in places:
         setattr(module, name, wrap(getattr(module, name)))
-    wrapped = shapes_in(chunk)
+    plain, wrapped = shapes_in(plain), shapes_in(wrapped)
     inner = {name: shapes for name, shapes in wrapped.items() if "adapter" not in name}
     assert [*inner.values()] == [*plain.values()] and all("to_wrap" in name or "_orig_mod" in name for name in inner)
     assert [len(shapes) for shapes in plain.values()] == ([12, 8, 2] if split else [3, 1, 1])
