@@ -8,7 +8,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +31,10 @@ from emerging_optimizers.adaptive_muon.integrations.megatron import (
     TensorParallelAdaptiveMuon,
     add_adaptive_muon_args,
     register,
+    splits,
 )
 from emerging_optimizers.adaptive_muon.integrations.megatron.arguments import CONFIG_FIELDS
+from emerging_optimizers.adaptive_muon.integrations.megatron.routing import scalar_overrides
 from emerging_optimizers.adaptive_muon.options import Options, options_of
 from emerging_optimizers.adaptive_muon.versions import upstream_version
 
@@ -214,6 +216,140 @@ def test_split_heads(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert shapes == [[(4, 8)] * 12, [(8, 4)] * 8]
     with pytest.raises(ValueError, match="split_heads must be True or False, got 'yes'"):
         register(split_heads="yes")
+
+
+class Adapter(torch.nn.Module):
+    """By its names, an adapter of Megatron Bridge and NeMo: two factors."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear_in, self.linear_out = (torch.nn.Linear(*s, bias=False) for s in ((inputs, 4), (4, outputs)))
+
+
+class LoRALinear(torch.nn.Module):
+    """By its names, what Megatron Bridge and NeMo wrap around a layer."""
+
+    def __init__(self, to_wrap: torch.nn.Linear) -> None:
+        super().__init__()
+        self.to_wrap, self.adapter = to_wrap, Adapter(to_wrap.in_features, to_wrap.out_features)
+
+
+class Unknown(torch.nn.Module):
+    """A wrapper that nobody knows."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class GatedMLP(torch.nn.Module):
+    """What shows Megatron's SwiGLU."""
+
+    config = SimpleNamespace(gated_linear_unit=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_fc1 = torch.nn.Linear(8, 24, bias=False)
+
+
+class MambaMixer(torch.nn.Module):
+    """By its name and layers, Megatron's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = (torch.nn.Linear(*shape, bias=False) for shape in ((8, 48), (32, 8)))
+
+
+def shapes_in(chunk: torch.nn.Module) -> dict[str, list[tuple[int, int]]]:
+    """The shapes of the matrices that the registered optimizer makes of the weights of a model."""
+    entry, named = TABLE["adaptive_muon"], dict(chunk.named_parameters())
+    optimizer = entry.optimizer_cls([*named.values()], **entry.config_to_kwargs(NAMO_D, [chunk], None))
+    sharding = optimizer.state_format.sharding
+    sharding.resolve(optimizer.param_groups)
+    return {name: [matrix.shape(p) for matrix in sharding.matrices(p)] for name, p in named.items()}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["qkv", "heads and gate_up"])
+@pytest.mark.parametrize("wrap", [LoRALinear, torch.compile])
+def test_layers_that_are_wrapped_are_split_as_others(wrap: Any, split: bool) -> None:
+    """Inside of adapters and of torch.compile; the two factors of an adapter are one matrix each."""
+    register(split_heads=split, split_gate_up=split)
+    plain, wrapped = Chunk(), Chunk()
+    for chunk in plain, wrapped:
+        chunk.attention, chunk.mlp = Attention(), GatedMLP()
+    places = (wrapped.attention, "linear_qkv"), (wrapped.attention, "linear_proj"), (wrapped.mlp, "linear_fc1")
+    for module, name in places:
+        setattr(module, name, wrap(getattr(module, name)))
+    plain, wrapped = shapes_in(plain), shapes_in(wrapped)
+    inner = {name: shapes for name, shapes in wrapped.items() if "adapter" not in name}
+    assert [*inner.values()] == [*plain.values()] and all("to_wrap" in name or "_orig_mod" in name for name in inner)
+    assert [len(shapes) for shapes in plain.values()] == ([12, 8, 2] if split else [3, 1, 1])
+    assert all(len(shapes) == 1 for name, shapes in wrapped.items() if name not in inner)
+
+
+def logged(
+    chunk: torch.nn.Module, caplog: pytest.LogCaptureFixture, split_qkv: bool = True, **switches: bool
+) -> list[tuple[str, str]]:
+    """The levels and texts of what is logged when Megatron makes optimizers of a model twice."""
+    splits.log_once.cache_clear()
+    caplog.clear()
+    register(**switches)
+    with caplog.at_level("INFO", logger=splits.__name__):
+        for _ in range(2):
+            TABLE["adaptive_muon"].config_to_kwargs(replace(NAMO_D, muon_split_qkv=split_qkv), [chunk], None)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+def test_what_is_split_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, by switch, layer and pattern; also in wrappers."""
+    chunk = Chunk()
+    chunk.layers = torch.nn.ModuleList(
+        torch.nn.ModuleDict({"attention": Attention(), "mlp": GatedMLP()}) for _ in "ab"
+    )
+    chunk.layers[1]["attention"].linear_qkv = LoRALinear(chunk.layers[1]["attention"].linear_qkv)
+    assert logged(chunk, caplog) == [("INFO", "adaptive_muon: split_qkv splits 2 linear_qkv (16 + 2 x 4 rows)")]
+    assert logged(chunk, caplog, split_heads=True, split_gate_up=True) == [
+        ("INFO", "adaptive_muon: split_heads splits 2 linear_qkv (6 x 4 rows), 2 linear_proj (4 columns)"),
+        ("INFO", "adaptive_muon: split_gate_up splits 2 linear_fc1 (two halves of each rank's rows)"),
+    ]
+    assert logged(chunk, caplog, split_qkv=False) == []
+
+
+def test_what_no_pattern_is_for_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Only for switches that are on; not what is frozen, of an adapter or of the scalar optimizer."""
+    chunk = Chunk()
+    chunk.layers = torch.nn.ModuleList([MambaMixer(), MambaMixer(), Attention(), GatedMLP(), Attention()])
+    attention, mlp, tuned = [*chunk.layers][2:]
+    attention.linear_qkv, mlp.linear_fc1 = Unknown(attention.linear_qkv), Unknown(mlp.linear_fc1)
+    tuned.linear_qkv = LoRALinear(tuned.linear_qkv)
+    tuned.frozen, tuned.scalar = (torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+    tuned.frozen.weight.requires_grad_(False)
+    tuned.scalar.weight.use_muon = False
+
+    def warnings(**switches: bool) -> list[str]:
+        return [text for level, text in logged(chunk, caplog, **switches) if level == "WARNING"]
+
+    text = "adaptive_muon: {} does not split {}; their modules are not recognized"
+    qkv = "1 layers.*.linear_qkv.layer.weight"
+    assert warnings() == [text.format("split_qkv", qkv)]
+    assert warnings(split_qkv=False) == []
+    assert warnings(split_qkv=False, split_gate_up=True) == [
+        text.format("split_gate_up", "1 layers.*.linear_fc1.layer.weight")
+    ]
+    mixers = "2 layers.*.in_proj.weight, 2 layers.*.out_proj.weight"
+    assert warnings(split_heads=True) == [text.format("split_heads", f"{mixers}, {qkv}")]
+
+
+def test_use_muon_is_true_or_false() -> None:
+    """Of a parameter; what is neither is taken for neither."""
+    predicate = next(iter(scalar_overrides())).with_name_predicate.fn
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    for use_muon, is_scalar in ((None, False), (True, False), (False, True)):
+        p.use_muon = use_muon
+        assert predicate(p, "linear.weight") is is_scalar
+    p.use_muon = "no"
+    with pytest.raises(ValueError, match="use_muon of linear.weight must be True or False, got 'no'. Use None"):
+        predicate(p, "linear.weight")
 
 
 def test_split_qkv_without_blocks_is_refused() -> None:

@@ -11,6 +11,19 @@ from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.routing.rules import route_model, route_parameter
 
 
+def test_use_muon_is_true_or_false():
+    """Of a parameter, in a model or by itself; what is neither is taken for neither."""
+    model = Model()
+    model.blocks[0].query.weight.use_muon = "no"
+    for name, optimizer_of in (
+        ("blocks.0.query.weight", lambda: HybridAdaptiveMuon.from_model(model)),
+        ("blocks.0.query.weight", lambda: HybridAdaptiveMuon(model.named_parameters())),
+        ("a parameter", lambda: HybridAdaptiveMuon([model.blocks[0].query.weight])),
+    ):
+        with pytest.raises(ValueError, match=f"use_muon of {name} must be True or False, got 'no'. Use None"):
+            optimizer_of()
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_routing_by_module(tied):
     model, optimizer = model_and_optimizer(tied=tied)

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from emerging_optimizers.adaptive_muon.checks import refusal
+from emerging_optimizers.adaptive_muon.checks import refusal, require
 
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "is_flattened",
     "is_matrix",
     "parameter_name",
+    "use_muon_of",
     "work_dtype",
 ]
 
@@ -42,6 +43,22 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
     """Return what an error calls a group's parameter: its name where the group has names, else its index."""
     names = group.get("param_names")
     return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+
+
+def use_muon_of(p: torch.Tensor, name: str = "") -> bool | None:
+    """Return the attribute ``use_muon`` of a parameter of this name; None where it has none.
+
+    Raises:
+        ValueError: If it is neither True, False nor None.
+    """
+    use_muon = getattr(p, "use_muon", None)
+    require(
+        use_muon is None or isinstance(use_muon, bool),
+        f"the attribute use_muon of {name or 'a parameter'} must be True or False",
+        use_muon,
+        "Use None to have the parameter routed by the rules.",
+    )
+    return use_muon
 
 
 def is_matrix(p: torch.Tensor) -> bool:

@@ -29,7 +29,18 @@ MOE: dict[str, Any] = dict(
     moe_token_dispatcher_type="allgather",
     moe_grouped_gemm=False,
 )
-
+# Of a configuration with multi-head latent attention.
+LATENT: dict[str, Any] = dict(
+    multi_latent_attention=True,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=6,
+    num_query_groups=8,
+    rope_type="rope",
+)
+RUNNING = LATENT | dict(v_head_dim=12, kv_channels=12)  # whose forward Megatron's own attention can take
 
 _PRISTINE = dict(vars(parallel_state))
 _made: dict[tuple[Any, ...], dict[str, Any]] = {}  # gloo groups cost much, and are made once for each kind

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from models import gpt, optimizer_of, parallel, train
+from models import RUNNING, gpt, optimizer_of, parallel, train
 from side_by_side import each_method
 from torch import distributed as dist
 
@@ -56,9 +56,11 @@ def muon_state(optimizer: Any) -> list[dict[str, torch.Tensor]]:
     return [{key: value.clone() for key, value in inner.state[p].items()} for p in params]
 
 
-def trained_and_saved(method: str, bf16: bool, folder: Path) -> tuple[Any, Any, list[dict[str, torch.Tensor]]]:
+def trained_and_saved(
+    method: str, bf16: bool, folder: Path, **options: Any
+) -> tuple[Any, Any, list[dict[str, torch.Tensor]]]:
     """A model and its optimizer after three steps, which are saved, and the matrices' state."""
-    model = gpt(bf16=bf16)
+    model = gpt(bf16=bf16, **options)
     optimizer = optimizer_of(model, method)
     train(model, optimizer, range(3))
     dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(folder))
@@ -83,6 +85,25 @@ def test_torch_dist(method: str, bf16: bool, folder: Path) -> None:
             else:  # the model's own bfloat16 products round differently in other pieces
                 rel = 1e-2 if bf16 else 1e-5
                 assert train(model, optimizer, range(3, 8)) == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.parametrize("method", ["normuon", "namo_d"])
+@pytest.mark.parametrize("options", [{}, RUNNING], ids=["grouped queries", "latent attention"])
+def test_heads_and_gates_that_are_split(options: dict[str, Any], method: str, folder: Path) -> None:
+    """V is of every head, and of the gate and the up projection of each rank; what is saved is the whole weight's."""
+    register(bias_correction=True, split_heads=True, split_gate_up=True)
+    with parallel(2):
+        model, optimizer, saved = trained_and_saved(method, False, folder, **options)
+        expected = train(model, optimizer, range(3, 8))
+    for tp in 2, 1:
+        with parallel(tp):
+            model = gpt(**options)
+            optimizer = optimizer_of(model, method)
+            load(model, optimizer, folder)
+            if tp == 2:
+                torch.testing.assert_close(muon_state(optimizer), saved, atol=0, rtol=0)
+            losses = train(model, optimizer, range(3, 8))
+            assert losses == (expected if tp == 2 else pytest.approx(expected, rel=5e-4 if options else 1e-5))
 
 
 @pytest.mark.parametrize(("method", "bf16"), [("namo", True), ("adamuon", False)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.optimizer import emerging_optimizers
-from models import cut, gpt, optimizer_of, parallel, seeded, train
+from models import LATENT, RUNNING, cut, gpt, optimizer_of, parallel, seeded, train
 from torch import nn
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
@@ -17,16 +17,6 @@ from emerging_optimizers.adaptive_muon.integrations.megatron import register
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
 STOCK = TABLE["adaptive_muon"]
 SIZE, GROUPS, PER_GROUP = 8, 2, 4  # of models.gpt
-LATENT = dict(
-    multi_latent_attention=True,
-    q_lora_rank=24,
-    kv_lora_rank=16,
-    qk_head_dim=8,
-    qk_pos_emb_head_dim=4,
-    v_head_dim=6,
-    num_query_groups=8,
-    rope_type="rope",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +100,6 @@ def test_the_same_as_separate_weights(options: dict[str, Any], heads: bool, gate
                     mine, whole = getattr(p, "main_param", p).detach(), cut(expected[name], name, p)
                     moved = (whole - cut(start[name], name, p)).norm()
                     assert (mine - whole).norm() <= 1e-5 * moved, (tp, name)
-
-
-RUNNING = LATENT | dict(v_head_dim=12, kv_channels=12)  # whose forward Megatron's own attention can take
 
 
 def latent_parts(name: str, w: torch.Tensor) -> list[torch.Tensor]:

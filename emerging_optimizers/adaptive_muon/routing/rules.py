@@ -15,7 +15,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from emerging_optimizers.adaptive_muon.checks import require, require_one_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
-from emerging_optimizers.adaptive_muon.parameters import FormT, check_rows_and_columns, has_usable_dtype, is_matrix
+from emerging_optimizers.adaptive_muon.parameters import (
+    FormT,
+    check_rows_and_columns,
+    has_usable_dtype,
+    is_matrix,
+    use_muon_of,
+)
 from emerging_optimizers.adaptive_muon.routing.experts import find_routers, is_called_expert, is_called_router
 from emerging_optimizers.adaptive_muon.routing.forms import Form, find_forms
 from emerging_optimizers.adaptive_muon.routing.gate_up import is_called_gate_up
@@ -139,7 +145,7 @@ def route_parameter(p: torch.Tensor, name: str = "") -> Route:
         ValueError: If the parameter has no shape yet (a lazy module before its first forward), or no rows and columns
             any more (FSDP1, ZeRO stage 3).
     """
-    route = _route_by_choice(p) or _route_by_itself(p, [name])
+    route = _route_by_choice(p, name) or _route_by_itself(p, [name])
     if route is not None:
         return route
     path = name.split(".")[:-1]
@@ -322,7 +328,7 @@ def _owner(prefix: str, leaf: str, modules: Mapping[str, nn.Module]) -> tuple[nn
 def _route_in_model(p: nn.Parameter, places: list[_Use], findings: _Findings) -> Route:
     """Return the route that its ``use_muon``, the modules around a parameter or else its other tags and shape decide."""
     form, no_matrix = findings.forms.get(p), findings.reasons.get(p, "")
-    chosen = _route_by_choice(p, form)
+    chosen = _route_by_choice(p, places[0].name, form)
     if chosen is not None:
         return chosen
     for use in places:
@@ -387,9 +393,9 @@ def _reason_of_place(use: _Use, findings: _Findings) -> str | None:
     return None
 
 
-def _route_by_choice(p: torch.Tensor, form: Form | None = None) -> Route | None:
+def _route_by_choice(p: torch.Tensor, name: str, form: Form | None = None) -> Route | None:
     """Return the route that the attribute ``use_muon`` decides; None without it, or where AdaptiveMuon cannot do it."""
-    use_muon = getattr(p, "use_muon", None)
+    use_muon = use_muon_of(p, name)
     if use_muon is None or (use_muon and (is_lazy(p) or _why_unusable(p, form))):
         return None
     return Route("adaptive_muon" if use_muon else "adamw", f"its attribute use_muon={use_muon}")

@@ -7,6 +7,7 @@ upon, and the model parameter's reference to its main parameter.
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,14 +15,23 @@ from absl import logging
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import Pattern
+from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import Pattern, in_words, weights_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.sharding.agreement import union
 from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Split
 
 
-__all__ = ["MegatronLayouts", "qkv_split_shapes", "replica_group_of", "tag_qkv"]
+__all__ = ["BlocksBy", "MegatronLayouts", "qkv_split_shapes", "replica_group_of", "tag_qkv"]
+
+
+@dataclass(frozen=True)
+class BlocksBy:
+    """The blocks of a weight, and why."""
+
+    switch: str  # the name of the option
+    blocks: tuple[int, ...] | ColumnBlocks
+    text: str  # the pattern, for a person
 
 
 @dataclass(eq=False)
@@ -71,6 +81,11 @@ class MegatronLayouts:
         return Piece(group, (strip, columns * tp.size()), (top, bottom, left, left + columns), padding)
 
     def blocks(self, p: torch.Tensor) -> Sequence[int] | ColumnBlocks | None:
+        """Return the blocks of a weight, or None for one matrix."""
+        split = self.split(p)
+        return None if split is None else split.blocks
+
+    def split(self, p: torch.Tensor) -> BlocksBy | None:
         """Return the blocks of a weight: of its pattern where a switch is on, else of a fused attention weight.
 
         A weight whose rows or columns are no whole number of patterns is one matrix, as it is for Megatron.
@@ -81,10 +96,11 @@ class MegatronLayouts:
             group = self._group(p, "tp") if self.tensor_parallel else None
             blocks = pattern.blocks(rows, columns, 1 if group is None else group.size())
             if blocks is None:
-                _warn_of_misfit(rows, columns, pattern.sizes or "two halves of each rank")
+                _warn_of_misfit(rows, columns, pattern.text)
             else:
-                return blocks
-        return self._qkv_blocks(p, rows, columns) if self.switches.split_qkv else None
+                return BlocksBy(pattern.switch, blocks, pattern.text)
+        of_qkv = self._qkv_blocks(p, rows, columns) if self.switches.split_qkv else None
+        return None if of_qkv is None else BlocksBy("split_qkv", of_qkv, f"{in_words(of_qkv)} rows")
 
     def _qkv_blocks(self, p: torch.Tensor, rows: int, columns: int) -> tuple[int, ...] | None:
         """Return the rows of the blocks within one query group of a fused attention weight; None for other weights."""
@@ -97,7 +113,7 @@ class MegatronLayouts:
                 "none. Pass qkv_split_shapes, or split_qkv=False."
             )
         if rows % sum(shapes):
-            _warn_of_misfit(rows, columns, list(shapes))
+            _warn_of_misfit(rows, columns, f"{in_words(shapes)} rows")
             return None
         return tuple(shapes)
 
@@ -136,7 +152,9 @@ def _known_of[Value](p: torch.Tensor, known: Mapping[torch.Tensor, Value]) -> Va
     return next((value for q, value in known.items() if p is getattr(q, "main_param", None)), None)
 
 
-def _warn_of_misfit(rows: int, columns: int, sizes: object) -> None:
+@cache
+def _warn_of_misfit(rows: int, columns: int, sizes: str) -> None:
+    """Warn, once for a shape."""
     logging.warning("A weight of %d x %d is no whole number of patterns of %s and is not split.", rows, columns, sizes)
 
 
@@ -175,6 +193,6 @@ def tag_qkv(model_chunks: Sequence[Any]) -> None:
     GTP, cut within a group. The whole weight has the same blocks then.
     """
     for chunk in model_chunks:
-        for name, p in chunk.named_parameters():
-            if "linear_qkv.weight" in name and p.ndim == 2:
-                p.is_qkv, p.qkv_split_shapes = True, qkv_split_shapes(chunk.config)
+        for module in chunk.modules():
+            for p in weights_of(module, "linear_qkv"):
+                p.is_qkv, p.qkv_split_shapes = True, qkv_split_shapes(chunk.config)  # type: ignore[attr-defined]

@@ -12,7 +12,6 @@ from typing import Any, Unpack, override
 import torch
 from absl import logging
 from megatron.core import package_info
-from megatron.core.utils import log_single_rank
 from torch import distributed as dist
 from torch.optim.optimizer import ParamsT
 
@@ -28,6 +27,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.layouts import (
 )
 from emerging_optimizers.adaptive_muon.integrations.megatron.patterns import tag_patterns
 from emerging_optimizers.adaptive_muon.integrations.megatron.routing import scalar_overrides
+from emerging_optimizers.adaptive_muon.integrations.megatron.splits import log_once, log_splits
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions, options_of
 from emerging_optimizers.adaptive_muon.state.full_shape import expand_v, reduce_v
 from emerging_optimizers.adaptive_muon.versions import require_supported, upstream_version
@@ -228,17 +228,13 @@ def register(**options: Unpack[OptionsDict]) -> None:
         group = replica_group_of(config, model_chunks, pg_collection)
         arguments = {"replica_group": group, **from_config(config), **from_command_line(), **chosen}
         if group is not None and arguments.get("share_replicas", Options.share_replicas):
-            log_single_rank(
-                standard_logging.getLogger(__name__),
+            log_once(
                 standard_logging.INFO,
                 "adaptive_muon: data-parallel ranks share the orthogonalization; --no-adaptive-muon-share-replicas to repeat",
             )
-        return {
-            **arguments,
-            "pg_collection": pg_collection,
-            "names": ModelNames(model_chunks),
-            "qkv_split_shapes": qkv_split_shapes(model_chunks[0].config),
-        }
+        arguments |= {"pg_collection": pg_collection, "qkv_split_shapes": qkv_split_shapes(model_chunks[0].config)}
+        log_splits(model_chunks, arguments)
+        return {**arguments, "names": ModelNames(model_chunks)}
 
     table = emerging_optimizers._EMERGING_OPTIMIZERS
     entry = table["adaptive_muon"]

@@ -6,14 +6,16 @@ Patterns are those of whole matrices. Tensor parallelism cuts them where it does
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
 
+from emerging_optimizers.adaptive_muon.routing.parts import child_of
 from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 
 
-__all__ = ["Pattern", "tag_patterns"]
+__all__ = ["Pattern", "in_words", "tag_patterns", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,27 @@ class Pattern:
         blocks = sizes if self.is_merged or not self.sizes else sizes * times
         return ColumnBlocks(blocks) if self.of_columns else blocks
 
+    @property
+    def text(self) -> str:
+        """The sizes of one repetition, for a person."""
+        if not self.sizes:
+            return "two halves of each rank's rows"
+        return f"{in_words(self.sizes)} {'columns' if self.of_columns else 'rows'}"
+
+
+def in_words(sizes: Sequence[int]) -> str:
+    """Return sizes for a person, as in "32 + 2 x 8"."""
+    runs = ((size, len([*run])) for size, run in groupby(sizes))
+    return " + ".join(f"{times} x {size}" if times > 1 else f"{size}" for size, times in runs)
+
+
+def weights_of(module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """Yield the matrices of a child, also of one that is wrapped: one, or weight0, weight1, ... of grouped layers."""
+    child = child_of(module, name)
+    if child is not None:
+        named = child.named_parameters(recurse=False)
+        yield from (p for leaf, p in named if leaf.startswith("weight") and p.ndim == 2)
+
 
 def tag_patterns(model_chunks: Sequence[Any]) -> None:
     """Tag the weights of attention and of gated MLPs with their patterns, as ``muon_pattern``."""
@@ -42,17 +65,16 @@ def tag_patterns(model_chunks: Sequence[Any]) -> None:
         for module in chunk.modules():
             config = getattr(module, "config", None)
             for name, pattern in (*_in_attention(module, config), *_in_mlp(module, config)):
-                for leaf, p in getattr(module, name).named_parameters(recurse=False):
-                    if leaf.startswith("weight") and p.ndim == 2:  # weight0, weight1, ... of grouped linear layers
-                        p.muon_pattern = pattern
+                for p in weights_of(module, name):
+                    p.muon_pattern = pattern  # type: ignore[attr-defined]
 
 
 def _in_attention(module: nn.Module, config: Any) -> Iterator[tuple[str, Pattern]]:
     """Yield the names of an attention module's children, and the patterns of their weights."""
     if hasattr(config, "kv_lora_rank") and hasattr(module, "linear_kv_down_proj"):
-        yield from _present(module, _of_latent(config))
+        yield from _as_patterns(_of_latent(config))
     elif hasattr(module, "query_projection_size") and hasattr(module, "linear_proj"):
-        yield from _present(module, _of_heads(module, config))
+        yield from _as_patterns(_of_heads(module, config))
 
 
 def _of_heads(module: Any, config: Any) -> dict[str, tuple[int, ...]]:
@@ -77,6 +99,7 @@ def _of_latent(config: Any) -> dict[str, tuple[int, ...]]:
     down = (config.kv_lora_rank, config.qk_pos_emb_head_dim)
     return {
         "linear_q_proj": query,
+        "linear_q_down_proj": (config.q_lora_rank or 0,),
         "linear_q_up_proj": query,
         "linear_kv_down_proj": down,
         "linear_qkv_down_proj": (config.q_lora_rank or 0, *down),
@@ -87,18 +110,15 @@ def _of_latent(config: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _present(module: nn.Module, sizes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Pattern]]:
-    """Yield the patterns of those weights that a module has."""
+def _as_patterns(sizes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Pattern]]:
+    """Yield the patterns of these sizes; the columns of the output projection are split, and the rows of others."""
     for name, of_one in sizes.items():
-        if isinstance(getattr(module, name, None), nn.Module):
-            yield name, Pattern("split_heads", of_one, of_columns=name == "linear_proj")
+        yield name, Pattern("split_heads", of_one, of_columns=name == "linear_proj")
 
 
 def _in_mlp(module: nn.Module, config: Any) -> Iterator[tuple[str, Pattern]]:
     """Yield the name of a gated MLP's first layer, and its pattern: the gate and the up projection of each rank."""
-    if not getattr(config, "gated_linear_unit", False) or not isinstance(
-        getattr(module, "linear_fc1", None), nn.Module
-    ):
+    if not getattr(config, "gated_linear_unit", False):
         return
     kind, size = type(module).__name__, None
     if "Grouped" in kind:

@@ -6,22 +6,24 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
+from emerging_optimizers.adaptive_muon.parameters import use_muon_of
 
-__all__ = ["scalar_overrides"]
+
+__all__ = ["is_scalar", "scalar_overrides"]
 
 
 def scalar_overrides() -> dict[ParamKey, dict[str, Any]]:
     """Return the overrides for an entry of Megatron's table, which are applied to parameters whose predicate holds."""
-    predicate = ParamWithNamePredicate(name="adaptive_muon_scalar", fn=_is_scalar)
+    predicate = ParamWithNamePredicate(name="adaptive_muon_scalar", fn=is_scalar)
     return {ParamKey(with_name_predicate=predicate): {"optimizer": "adam"}}
 
 
-def _is_scalar(p: torch.Tensor, name: str) -> bool:
+def is_scalar(p: torch.Tensor, name: str) -> bool:
     """Return whether a parameter is a router's, or is tagged so; the tag decides before.
 
     One that Megatron has laid out for the layer-wise optimizer is that optimizer's, as all its matrices are.
     """
     if getattr(p, "is_managed_by_layer_wise_optimizer", False):
         return False
-    use_muon = getattr(p, "use_muon", None)
+    use_muon = use_muon_of(p, name)
     return "router" in name.split(".") if use_muon is None else not use_muon
