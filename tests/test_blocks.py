@@ -4,7 +4,7 @@
 import copy
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
 
@@ -347,7 +347,12 @@ BAD: list[Any] = [
     (True, 47),
     48,
     [48, 0],
+    {48: 1},
+    b"00",
+    range(47, 49),
+    (size for size in (48, 48)),  # which the check would use up
 ]
+BAD += [ColumnBlocks(size for size in (16, 16)), ColumnBlocks({16: 1})]
 BAD += [ColumnBlocks(sizes) for sizes in ((7, 7), (96,), (48, 48), (), (0, 32), (-32, 64), (16.0,), (True, 31), 16)]
 
 
@@ -356,7 +361,7 @@ BAD += [ColumnBlocks(sizes) for sizes in ((7, 7), (96,), (48, 48), (), (0, 32), 
 def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
     p, good = fused((96, 32), blocks if told == "attribute" else None), fused((96, 32), (48, 48))
     options = {"blocks_fn": lambda each: blocks if each is p else None} if told == "function" else {}
-    shown = tuple(blocks) if isinstance(blocks, Iterable) else blocks
+    shown = tuple(blocks) if isinstance(blocks, list) else blocks
     length = "32 columns" if isinstance(blocks, ColumnBlocks) else "96 rows"
     expected = rf"blocks of parameter 'qkv.weight'.* {length}, got {re.escape(repr(shown))}. Give the "
     with pytest.raises(ValueError, match=expected):

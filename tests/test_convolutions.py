@@ -191,6 +191,44 @@ def test_a_weight_that_is_parametrized() -> None:
     assert routes["parametrizations.weight.original0"] == routes["bias"] == "adamw"
 
 
+def with_adapter(base: nn.Module, *factors: nn.Module) -> nn.ModuleDict:
+    """A layer with the two factors of LoRA, as peft wraps it."""
+    adapter = nn.Module()
+    adapter.base_layer = base
+    adapter.lora_A, adapter.lora_B = (nn.ModuleDict({"default": factor}) for factor in factors)
+    return nn.ModuleDict({"a": adapter, "last": nn.Linear(3, 5)})
+
+
+def reasons_of_factors(model: nn.Module, **switches: bool) -> list[tuple[str, str]]:
+    routes = HybridAdaptiveMuon.from_model(model, **switches).routes
+    return [(route.algorithm, route.reason) for name, _, route in routes if "lora" in name]
+
+
+def test_adapters_go_where_their_convolution_goes() -> None:
+    model = with_adapter(nn.Conv2d(8, 16, 3), nn.Conv2d(8, 4, 3, bias=False), nn.Conv2d(4, 16, 1, bias=False))
+    assert reasons_of_factors(model, **FLATTEN) == [
+        ("adaptive_muon", "convolution, a matrix of 4 x 72"),
+        ("adaptive_muon", "convolution, a matrix of 16 x 4"),
+    ]
+    reason = "adapter of Conv2d, 4-D, not a matrix; flatten_conv=True takes the convolution for one"
+    assert reasons_of_factors(model) == [("adamw", reason)] * 2
+    back = with_adapter(nn.ConvTranspose1d(8, 6, 3), nn.Conv1d(8, 4, 3, bias=False), nn.Conv1d(4, 6, 1, bias=False))
+    reason = "adapter of ConvTranspose1d, 3-D, not a matrix; transposed convolution"
+    assert reasons_of_factors(back, **FLATTEN) == [("adamw", reason)] * 2
+
+
+def test_adapters_of_experts_and_of_other_modules() -> None:
+    """One pair of factors has the rows of all experts."""
+    experts = nn.Module()
+    experts.gate_up_proj, experts.down_proj = nn.Parameter(normal((3, 16, 6))), nn.Parameter(normal((3, 6, 8)))
+    model = with_adapter(experts, nn.Linear(6, 12, bias=False), nn.Linear(12, 16, bias=False))
+    for switches in {}, {"stacked_experts": True}:
+        reason = "adapter of Module, a stack of linear maps and not one"
+        assert reasons_of_factors(model, **switches) == [("adamw", reason)] * 2
+    model = with_adapter(nn.GRU(6, 6), nn.Linear(6, 12, bias=False), nn.Linear(12, 16, bias=False))
+    assert reasons_of_factors(model) == [("adamw", "adapter of GRU, which is not a linear map")] * 2
+
+
 def test_an_output_head_stays_with_adamw() -> None:
     """By its name; by its shape, that of an embedding; and by a tag."""
     model = nn.Sequential()

@@ -2,9 +2,11 @@
 """Which rows or columns of a weight are one matrix, found from the modules; each against what the model does with it."""
 
 import copy
+import importlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from side_by_side import difference, normal
 from test_experts import EXPERTS
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn import utils
+from torch.nn.utils import parametrizations, prune
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, models
 from tree import tool
 
@@ -268,6 +272,111 @@ def test_describe_says_the_parts_and_what_is_not_recognized(caplog: pytest.LogCa
     assert "3 weights are not split" in record.getMessage() and all(name in record.getMessage() for name in unknown)
 
 
+def layer(cls: str, **shapes: tuple[int, int]) -> nn.Module:
+    """A module whose class has this name, with linear layers of so many outputs and inputs."""
+    made = type(cls, (nn.Module,), {})()
+    for name, (outputs, inputs) in shapes.items():
+        setattr(made, name, nn.Linear(inputs, outputs))
+    return made
+
+
+WIDE, HEADS = (12, 12), {"split_heads": True}
+SAID: list[tuple[dict[str, bool], nn.Module, set[str]]] = [
+    *(
+        (HEADS, layer(cls, in_proj=(36, 12), proj=WIDE), {"in_proj", "proj"})
+        for cls in ("SelfAttentionLayer", "FlashAttention2", "MultiHeadAttentionBlock", "AttnModule", "MHA", "emha2")
+    ),
+    *(
+        (HEADS, layer("Mixer", **{name: (36, 12)}, proj=WIDE), {name, "proj"})
+        for name in ("kqv", "fused_qkv", "QKV", "attn_qkv_linear", "queries_keys_values")
+    ),
+    (HEADS, layer("Mamba", in_proj=(36, 12), out_proj=WIDE), set()),
+    *(
+        (GATED, layer(cls, fc1=(24, 12), fc2=WIDE), {"fc1"})
+        for cls in ("SwiGLU", "GEGLU", "GeGLUBlock", "ReGLU", "XSwiGluFFN", "GatedMLP", "GatedFeedForwardLinear")
+    ),
+    (GATED, layer("GEGLU", proj=(24, 12)), {"proj"}),
+    (GATED, layer("MLP", gate_up_linear=(24, 12), down=WIDE), {"gate_up_linear"}),
+    (
+        GATED,
+        layer("MLP", fusedGateUp=(24, 12), upGate=(24, 12), up_and_gate=(24, 12)),
+        {"fusedGateUp", "upGate", "up_and_gate"},
+    ),
+    # Gates and up projections of their own, and what only reads like them.
+    (GATED, layer("SwiGLU", gate=(24, 12), up=(24, 12), down=(12, 24)), set()),
+    (GATED, layer("GatedMLP", fc1=(24, 12), fc2=(12, 24)), set()),
+    (GATED, layer("GlueModel", fc1=(24, 12), fc2=WIDE), set()),
+    (GATED, layer("Cell", gate_update=(24, 12), gate_group=(24, 12), gate_proj=(24, 12)), set()),
+    (GATED, layer("GatedNet", fc1=(24, 12), fc2=WIDE), set()),
+]
+
+
+@pytest.mark.parametrize(("switch", "module", "expected"), SAID, ids=lambda each: type(each).__name__)
+def test_what_may_hold_several_matrices_is_said(
+    switch: dict[str, bool], module: nn.Module, expected: set[str]
+) -> None:
+    """By the name of its class or of its layers; and none of it is split."""
+    made = HybridAdaptiveMuon.from_model(nn.ModuleDict({"a": module, "head": nn.Linear(12, 5)}), **switch)
+    assert {name.split(".")[1] for name, text in lines(made).items() if "; not split" in text} == expected
+    assert not any(route.parts for *_, route in made.routes)
+
+
+def test_a_layer_around_attention_is_not_attention() -> None:
+    model = layer("MaskedAttentionLayer", fc1=(24, 12), fc2=(12, 24))
+    model.attention = nn.MultiheadAttention(12, 3)
+    said = lines(HybridAdaptiveMuon.from_model(nn.ModuleList([model]), split_heads=True))
+    assert (
+        not any("; not split" in text for text in said.values()) and "; 3 heads" in said["0.attention.out_proj.weight"]
+    )
+
+
+def test_lxmerts_output_projections_are_said() -> None:
+    model = tiny_models.tiny("lxmert")
+    said = lines(HybridAdaptiveMuon.from_model(model, split_heads=True, split_gate_up=True))
+    unsplit = {re.sub(r"^.*\.\d+\.", "", name) for name, text in said.items() if "; not split" in text}
+    assert unsplit == {
+        f"{name}.output.dense.weight" for name in ("attention", "visual_attention", "visn_self_att", "lang_self_att")
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["ClvpGatedLinearUnit", "Cohere2VisionMultiModalProjector", "AyaVisionMultiModalProjector"]
+)
+@torch.no_grad()
+def test_gate_and_up_projection_by_the_modules_own_forward(name: str) -> None:
+    """A row, and the one that is half of the rows below it, change the same hidden unit."""
+    folder = next(
+        path for path in Path(models.__path__[0]).glob("*/modeling_*.py") if f"class {name}(" in path.read_text()
+    )
+    kind = getattr(importlib.import_module(f"transformers.models.{folder.parent.name}.{folder.stem}"), name)
+    inner = SimpleNamespace(hidden_size=4)
+    config = SimpleNamespace(
+        **{"hidden_act": "silu", "hidden_size": 16, "intermediate_size": 6, "downsample_factor": 2},
+        **{
+            "alignment_intermediate_size": 12,
+            "adapter_layer_norm_eps": 1e-6,
+            "vision_config": inner,
+            "text_config": inner,
+        },
+    )
+    module, seen = kind(config), []
+    if hasattr(module, "linear_2"):
+        module.linear_2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    else:
+        module.register_forward_hook(lambda *args: seen.append(args[2]))
+    made = HybridAdaptiveMuon.from_model(nn.ModuleList([module]), split_gate_up=True)
+    [(p, parts)] = [(p, route.parts) for _, p, route in made.routes if route.parts]
+    assert parts.blocks == (6, 6) and len(p) == 12
+    x = normal((1, 4, 16 if name.startswith("Clvp") else 4))
+    module(x)
+    for row in range(12):
+        kept = p[row].clone()
+        p[row, 0] += 1
+        module(x)
+        p[row] = kept
+        assert (seen[-1] - seen[0]).abs().flatten(0, -2).amax(0).nonzero().flatten().tolist() == [row % 6]
+
+
 def test_muon_blocks_and_blocks_fn_decide_before() -> None:
     model = Mine()
     model.known.in_proj_weight.muon_blocks = (18, 18)
@@ -335,6 +444,108 @@ def test_a_shared_weight_with_other_parts_elsewhere_is_one_matrix() -> None:
     other.in_proj_weight = one.in_proj_weight
     made = HybridAdaptiveMuon.from_model(nn.ModuleList([one, other]), split_heads=True)
     assert "not split" in lines(made)["0.in_proj_weight"]
+
+
+class Sized(nn.Module):
+    """Attention that has the number of its heads as an attribute, and not their size."""
+
+    def __init__(self, queries: int, keys: int, inputs: int, groups: int = 2) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads = 4, groups
+        self.q_proj, self.o_proj = nn.Linear(32, queries), nn.Linear(inputs, 32)
+        if keys:
+            self.k_proj, self.v_proj = nn.Linear(32, keys), nn.Linear(32, keys)
+
+
+class SizedAttention(Sized):
+    """The same under a name that shows what it is."""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "size"),
+    [
+        ((32, 16, 32), 8),
+        ((64, 32, 64), 16),
+        ((32, 32, 32), 8),  # keys of all heads
+        ((32, 0, 32), 8),
+        ((64, 16, 32), 0),  # queries and gates, however they stand: keys and the output projection have heads of 8
+        ((64, 32, 32, 4), 0),
+        ((64, 16, 64), 0),  # keys alone
+        ((64, 32, 32), 0),  # the output projection alone
+        ((64, 0, 32), 0),
+    ],
+    ids=str,
+)
+def test_the_size_of_heads_must_fit_all_projections(shapes: Any, size: int) -> None:
+    said = lines(HybridAdaptiveMuon.from_model(nn.ModuleDict({"a": SizedAttention(*shapes)}), split_heads=True))
+    if size:
+        assert said["a.q_proj.weight"].endswith(f"; 4 query heads of {size} rows")
+        assert said["a.o_proj.weight"].endswith(f"; 4 heads of {size} columns")
+    else:
+        assert all("; not split" in text for name, text in said.items() if name.endswith("weight"))
+
+
+TIES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "two uses in a module": (
+        lambda m: setattr(m.a.o_proj, "weight", m.a.q_proj.weight),
+        "not split, layers that share",
+    ),
+    "a plain layer": (lambda m: setattr(m.plain, "weight", m.a.q_proj.weight), "not split, layers that share"),
+    "the same layer elsewhere": (lambda m: setattr(m, "plain", m.a.q_proj), "not split, layers that share"),
+    "keys elsewhere": (lambda m: setattr(m.b.k_proj, "weight", m.a.q_proj.weight), "4 query heads of 8 rows"),
+    "one attention under two names": (lambda m: setattr(m, "b", m.a), "4 query heads of 8 rows"),
+    "a head": (lambda m: (setattr(m.a, "num_heads", 1), setattr(m, "plain", m.a.q_proj)), "one head"),
+}
+
+
+@pytest.mark.parametrize("way", TIES)
+def test_a_shared_weight_is_split_where_all_uses_have_the_same_matrices(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = nn.Module()
+    model.a, model.b, model.plain = Sized(32, 32, 32, 4), Sized(32, 32, 32, 4), nn.Linear(32, 32)
+    model.last = nn.Linear(32, 3)
+    tie, expected = TIES[way]
+    tie(model)
+    made = HybridAdaptiveMuon.from_model(model, split_heads=True)
+    assert lines(made)["a.q_proj.weight"].startswith(f"hidden matrix; {expected}")
+    assert [record.getMessage().count("a.q_proj") for record in caplog.records] == [1] * expected.startswith("not")
+
+
+def test_the_direction_of_a_parametrized_weight_is_split() -> None:
+    """And none is computed: spectral_norm would take that for an iteration."""
+    attention = Sized(32, 16, 32)
+    for name, change in {
+        "q_proj": parametrizations.weight_norm,
+        "k_proj": utils.weight_norm,
+        "v_proj": lambda layer: prune.l1_unstructured(layer, "weight", 0.2),
+        "o_proj": parametrizations.spectral_norm,
+    }.items():
+        change(getattr(attention, name))
+    made_by = attention.o_proj.parametrizations.weight[0]
+    before = made_by._u.clone()
+    said = lines(HybridAdaptiveMuon.from_model(nn.ModuleDict({"a": attention}), split_heads=True))
+    assert said["a.q_proj.parametrizations.weight.original1"].endswith("; 4 query heads of 8 rows")
+    assert said["a.k_proj.weight_v"].endswith("; 2 key heads of 8 rows")
+    assert said["a.v_proj.weight_orig"].endswith("; 2 value heads of 8 rows")
+    assert said["a.o_proj.parametrizations.weight.original"].endswith("; 4 heads of 8 columns")
+    assert torch.equal(before, made_by._u)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_direction_of_torchs_attention_is_split(bias: bool) -> None:
+    model = nn.MultiheadAttention(12, 3, bias=bias)
+    parametrizations.weight_norm(model, "in_proj_weight")
+    made = HybridAdaptiveMuon.from_model(model)
+    name = "parametrizations.in_proj_weight.original1"
+    assert lines(made)[name].endswith("; queries of 12, keys of 12 and values of 12 rows")
+
+
+def test_another_parametrization_is_said_and_not_split() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(12, 3)})
+    parametrizations.orthogonal(model["a"].out_proj)
+    said = lines(HybridAdaptiveMuon.from_model(model, split_heads=True))
+    assert "; not split" in said["a.out_proj.parametrizations.weight.original"]
 
 
 def test_a_shard_that_an_attribute_shows_is_not_taken_for_the_matrix() -> None:

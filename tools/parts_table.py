@@ -73,7 +73,7 @@ def class_list() -> str:
     """Return the classes whose fused weights are known, by package."""
     lines = []
     for title, classes in (("queries, keys and values", FUSED_CLASSES), ("gate and up projection", GATED_CLASSES)):
-        for package in ("transformers", "nemo"):
+        for package in ("transformers", "nemo", "nemo_automodel"):
             names = sorted(each.partition(".")[2] for each in classes if each.startswith(package + "."))
             if names:
                 lines.append(f"- {title}, in {package}: {', '.join(f'`{name}`' for name in names)}")

@@ -5,6 +5,7 @@ A name such as ``qkv`` does not show in which order the rows stand. So a table h
 and the tests try each of them: they change the rows of one head and look which heads of the output change.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.routing.parts import (
     Parts,
     Weight,
-    child_of,
     kinds_of,
     merged_rows,
     rows,
@@ -145,15 +145,17 @@ _TABLE: dict[str, tuple[str, _Order | Callable[[nn.Module], _Order]]] = {
     "nemo.MultiHeadAttn": ("qkv_net", _CONTIGUOUS),
     "nemo.SelfAttention": ("qkv_net", _CONTIGUOUS),
     "nemo.CrossAttention": ("kv_net", _KEYS_AND_VALUES),
+    "nemo_automodel.CausalSelfAttention": ("qkv_proj", _CONTIGUOUS),  # its GPT-2's
 }
 FUSED_CLASSES = tuple(_TABLE)
-# Names of fused weights, also of classes that are not in the table.
-_NAMES = {child for child, _ in _TABLE.values()} - {"in_proj"} | {"to_qkv", "wqkv", "queries_keys_values"}
+# Names of fused weights, also of classes that are not in the table, and parts of such names.
+_NAMES = {child for child, _ in _TABLE.values()} - {"in_proj"} | {"queries_keys_values"}
+_IN_NAMES = re.compile("qkv|kqv", re.IGNORECASE)
 
 
 def has_fused(module: nn.Module) -> bool:
     """Return whether a module has a child that is called as a fused weight is."""
-    return any(child_of(module, name) for name in _NAMES)
+    return any(name in _NAMES or _IN_NAMES.search(name) for name, _ in module.named_children())
 
 
 def fused_heads(module: nn.Module) -> Heads | None:

@@ -4,6 +4,7 @@
 As in :mod:`~emerging_optimizers.adaptive_muon.routing.fused`, a table has the classes whose ``forward`` was read.
 """
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +16,7 @@ from emerging_optimizers.adaptive_muon.routing.parts import Parts, child_of, kin
 from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 
 
-__all__ = ["GATED_CLASSES", "in_gated", "is_called_gate_up"]
+__all__ = ["GATED_CLASSES", "in_gated", "is_called_gate_up", "may_be_gate_up"]
 
 # The child whose rows are two halves, by the package and the class.
 _TABLE = {
@@ -32,6 +33,11 @@ _TABLE = {
         f"transformers.{name}": "input_linear"
         for name in ("GraniteMoeHybridMLP", "GraniteMoeSWAMLP", "GraniteMoeSharedMLP")
     },
+    "transformers.ClvpGatedLinearUnit": "proj",
+    **{
+        f"transformers.{name}": "linear_1"
+        for name in ("AyaVisionMultiModalProjector", "Cohere2VisionMultiModalProjector")
+    },
     **{f"transformers.{name}": "fc1" for name in ("MoonshineDecoderMLP", "MoonshineStreamingDecoderMLP")},
 }
 # Experts in one tensor, with all gates before all up projections.
@@ -42,12 +48,23 @@ _CONCATENATED = {
 _OF_AUTOMODEL = {"nemo_automodel.GroupedExperts", "nemo_automodel.GroupedExpertsDeepEP"}
 _ACTIVATIONS = {"swiglu": True, "swigluoai": True, "geglu": True, "quick_geglu": False}
 GATED_CLASSES = tuple(_TABLE)
-_NAMES = {"gate_up_proj", "gate_up", "up_gate_proj", "gate_and_up_projs", "gate_and_up_proj", "w12", "w13", "Wi"}
+# Names that mean a fused gate and up projection, and classes that may have one under another name.
+_NAME = re.compile(r"[gG]ate_?(and_?)?[uU]p(?![a-z])|[uU]p_?(and_?)?[gG]ate|^(w12|w13|Wi)$")
+_CLASS = re.compile(r"GLU(?!E)|Glu(?!e)|Gated\w*(MLP|Linear)")
 
 
 def is_called_gate_up(path: list[str]) -> bool:
     """Return whether the name of a parameter, or of its module, is one of a fused gate and up projection."""
-    return not _NAMES.isdisjoint(path[-2:])
+    return any(_NAME.search(part) for part in path[-2:])
+
+
+def may_be_gate_up(module: nn.Module, p: nn.Parameter) -> bool:
+    """Return whether a gated MLP by its class has a weight with twice the rows that the only other one has columns."""
+    if not any(_CLASS.search(cls.__name__) for cls in type(module).__mro__):
+        return False
+    maps = [weight for name, _ in module.named_children() if (weight := weight_of(module, name)) is not None]
+    own, others = ([weight for weight in maps if (weight.p is p) is mine] for mine in (True, False))
+    return len(own) == 1 and own[0].rows % 2 == 0 and [2 * other.columns for other in others] in ([], [own[0].rows])
 
 
 def in_gated(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Parameter, Parts]]:

@@ -17,6 +17,7 @@ from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.identity import give_key, key_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.routing.rules import (
+    SHARED,
     UNSPLIT,
     UNSTACKED,
     AlgorithmT,
@@ -70,7 +71,7 @@ class ModelRoutes:
     def of(cls, model: nn.Module, patterns: Mapping[str, AlgorithmT] | None, switches: SplitOptions) -> "ModelRoutes":
         """Route a model's parameters, and log the weights that a switch is for in modules that are not recognized."""
         routes = cls(model, route_model(model, patterns, switches), patterns, switches)
-        for text in (UNSPLIT, UNSTACKED):
+        for text in (UNSPLIT, SHARED, UNSTACKED):
             unsplit = [name for name, route in routes.routes.items() if route.unsplit == text]
             if unsplit:
                 logging.warning("adaptive_muon: %d weights are %s: %s", len(unsplit), text, ", ".join(unsplit))

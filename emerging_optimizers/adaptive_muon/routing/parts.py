@@ -71,18 +71,31 @@ class Weight:
 def weight_of(module: nn.Module, name: str) -> Weight | None:
     """Return the weight of a module's child, or the weight of this name that the module has itself, if there is one.
 
-    A shard that only an attribute shows (``partition_dim``) has other rows than its matrix, and is passed over.
+    Of a weight that is parametrized it is the direction. A shard that only an attribute shows (``partition_dim``) has
+    other rows than its matrix, and is passed over.
     """
-    leaf, owner, p = name, module, getattr(module, name, None)
-    if not isinstance(p, nn.Parameter):
+    leaf, owner, p = name, module, _stored(module, name)
+    if p is None:
         child = child_of(module, name)
         if child is None:
             return None
-        leaf, owner, p = "weight", child, getattr(child, "weight", None)
-    if not isinstance(p, nn.Parameter) or getattr(p, "partition_dim", -1) not in (None, -1):
+        leaf, owner, p = "weight", child, _stored(child, "weight")
+    if p is None or getattr(p, "partition_dim", -1) not in (None, -1):
         return None
     map_ = linear_map(owner, leaf, p)
     return None if map_ is None else Weight(p, map_)
+
+
+def _stored(module: nn.Module, leaf: str) -> nn.Parameter | None:
+    """Return the parameter of this name that a module has, or in its place what torch scales or masks to make it."""
+    made_by = getattr(module, "parametrizations", {})
+    if leaf in made_by:  # which must not be computed here: spectral_norm counts that as an iteration
+        of_leaf = made_by[leaf]
+        is_scaled = all(type(each).__name__ in ("_WeightNorm", "_SpectralNorm") for each in of_leaf)
+        found = getattr(of_leaf, "original", getattr(of_leaf, "original1", None)) if is_scaled else None
+        return found if isinstance(found, nn.Parameter) else None
+    values = (getattr(module, name, None) for name in (leaf, f"{leaf}_v", f"{leaf}_orig"))
+    return next((value for value in values if isinstance(value, nn.Parameter)), None)
 
 
 def rows(sizes: Sequence[tuple[str, int, int]], *, each: str = "", times: int = 1) -> Parts:

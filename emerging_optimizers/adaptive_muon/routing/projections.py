@@ -92,7 +92,7 @@ _VALUE_SIZES = ("v_head_dim", "values_head_dim")
 # Classes whose query projection has, head by head, a query and its output gate.
 _GATED = {
     *("transformers.Qwen3NextAttention", "transformers.Qwen3_5Attention", "transformers.Qwen3_5MoeAttention"),
-    "transformers.Qwen4ExpTextAttention",
+    *("transformers.Qwen4ExpTextAttention", "nemo_automodel.Qwen3NextAttention"),
 }
 
 HeadsIn = Callable[[int, int], int]
@@ -148,11 +148,10 @@ def has_projections(module: nn.Module) -> bool:
 def own_heads(module: nn.Module) -> Heads | None:
     """Return the heads of a module with a projection for queries, or None where it has none or they are not known."""
     queries = _first(module, _QUERIES)
-    return (
-        None
-        if queries is None
-        else heads_of(module, queries.rows, (lambda n, _: 2 * n) if _is_gated(module) else _all)
-    )
+    if queries is None:
+        return None
+    heads = heads_of(module, queries.rows, (lambda n, _: 2 * n) if _is_gated(module) else _all)
+    return heads if heads is None or _values(module, _SIZES) or _agrees(module, heads) else None
 
 
 def by_head(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Parameter, Parts]]:
@@ -197,6 +196,17 @@ def output_after(
 
 def _all(number: int, groups: int) -> int:
     return number
+
+
+def _agrees(module: nn.Module, heads: Heads) -> bool:
+    """Return whether the other projections of a module have heads of the size that its queries alone have shown.
+
+    Queries and output gates that are rows of one weight have twice the size.
+    """
+    keys, output = _first(module, _KEYS), _first(module, _OUTPUTS)
+    return (keys is None or any(_of_keys(keys, "key head", heads.size, heads))) and (
+        output is None or output.columns == heads.number * heads.value_size
+    )
 
 
 def _is_gated(module: nn.Module) -> bool:

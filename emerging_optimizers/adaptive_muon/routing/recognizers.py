@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows or columns of a model's weights are one matrix: what each kind of module shows."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -20,33 +22,53 @@ from emerging_optimizers.adaptive_muon.routing.parts import (
 from emerging_optimizers.adaptive_muon.routing.projections import by_head, has_projections, output_after, own_heads
 
 
-__all__ = ["find_parts", "is_attention"]
+__all__ = ["Found", "find_parts", "is_attention"]
+
+# Enough to say that a module is not recognized, not to recognize it.
+_ATTENTION = re.compile(r"attention|attn|mha", re.IGNORECASE)
 
 Recognizer = Callable[[nn.Module, SplitOptions], Iterator[tuple[nn.Parameter, Parts]]]
 
 
-def find_parts(model: nn.Module, switches: SplitOptions) -> dict[nn.Parameter, Parts]:
-    """Return the parts of all weights of a model that are recognized.
+@dataclass(frozen=True)
+class Found:
+    """What the modules of a model show of a weight, which several may use.
 
-    The first recognizer that knows a weight decides. A weight that two modules share, and that has other parts in one
-    than in the other, is not split.
+    Args:
+        parts: Its parts by each module and recognizer; the first is to be shown.
+        modules: The modules.
     """
-    found: dict[nn.Parameter, Parts] = {}
-    conflicting = set()
+
+    parts: list[Parts] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def agree(self) -> bool:
+        """Whether the matrices are the same in all uses, in whatever words."""
+        return all(parts.blocks == self.parts[0].blocks for parts in self.parts)
+
+
+def find_parts(model: nn.Module, switches: SplitOptions) -> dict[nn.Parameter, Found]:
+    """Return what is found of the weights of a model that are recognized."""
+    found: dict[nn.Parameter, Found] = {}
     for module in model.modules():
-        in_module: dict[nn.Parameter, Parts] = {}
         for recognize in _RECOGNIZERS:
             for p, parts in recognize(module, switches):
-                in_module.setdefault(p, parts)
-        for p, parts in in_module.items():
-            if found.setdefault(p, parts) != parts:
-                conflicting.add(p)
-    return {p: parts for p, parts in found.items() if p not in conflicting}
+                of_weight = found.setdefault(p, Found())
+                of_weight.parts.append(parts)
+                of_weight.modules.append(module)
+    return found
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Return whether a module is attention by its class's name or its children's."""
-    return _is_called_attention(module) or has_projections(module) or has_fused(module) or is_latent(module)
+    """Return whether a module may be attention, by its class's name or its children's."""
+    return (
+        _is_called_attention(module)
+        or (_mentions_attention(module) and not any(map(_mentions_attention, [*module.modules()][1:])))  # no layer
+        or has_projections(module)
+        or has_fused(module)
+        or is_latent(module)
+    )
 
 
 def _in_multihead(module: nn.Module, switches: SplitOptions) -> Iterator[tuple[nn.Parameter, Parts]]:
@@ -90,6 +112,10 @@ def _after_attention(module: nn.Module, switches: SplitOptions) -> Iterator[tupl
 
 def _is_called_attention(module: nn.Module) -> bool:
     return any(cls.__name__.endswith(("Attention", "Attn", "DeltaNet")) for cls in type(module).__mro__)
+
+
+def _mentions_attention(module: nn.Module) -> bool:
+    return any(_ATTENTION.search(cls.__name__) for cls in type(module).__mro__)
 
 
 _RECOGNIZERS: Sequence[Recognizer] = (_in_multihead, in_fused, in_latent, _in_projections, _after_attention, in_gated)

@@ -23,8 +23,8 @@ from emerging_optimizers.adaptive_muon.parameters import (
     use_muon_of,
 )
 from emerging_optimizers.adaptive_muon.routing.experts import find_routers, is_called_expert, is_called_router
-from emerging_optimizers.adaptive_muon.routing.forms import Form, find_forms
-from emerging_optimizers.adaptive_muon.routing.gate_up import is_called_gate_up
+from emerging_optimizers.adaptive_muon.routing.forms import EXPERTS, Form, find_forms
+from emerging_optimizers.adaptive_muon.routing.gate_up import is_called_gate_up, may_be_gate_up
 from emerging_optimizers.adaptive_muon.routing.heads import (
     find_heads,
     head_by_name,
@@ -43,11 +43,12 @@ from emerging_optimizers.adaptive_muon.routing.linear_maps import (
     parametrized,
 )
 from emerging_optimizers.adaptive_muon.routing.parts import Parts
-from emerging_optimizers.adaptive_muon.routing.recognizers import find_parts, is_attention
+from emerging_optimizers.adaptive_muon.routing.recognizers import Found, find_parts, is_attention
 
 
 __all__ = [
     "NOT_A_MAP",
+    "SHARED",
     "STACK",
     "UNSPLIT",
     "UNSTACKED",
@@ -65,6 +66,7 @@ AlgorithmT = Literal["adaptive_muon", "adamw"]
 NOT_A_MAP = "two-dimensional, but not the weight of a linear map"
 STACK = "3-D, not a matrix; if it is a stack of matrices (experts)"
 UNSPLIT = "not split, the module is not recognized; set its muon_blocks if it holds several matrices"
+SHARED = "not split, layers that share it use it as other matrices; set its muon_blocks to decide"
 UNSTACKED = "not taken for experts, stacked_experts does not recognize the module"
 
 # What wrappers put into names: torch.compile, FSDP, activation checkpointing and Lightning Fabric.
@@ -120,6 +122,12 @@ class _Use:
     modules: list[nn.Module]  # the model, then the module of each component of the path
     map: LinearMap | None  # whose weight it is there, if it is one
     adapts: Adapted | None  # what it adapts there, if it is an adapter's
+
+    @property
+    def down_to_owner(self) -> list[nn.Module]:
+        """The modules without what a parametrization adds below the module that was parametrized."""
+        end = self.modules.index(self.module) + 1 if self.module in self.modules else len(self.modules)
+        return self.modules[:end]
 
     @property
     def name(self) -> str:
@@ -350,18 +358,22 @@ def _is_called_expert(places: list[_Use]) -> bool:
 
 
 def _with_parts(
-    route: Route, p: nn.Parameter, places: list[_Use], parts: Mapping[nn.Parameter, Parts], switches: SplitOptions
+    route: Route, p: nn.Parameter, places: list[_Use], parts: Mapping[nn.Parameter, Found], switches: SplitOptions
 ) -> Route:
     """Return a route with what is known of the matrices that its parameter holds."""
     if getattr(p, "muon_blocks", None) is not None:  # which decide before
         return route
     if p in parts:
-        return replace(route, parts=parts[p])
-    if switches.split_heads and any(is_attention(module) for use in places for module in use.modules[-3:]):
-        return replace(route, unsplit=UNSPLIT)
-    if switches.split_gate_up and any(is_called_gate_up(use.path) for use in places):
-        return replace(route, unsplit=UNSPLIT)
-    return route
+        found = parts[p]
+        elsewhere = any(use.map and set(found.modules).isdisjoint(use.around) for use in places)
+        agree = found.agree and not (elsewhere and found.parts[0].blocks)
+        return replace(route, parts=found.parts[0]) if agree else replace(route, unsplit=SHARED)
+    near = [module for use in places for module in use.down_to_owner[-3:]]
+    may_be_heads = switches.split_heads and any(map(is_attention, near))
+    may_be_gated = switches.split_gate_up and (
+        any(is_called_gate_up(use.path) for use in places) or any(may_be_gate_up(module, p) for module in near)
+    )
+    return replace(route, unsplit=UNSPLIT) if may_be_heads or may_be_gated else route
 
 
 def _reason_of_place(use: _Use, findings: _Findings) -> str | None:
@@ -380,7 +392,7 @@ def _reason_of_place(use: _Use, findings: _Findings) -> str | None:
         if base in heads or head_by_name(path, networks=findings.networks):
             return "adapter of an output head"
         if use.adapts.is_wrapped and not is_linear(base):
-            return f"adapter of {type(base).__name__}, which is not a linear map"
+            return _reason_of_adapter(base, findings)
     kind = type(use.module).__name__
     if isinstance(use.module, nn.Linear):  # also a LayerNormLinear
         return None
@@ -391,6 +403,16 @@ def _reason_of_place(use: _Use, findings: _Findings) -> str | None:
     if isinstance(use.module, nn.RNNBase | nn.RNNCellBase):
         return f"recurrent, {kind}"
     return None
+
+
+def _reason_of_adapter(base: nn.Module, findings: _Findings) -> str | None:
+    """Return the reason for which the adapter of what is no linear layer goes to AdamW; None if that is a matrix."""
+    own, adapter = [*base.parameters(recurse=False)], f"adapter of {type(base).__name__}"
+    kinds = {findings.forms[p].kind for p in own if p in findings.forms}
+    reasons = [findings.reasons[p] for p in own if p in findings.reasons]
+    if "stack" in kinds or EXPERTS in reasons:
+        return f"{adapter}, a stack of linear maps and not one"
+    return None if kinds else f"{adapter}, {(reasons or ['which is not a linear map'])[0]}"
 
 
 def _route_by_choice(p: torch.Tensor, name: str, form: Form | None = None) -> Route | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks: the matrices of a fused parameter, below or beside each other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, groupby, pairwise
@@ -33,7 +33,7 @@ class ColumnBlocks:
 
     def __post_init__(self) -> None:
         """Keep the counts in a tuple, which compares equal; the optimizer checks them with the parameter's name."""
-        if isinstance(self.sizes, Iterable):
+        if isinstance(self.sizes, list):
             object.__setattr__(self, "sizes", tuple(self.sizes))
 
 

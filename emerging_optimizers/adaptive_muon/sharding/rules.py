@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a parameter is split, as far as one process can find out alone."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,7 +133,7 @@ class Rules:
         blocks = self.blocks_fn(p) if self.blocks_fn is not None else None
         blocks = getattr(p, "muon_blocks", None) if blocks is None else blocks
         blocks = getattr(p, "muon_parts", None) if blocks is None else blocks  # HybridAdaptiveMuon.from_model's
-        return tuple(blocks) if isinstance(blocks, Iterable) else blocks
+        return tuple(blocks) if isinstance(blocks, list) else blocks
 
     def _stored_split(self, p: torch.Tensor, name: str) -> Layout | Split | Piece:
         """Return how a parameter is split as it is stored: by layout_fn, its placements, or its partition_dim."""
