@@ -290,6 +290,7 @@ SAID: list[tuple[dict[str, bool], nn.Module, set[str]]] = [
         (HEADS, layer("Mixer", **{name: (36, 12)}, proj=WIDE), {name, "proj"})
         for name in ("kqv", "fused_qkv", "QKV", "attn_qkv_linear", "queries_keys_values")
     ),
+    (HEADS, layer("MemoryAttentionMLP", up=(36, 12), down=(12, 36)), set()),
     (HEADS, layer("Mamba", in_proj=(36, 12), out_proj=WIDE), set()),
     *(
         (GATED, layer(cls, fc1=(24, 12), fc2=WIDE), {"fc1"})
@@ -324,10 +325,11 @@ def test_what_may_hold_several_matrices_is_said(
 def test_a_layer_around_attention_is_not_attention() -> None:
     model = layer("MaskedAttentionLayer", fc1=(24, 12), fc2=(12, 24))
     model.attention = nn.MultiheadAttention(12, 3)
+    model.linear = layer("LinearAttentionLayer", fc1=(24, 12))
+    model.linear.inner = layer("GatedDeltaNet", mixed=(24, 12))
     said = lines(HybridAdaptiveMuon.from_model(nn.ModuleList([model]), split_heads=True))
-    assert (
-        not any("; not split" in text for text in said.values()) and "; 3 heads" in said["0.attention.out_proj.weight"]
-    )
+    assert [name for name, text in said.items() if "; not split" in text] == ["0.linear.inner.mixed.weight"]
+    assert "; 3 heads" in said["0.attention.out_proj.weight"]
 
 
 def test_lxmerts_output_projections_are_said() -> None:

@@ -50,7 +50,7 @@ _ACTIVATIONS = {"swiglu": True, "swigluoai": True, "geglu": True, "quick_geglu":
 GATED_CLASSES = tuple(_TABLE)
 # Names that mean a fused gate and up projection, and classes that may have one under another name.
 _NAME = re.compile(r"[gG]ate_?(and_?)?[uU]p(?![a-z])|[uU]p_?(and_?)?[gG]ate|^(w12|w13|Wi)$")
-_CLASS = re.compile(r"GLU(?!E)|Glu(?!e)|Gated\w*(MLP|Linear)")
+_CLASS = re.compile(r"GLU|Glu(?!e)|Gated\w*(MLP|Linear)")
 
 
 def is_called_gate_up(path: list[str]) -> bool:

@@ -25,7 +25,7 @@ from emerging_optimizers.adaptive_muon.routing.projections import by_head, has_p
 __all__ = ["Found", "find_parts", "is_attention"]
 
 # Enough to say that a module is not recognized, not to recognize it.
-_ATTENTION = re.compile(r"attention|attn|mha", re.IGNORECASE)
+_ATTENTION = re.compile(r"(?!.*mlp$)(.*attention|.*attn|.*mha|.*deltanet$)", re.IGNORECASE)
 
 Recognizer = Callable[[nn.Module, SplitOptions], Iterator[tuple[nn.Parameter, Parts]]]
 
@@ -64,7 +64,7 @@ def is_attention(module: nn.Module) -> bool:
     """Return whether a module may be attention, by its class's name or its children's."""
     return (
         _is_called_attention(module)
-        or (_mentions_attention(module) and not any(map(_mentions_attention, [*module.modules()][1:])))  # no layer
+        or (_mentions_attention(module) and not any(map(_mentions_attention, [*module.modules()][1:])))  # not a layer
         or has_projections(module)
         or has_fused(module)
         or is_latent(module)
@@ -115,7 +115,7 @@ def _is_called_attention(module: nn.Module) -> bool:
 
 
 def _mentions_attention(module: nn.Module) -> bool:
-    return any(_ATTENTION.search(cls.__name__) for cls in type(module).__mro__)
+    return any(_ATTENTION.match(cls.__name__) for cls in type(module).__mro__)
 
 
 _RECOGNIZERS: Sequence[Recognizer] = (_in_multihead, in_fused, in_latent, _in_projections, _after_attention, in_gated)
