@@ -39,7 +39,7 @@ def main() -> None:
     if saved := sorted(FOLDER.glob("step-*")):
         accelerator.load_state(saved[-1])
         done = int(saved[-1].name.removeprefix("step-"))
-    for step, tokens in enumerate(accelerator.skip_first_batches(loader, done), done + 1):
+    for step, tokens in zip(range(done + 1, STEPS + 1), accelerator.skip_first_batches(loader, done), strict=False):
         loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), (3 * tokens.flatten() + 1) % VOCABULARY)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -49,8 +49,6 @@ def main() -> None:
         accelerator.print(f"step {step} loss {loss.item()}")
         if step % SAVE_EVERY == 0:
             accelerator.save_state(FOLDER / f"step-{step:06}")
-        if step == STEPS:
-            break
     accelerator.end_training()
 
 

@@ -227,6 +227,8 @@ def test_script_to_copy_resumes(tmp_path, script):
     assert set(range(11, 21)) <= resumed.keys()
     assert script == "huggingface_trainer" or min(resumed) == 11  # Trainer logs the steps before, too
     assert resumed == {step: losses[step] for step in resumed}
+    again, _ = started(start, tmp_path / "script.py", tmp_path)
+    assert not any(step > 21 for step in again), "a run that was complete goes on"  # Trainer makes one step, at rate 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -17,6 +17,7 @@ from emerging_optimizers.adaptive_muon.integrations.megatron.optimizer import (
     register,
     warn_of_blockwise,
 )
+from emerging_optimizers.adaptive_muon.integrations.megatron.splits import log_once
 
 
 TABLE = emerging_optimizers._EMERGING_OPTIMIZERS
@@ -155,6 +156,7 @@ def test_data_parallel_ranks_share_the_work(
     for share in (True, False):
         register(share_replicas=share)
         caplog.clear()
+        log_once.cache_clear()
         with parallel(**sizes):
             model = gpt(**(MOE if "tp" not in sizes else {}))
             optimizer = optimizer_of(model, muon_tp_mode=mode)
