@@ -356,7 +356,9 @@ BAD += [ColumnBlocks(size for size in (16, 16)), ColumnBlocks({16: 1})]
 BAD += [ColumnBlocks(sizes) for sizes in ((7, 7), (96,), (48, 48), (), (0, 32), (-32, 64), (16.0,), (True, 31), 16)]
 
 
-@pytest.mark.parametrize("blocks", BAD, ids=str)
+@pytest.mark.parametrize(
+    "blocks", BAD, ids=lambda blocks: re.sub(" at 0x[0-9a-f]+", "", str(blocks))
+)  # the same in every process
 @pytest.mark.parametrize("told", ["attribute", "function"])
 def test_bad_blocks_are_refused_at_construction(told: str, blocks: Any) -> None:
     p, good = fused((96, 32), blocks if told == "attribute" else None), fused((96, 32), (48, 48))
