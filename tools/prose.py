@@ -210,14 +210,14 @@ def complaints(root: Path = ROOT) -> list[str]:
         if count(text) > (limit := PAGE_WORDS.get(name, ALL_WORDS)):
             found.append(f"{name}: {count(text)} words, {limit} at most")
     written = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["extend-exclude"]
-    for path in sorted((root / PACKAGE).rglob("*.py")):
-        if any(fnmatch(part, name) for part in path.relative_to(root).parts for name in written):
-            continue  # what a command has written there
-        text = path.read_text(encoding="utf-8")
-        found += [f"{path.relative_to(root)}:{line}: {complaint}" for line, complaint in of_module(text)]
-    for path in (path for name in OTHER_CODE for path in sorted((root / name).rglob("*.py"))):
-        text = path.read_text(encoding="utf-8")
-        found += [f"{path.relative_to(root)}:{line}: {complaint}" for line, complaint in of_errors(text)]
+    for folder in (PACKAGE, *OTHER_CODE):
+        for path in sorted((root / folder).rglob("*.py")):
+            name = path.relative_to(root)
+            if any(fnmatch(part, pattern) for part in name.parts for pattern in written):
+                continue  # what a command has written there
+            text = path.read_text(encoding="utf-8")
+            complaints_of = of_module if folder == PACKAGE else of_errors
+            found += [f"{name}:{line}: {complaint}" for line, complaint in complaints_of(text)]
     return found
 
 
