@@ -103,16 +103,16 @@ def run_checkout(name: str, checkout: Path, arguments: Sequence[str]) -> int:
         (Path(folder) / neighbor.folder).symlink_to(checkout.resolve() / neighbor.folder)
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        is_released = git(checkout, "describe", "--tags", "--exact-match") or not git(checkout, "rev-parse", "HEAD")
-        if neighbor.checkout_in and not is_released:
+        source = described(checkout)
+        if neighbor.checkout_in and source.startswith("commit"):  # at no tag of a release
             environment[neighbor.checkout_in] = str(checkout.resolve())
         version, file = found(neighbor.module, environment)
         if not file.is_relative_to(folder):
             sys.exit(
                 f"{neighbor.module} must come from {checkout}, got {file}. Remove the import hook before PYTHONPATH."
             )
-        print(f"{neighbor.module} {version} of {checkout}, at {described(checkout)}", flush=True)
-        return run_tests(name, version, described(checkout), arguments, environment)
+        print(f"{neighbor.module} {version} of {checkout}, at {source}", flush=True)
+        return run_tests(name, version, source, arguments, environment)
 
 
 def run_installed(name: str, arguments: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ AdamW's update is by elements, so only a few parameters have copies at a time, a
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def step_in_float32(adamw: Optimizer) -> None:
     groups, states = adamw.param_groups, adamw.state
     numbered = [*enumerate((group, p) for group in groups for p in group["params"])]
     try:
-        adamw.param_groups = [{**group, "params": [*filter(_is_not_widened, group["params"])]} for group in groups]
+        adamw.param_groups = [{**group, "params": [*filterfalse(is_widened, group["params"])]} for group in groups]
         adamw.step()
         widened = ((place, group, p) for place, (group, p) in numbered if is_widened(p) and p.grad is not None)
         for batch in _batches(part for place, group, p in widened for part in _parts(p, place, group, states[p])):
@@ -49,10 +50,6 @@ def step_in_float32(adamw: Optimizer) -> None:
                 part.take_back(copy, adamw.state[copy])
     finally:
         adamw.param_groups, adamw.state = groups, states
-
-
-def _is_not_widened(p: torch.Tensor) -> bool:
-    return not is_widened(p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +87,9 @@ class _Part:
             return self.state
         if self.is_new:
             return {}
-        return {key: self._of(value) if self._has_rows(value) else value.clone() for key, value in self.state.items()}
+        return {
+            key: self._of(value) if value.shape == self.p.shape else value.clone() for key, value in self.state.items()
+        }
 
     def take_back(self, copy: torch.Tensor, lent: dict[str, Any]) -> None:
         """Round a copy that has stepped into the parameter, and keep its state."""
@@ -117,9 +116,6 @@ class _Part:
     def _of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the part of a tensor of the parameter's shape."""
         return tensor if self.rows is None else _as_matrix(tensor)[self.rows]
-
-    def _has_rows(self, value: torch.Tensor) -> bool:
-        return value.shape == self.p.shape
 
 
 def _parts(p: torch.Tensor, place: int, group: dict[str, Any], state: dict[str, Any]) -> Iterator[_Part]:
