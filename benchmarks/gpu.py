@@ -23,7 +23,7 @@ from on_gpu.sizes import ON_GPU, REHEARSAL
 from on_gpu.summary import summary
 
 
-MODULES = {"right": ("right",), "fast": ("products", "steps", "training"), "exact": ("exact", "ranks")}
+MODULES = {"right": ("right",), "fast": ("products", "steps", "training", "variants"), "exact": ("exact", "ranks")}
 # A part gets these further seconds to end by itself.
 GRACE = 20
 

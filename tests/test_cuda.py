@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU: the CPU's results, no synchronization, CUDA graphs, and matrices of more than 2^31 elements."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from on_cuda import OPTIONS, distance, first_step, give_gradients, needs_cuda, no_synchronization, on, replays_equal
 from triton.runtime.autotuner import Autotuner
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon
@@ -13,23 +12,7 @@ from emerging_optimizers.adaptive_muon.orthogonalize.symmetric_kernel import sym
 from emerging_optimizers.triton_kernels import syrk
 
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-SHAPES = [(64, 48)] * 3 + [(48, 64)] * 2 + [(300, 500), (96, 96), (1100, 1030)]
-OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "nesterov": True, "bias_correction": True}
-
-
-def on(device, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in SHAPES]
-
-
-def give_gradients(params, step):
-    """The same on every device, and in the same place at every step, as a graph needs it."""
-    generator = torch.Generator().manual_seed(1 + step)
-    for p in params:
-        gradient = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-        p.grad = gradient if p.grad is None else p.grad.copy_(gradient)
+pytestmark = needs_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +21,6 @@ def _one_configuration(monkeypatch):
     for kernel in vars(syrk).values():
         if isinstance(kernel, Autotuner):
             monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
-
-
-@contextmanager
-def no_synchronization():
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,9 +40,7 @@ def test_walks_the_cpus_path(method, algorithm, precision, tolerance, use_syrk):
         for each, optimizer in zip((params, others), optimizers, strict=True):
             give_gradients(each, step)
             optimizer.step()
-    for b, p, q in zip(begin, params, others, strict=True):
-        moved = (p - b).norm()
-        assert (q.cpu() - p).norm() <= (0.3 if method == "adamuon" else tolerance) * moved
+    assert distance(params, others, begin) <= (0.3 if method == "adamuon" else tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,27 +65,8 @@ def test_a_step_in_a_graph(method, use_syrk):
     options = OPTIONS | {"moment2_method": method, "use_syrk": use_syrk}
     plain = AdaptiveMuon(params, **options)
     captured = AdaptiveMuon(others, capturable=True, **(options | {"lr": rate}))
-    give_gradients(others, 0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        captured.step()  # makes the state, and compiles the kernels
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
-    for step in range(4):
-        for group in plain.param_groups:
-            group["lr"] = 0.02 / (1 + step)
-        rate.fill_(0.02 / (1 + step))
-        give_gradients(params, step)
-        plain.step()
-        if step:
-            give_gradients(others, step)
-            graph.replay()
+    replays_equal(plain, captured, params, others, rate)
     assert {int(captured.state[q]["step"]) for q in others} == {4}
-    for p, q in zip(params, others, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-4)
 
 
 def test_a_graph_without_capturable_is_refused():
@@ -139,11 +91,7 @@ def test_gradients_made_in_the_capture(method):
     for p, q, x in zip(params, others, inputs, strict=True):
         p.grad, q.grad = x.clone(), x.clone()
     plain.step()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        captured.step()
-    torch.cuda.current_stream().wait_stream(stream)
+    first_step(captured)
     captured.zero_grad()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -56,6 +56,8 @@ def test_every_file_has_its_circumstances(rehearsed):
 def test_right_has_counts(rehearsed):
     runs = rehearsed[1]["right"]["measurements"]
     assert runs["test_symmetric_kernel.py"]["passed"] >= 5 and runs["test_symmetric_kernel.py"]["failed"] == 0
+    for name in ("test_cuda.py", "test_cuda_features.py"):
+        assert runs[name]["passed"] >= 3 and runs[name]["failed"] == 0, name
     alone = runs["test_cuda.py 2_to_the_31"]
     assert alone["passed"] + alone["skipped"] >= 3
 
@@ -73,6 +75,11 @@ def test_fast_has_ceilings_products_steps_and_shares(rehearsed):
     assert {*(f"ours {method}" for method in METHODS), "upstream namo", "torch AdamW", *TORCH_MUON} <= set(taking_part)
     assert content["measurements"]["eager gpt2"]["cpu_ms"] > 0
     assert {"graph gpt2", "profile gpt2"} <= set(content["measurements"])
+    for method in METHODS:
+        measured_too = content["measurements"][f"diagnostics gpt2, {method}"]
+        assert set(measured_too) == {"off", "off again", "every step", "every 10"}
+        assert measured_too["off"]["ratio"] == 1
+    assert content["measurements"]["bfloat16 gpt2, namo"]["both"]["ms"] > 0
     training = content["measurements"]["training"]
     assert training["micro_batches"] == 4
     assert all(0 < each["share"] < 1 for each in training["steps"].values())
@@ -83,10 +90,15 @@ def test_exact_has_rounding_and_ranks(rehearsed):
     rounding = measured(content, "rounding ")
     assert len(rounding) == 3 * 3 and all(each["ours"] < 1e-3 < each["upstream"] for each in rounding.values())
     ranks = measured(content, "2 ranks, ")
-    assert set(ranks) == {f"2 ranks, {mode}, {method}, highest" for mode in MODES for method in METHODS}
+    of_methods = {
+        f"2 ranks, {what}, {method}, highest" for what in (*MODES, "rounds", "replicas") for method in METHODS
+    }
+    assert set(ranks) == of_methods | {"2 ranks, without a gradient"}
+    assert ranks.pop("2 ranks, without a gradient") == {"steps until the error": 1}
     padded = measured(content, "one rank, ")
-    assert set(padded) == {f"one rank, padded, {method}" for method in METHODS}
+    assert set(padded) == {*(f"one rank, padded, {method}" for method in METHODS), "one rank, padded, rounds, namo"}
     assert all(each["messages"] > 0 for each in padded.values())
+    assert padded["one rank, padded, rounds, namo"]["messages"] > padded["one rank, padded, namo"]["messages"]
     assert all(each["distance"] < 1e-4 for each in (*ranks.values(), *padded.values()))
 
 
@@ -149,8 +161,8 @@ def test_failed_tests_are_named(tmp_path, monkeypatch):
     (tmp_path / "tests" / "test_a.py").write_text("def test_b():\n    assert 1 == 2\ndef test_c():\n    pass\n")
     monkeypatch.setattr(right, "ROOT", tmp_path)
     record = Record(tmp_path / "gpu-right.json", torch.device("cpu"), 60, {})
-    record.note("test_a.py", right.tested("test_a.py", "test", 1, 60))
-    record.note("late", right.tested("test_a.py", "test", 1, 0))
+    record.note("test_a.py", right.tested("test_a.py", "test", 1, seconds=60))
+    record.note("late", right.tested("test_a.py", "test", 1, seconds=0))
     found = record.content["measurements"]
     assert (found["test_a.py"]["status"], found["test_a.py"]["failed"], found["test_a.py"]["passed"]) == (1, 1, 1)
     assert "assert 1 == 2" in found["test_a.py"]["output"] and "stopped after" in found["late"]["status"]

@@ -588,17 +588,41 @@ def test_the_size_of_the_gradients_does_not_matter(method: str, algorithm: Any, 
 
 @pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
 def test_a_graph_takes_only_what_can_be_captured(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused before anything changes: a replay would use the step count and the rate of the capture for good."""
+    """Refused before anything changes: a replay would keep the step count and the rate of the capture, or make new state."""
 
     class OnGpu(torch.nn.Parameter):
         is_cuda = True
 
     p = OnGpu(torch.randn(4, 6))
-    optimizer, before = make([p], lr=0.1), p.detach().clone()
+    before, captures = p.detach().clone(), [True]
     p.grad = torch.randn(4, 6)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match="Pass capturable=True"):
-        optimizer.step()
-    assert torch.equal(p, before) and not optimizer.state.get(p)
-    AdaptiveMuon([p], lr=0.1, capturable=True).step()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[-1])
+    for capturable, match in ((False, "Pass capturable=True"), (True, r"got \[\(4, 6\)\]. Make one step")):
+        optimizer = make([p], lr=0.1, capturable=capturable)
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        assert torch.equal(p, before) and not optimizer.state.get(p)
+    captures.append(False)
+    optimizer.step()
+    before = p.detach().clone()
+    captures.append(True)
+    optimizer.step()
     assert not torch.equal(p, before)
+
+
+def test_a_graph_refuses_new_state_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's AdamW would make it in the graph, and every replay would begin with zeros."""
+
+    class OnGpu(torch.nn.Parameter):
+        is_cuda = True
+
+    params = [OnGpu(torch.randn(4, 6)), OnGpu(torch.randn(4))]
+    optimizer = HybridAdaptiveMuon(params, lr=0.1, capturable=True)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    optimizer.state[params[0]] = {"momentum_buffer": torch.zeros(4, 6)}
+    with pytest.raises(ValueError, match=r"got \[\(4,\)\]. Make one step"):
+        optimizer.step()
+    assert all(map(torch.equal, params, before)) and not optimizer.state.get(params[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharded matrices against whole ones: gloo ranks that share the device, and one NCCL rank that really sends."""
+"""Sharded and shared matrices against whole ones: gloo ranks on one device, and one NCCL rank that really sends."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -22,6 +22,8 @@ from emerging_optimizers.adaptive_muon.moment2 import METHODS
 OPTIONS: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
 STEPS = 3
 PADDING = 8
+# Bytes of less than a matrix: every round has one matrix of each owner.
+LITTLE = 1
 
 
 def run(record: Record, sizes: Sizes) -> None:
@@ -47,9 +49,16 @@ def strip_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
             for precision in sizes.precisions:
                 title = f"{dist.get_world_size()} ranks, {mode}, {method}, {precision}"
                 yield title, partial(strips, device, sizes, mode, method, precision)
+    for method in METHODS:
+        title = f"{dist.get_world_size()} ranks, {{}}, {method}, {sizes.precisions[0]}"
+        yield title.format("rounds"), partial(strips, device, sizes, MODES[0], method, sizes.precisions[0], LITTLE)
+        yield title.format("replicas"), partial(replicas, device, sizes, method, sizes.precisions[0])
+    yield f"{dist.get_world_size()} ranks, without a gradient", partial(without_a_gradient, device, sizes)
 
 
-def strips(device: torch.device, sizes: Sizes, mode: str, method: str, precision: str) -> dict[str, float]:
+def strips(
+    device: torch.device, sizes: Sizes, mode: str, method: str, precision: str, most: int = 2**30
+) -> dict[str, float]:
     """Return how far this rank's strips, of rows and of columns in turn, are from the whole matrices after some steps."""
     generator = torch.Generator().manual_seed(0)
     begin = [torch.randn(shape, generator=generator).to(device) for shape in sizes.sharded]
@@ -60,7 +69,7 @@ def strips(device: torch.device, sizes: Sizes, mode: str, method: str, precision
     options = OPTIONS | {"moment2_method": method, "fp32_matmul_prec": precision}
     optimizers = [
         AdaptiveMuon(whole, **options),
-        AdaptiveMuon(own, tp_group=dist.group.WORLD, tp_mode=mode, **options),  # type: ignore[arg-type]
+        AdaptiveMuon(own, tp_group=dist.group.WORLD, tp_mode=mode, max_bytes_in_flight=most, **options),  # type: ignore[arg-type]
     ]
     for _ in range(STEPS):
         for index, (p, q) in enumerate(zip(whole, own, strict=True)):
@@ -71,6 +80,41 @@ def strips(device: torch.device, sizes: Sizes, mode: str, method: str, precision
     expected = [_strip(p.detach(), index) for index, p in enumerate(whole)]
     started = [_strip(each, index) for index, each in enumerate(begin)]
     return {"distance": worst(map(distance, own, expected, started))}
+
+
+def replicas(device: torch.device, sizes: Sizes, method: str, precision: str) -> dict[str, float]:
+    """Return how far matrices that all ranks hold, and share the work on, are from those of a rank that does it all."""
+    generator = torch.Generator().manual_seed(0)
+    begin = [torch.randn(shape, generator=generator).to(device) for shape in sizes.sharded]
+    whole, own = ([Parameter(each.clone()) for each in begin] for _ in range(2))
+    options = OPTIONS | {"moment2_method": method, "fp32_matmul_prec": precision}
+    optimizers = [AdaptiveMuon(whole, **options), AdaptiveMuon(own, replica_group=dist.group.WORLD, **options)]
+    for _ in range(STEPS):
+        for p, q in zip(whole, own, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return {"distance": worst(map(distance, own, whole, begin))}
+
+
+def without_a_gradient(device: torch.device, sizes: Sizes) -> dict[str, float]:
+    """Return after how many steps all ranks raise because one of them alone has lost a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    params = [Parameter(_strip(torch.randn(shape, generator=generator).to(device), 0)) for shape in sizes.sharded]
+    for p in params:
+        p.partition_dim = 0  # type: ignore[attr-defined]
+        p.grad = torch.ones_like(p)
+    optimizer = AdaptiveMuon(params, lr=0.02, tp_group=dist.group.WORLD)
+    optimizer.step()
+    if dist.get_rank() == 0:
+        params[-1].grad = None
+    for steps in range(1, 4):
+        try:
+            optimizer.step()
+        except ValueError:
+            return {"steps until the error": steps}
+    raise RuntimeError("a step must raise where one rank has lost a gradient, got three that do not. Check the flags.")
 
 
 def _strip(whole: torch.Tensor, index: int) -> torch.Tensor:
@@ -88,14 +132,14 @@ def distance(one: torch.Tensor, other: torch.Tensor, begin: torch.Tensor) -> flo
 
 
 def padded_cases(device: torch.device, sizes: Sizes) -> Iterator[Case]:
-    """Yield all methods, without and with a CUDA graph."""
-    for method in METHODS:
+    """Yield all methods, and several rounds, without and with a CUDA graph."""
+    for method, most in (*((method, 2**30) for method in METHODS), ("namo", LITTLE)):
         for in_graph in (False, True) if device.type == "cuda" else (False,):
-            title = f"one rank, padded, {method}{', graph' if in_graph else ''}"
-            yield title, partial(padded, device, sizes, method, in_graph)
+            title = f"one rank, padded{', rounds' if most == LITTLE else ''}, {method}{', graph' if in_graph else ''}"
+            yield title, partial(padded, device, sizes, method, in_graph, most)
 
 
-def padded(device: torch.device, sizes: Sizes, method: str, in_graph: bool) -> dict[str, float]:
+def padded(device: torch.device, sizes: Sizes, method: str, in_graph: bool, most: int) -> dict[str, float]:
     """Return how far padded matrices, which one rank sends to itself, are from plain ones, and the messages of a step."""
     generator = torch.Generator().manual_seed(0)
     begin = [torch.randn(shape, generator=generator).to(device) for shape in sizes.sharded]
@@ -110,7 +154,7 @@ def padded(device: torch.device, sizes: Sizes, method: str, in_graph: bool) -> d
     options = OPTIONS | {"moment2_method": method, "fp32_matmul_prec": "highest"}
     plain = AdaptiveMuon(whole, **options)
     rate = {"lr": torch.tensor(OPTIONS["lr"], device=device), "capturable": True} if in_graph else {}
-    sending = AdaptiveMuon(own, layout_fn=layout, **(options | rate))
+    sending = AdaptiveMuon(own, layout_fn=layout, max_bytes_in_flight=most, **(options | rate))
 
     def give_gradients() -> None:
         for p, q in zip(whole, own, strict=True):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from on_gpu.sizes import Sizes
 ROOT = Path(__file__).parents[2]
 # The quickest first. What comes later may be without time.
 FILES = tuple(
-    dict.fromkeys(["test_symmetric_kernel.py", *sorted(path.name for path in (ROOT / "tests").glob("*cuda*.py"))])
+    dict.fromkeys(["test_symmetric_kernel.py", *sorted(path.name for path in (ROOT / "tests").glob("test_*cuda*.py"))])
 )
 # These take nearly all of a GPU's memory, and run after all others by themselves.
 ALONE = "2_to_the_31"
@@ -28,26 +29,41 @@ _OUTCOMES = ("passed", "failed", "skipped", "error")
 
 def run(record: Record, sizes: Sizes) -> None:
     """Run each file, then the tests that run by themselves."""
-    choices = [(name, name, sizes.test_choice, sizes.test_workers) for name in FILES[: sizes.test_files]]
+    choices = [(name, name, sizes.test_choice, sizes.test_workers) for name in FILES]
     choices += [(f"{name} {ALONE}", name, ALONE, 1) for name in FILES if ALONE in (ROOT / "tests" / name).read_text()]
     for title, name, choice, workers in choices:
-        record.measure(title, lambda each=(name, choice, workers): tested(*each, record.seconds_left), about=15)
+        plugin = sizes.stand_in if "cuda" in name and choice != ALONE else ""
+        record.measure(title, partial(_with_seconds_left, record, name, choice, workers, plugin), about=15)
 
 
-def tested(name: str, choice: str, workers: int, seconds: float) -> dict[str, Any]:
+def _with_seconds_left(record: Record, *what: Any) -> dict[str, Any]:
+    return tested(*what, seconds=record.seconds_left)
+
+
+def tested(name: str, choice: str, workers: int, plugin: str = "", *, seconds: float) -> dict[str, Any]:
     """Return the counts of a run of pytest, and the end of its output if not all is well.
 
     Args:
         name: The test file.
         choice: pytest's ``-k``.
         workers: The processes that share the tests, where pytest-xdist is installed.
+        plugin: A module of ``tests`` that pytest loads first, if there is one.
         seconds: The time after which it is stopped.
     """
     command = [sys.executable, "-m", "pytest", f"tests/{name}", "-k", choice, "--tb=short", "-p", "no:cacheprovider"]
     if workers > 1 and find_spec("xdist"):
         command += ["-n", str(workers)]
+    command += ["-p", plugin] if plugin else []
+    path = os.pathsep.join(filter(None, ("tests", os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
         try:
             status: int | str = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:

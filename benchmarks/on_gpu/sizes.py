@@ -11,9 +11,9 @@ class Sizes:
     """The sizes of all measurements. The defaults are those for a GPU.
 
     Attributes:
-        test_files: How many files of tests are run.
         test_choice: pytest's ``-k`` for the tests of ordinary size.
         test_workers: Processes that share those tests.
+        stand_in: The plugin that stands in for CUDA.
         copied: Elements of the float32 tensor that is copied to measure the bandwidth.
         side: Side of the float16 matrices whose product is measured.
         products: ``(batch, n, k)`` of symmetric products: of n x k matrices, and squares where k is n.
@@ -28,9 +28,9 @@ class Sizes:
         sharded: Whole shapes of the matrices that these ranks hold in strips.
     """
 
-    test_files: int = 100
     test_choice: str = "not 2_to_the_31 and not interpreter"
     test_workers: int = 6
+    stand_in: str = ""
     copied: int = 2**30
     side: int = 8192
     products: tuple[tuple[int, int, int], ...] = (
@@ -58,8 +58,8 @@ class Sizes:
 
 ON_GPU = Sizes()
 REHEARSAL = Sizes(
-    test_files=1,
-    test_choice="takes_views or where_it_saves or 2_to_the_31",
+    test_choice="takes_views or where_it_saves or (namo_d and (graph or capture)) or a_model and not rounded",
+    stand_in="cuda_on_cpu",
     test_workers=1,
     copied=2**16,
     side=64,

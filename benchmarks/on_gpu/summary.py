@@ -73,6 +73,8 @@ def _notes(part: str, content: dict[str, Any]) -> Iterator[str]:
         if "steps" in each:
             shares = (f"{name} {100 * step['share']:.2g} %" for name, step in each["steps"].items())
             yield f"  share of a training step: {', '.join(shares)}"
+        if name.startswith(("diagnostics ", "bfloat16 ")) and "off" in each:
+            yield f"  {name}: " + ", ".join(f"{key} {of['ms']:.2f} ms ({of['ratio']:.3f})" for key, of in each.items())
         if name.startswith("rounding ") and "ours" in each:
             yield f"  {name}: " + ", ".join(f"{who} {error:.1e}" for who, error in each.items())
     yield from _products(found)

@@ -18,7 +18,7 @@ from emerging_optimizers.adaptive_muon.adamw import is_widened, step_in_float32
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.diagnostics.face import Diagnosed
 from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
-from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
+from emerging_optimizers.adaptive_muon.modes import check_capture, loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
@@ -265,6 +265,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         """
         loss = loss_of(closure)
         with self._shared(), plain_modes([p for group in self.param_groups for p in group["params"]]):
+            check_capture(self.param_groups, self.state, self._muon.capturable)
             for inner in (self._muon, self._adamw):
                 check_options(inner)
             _prepare(self._adamw, self._muon.options)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modes of torch in which a step runs, whatever modes are around it."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,12 +39,26 @@ def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def check_capture(param_groups: Iterable[dict[str, Any]], capturable: bool) -> None:
-    """Raise a ``ValueError`` in the capture of a CUDA graph that would keep the step count or the rate of now for good."""
-    on_cuda = any(group["params"] and group["params"][0].is_cuda for group in param_groups)
+def check_capture(
+    param_groups: Iterable[dict[str, Any]], states: Mapping[torch.Tensor, dict[str, Any]], capturable: bool
+) -> None:
+    """Raise a ``ValueError`` in the capture of a CUDA graph whose replays would not be steps.
+
+    They would keep the step count and the rate of now for good, or make new state each time.
+    """
+    params = [p for group in param_groups for p in group["params"]]
+    if not (any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing()):
+        return
     require(
-        capturable or not (on_cuda and torch.cuda.is_current_stream_capturing()),
+        capturable,
         "capturable must be True for a step that is captured in a CUDA graph",
         capturable,
         "Pass capturable=True, and lr as a tensor on the GPU if it changes.",
+    )
+    new = [tuple(p.shape) for p in params if p.grad is not None and not states.get(p)]
+    require(
+        not new,
+        "no parameter must be without state when a CUDA graph captures a step",
+        new,
+        "Make one step with their gradients before the capture.",
     )

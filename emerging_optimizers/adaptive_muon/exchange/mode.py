@@ -2,6 +2,7 @@
 """How matrices in shards are orthogonalized: what the ``tp_mode`` is a name of."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,7 +32,7 @@ class Shards:
     momentum: torch.Tensor  # M', shape (batch, ..., rows, columns)
     squares: Squares  # partial sums, of these shards
     layout: Layout
-    owners: Sequence[int]  # for each member of the batch, the rank that orthogonalizes it in "layer_sharded"
+    owners: Sequence[int]  # for each member of the batch, in order, the rank that orthogonalizes it in "layer_sharded"
     orthogonalize: Orthogonalize  # of whole matrices of the batch
     # Of these shards, in a list of one; empty where nothing is measured.
     measures: Squares = field(default_factory=list)
@@ -43,12 +44,10 @@ class Shards:
         return self.layout
 
     @cached_property
-    def members(self) -> dict[int, list[int]]:
-        """For each owner, its members of the batch."""
-        members: dict[int, list[int]] = {}
-        for index, owner in enumerate(self.owners):
-            members.setdefault(owner, []).append(index)
-        return members
+    def members(self) -> dict[int, range]:
+        """For each owner, its members of the batch, which are adjacent: a message takes a view of them."""
+        owners = self.owners
+        return {owner: range(bisect_left(owners, owner), bisect_right(owners, owner)) for owner in set(owners)}
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -65,30 +64,30 @@ class Shards:
         """How many parts an owner gets from a rank, see :meth:`outgoing`."""
         return 1 + len(self.squares) + len(self.measures)
 
-    def outgoing(self, members: Sequence[int]) -> list[tuple[torch.Tensor, torch.dtype]]:
+    def outgoing(self, members: range) -> list[tuple[torch.Tensor, torch.dtype]]:
         """Return what this rank sends to an owner: its shards of these members, and their partial sums."""
         sums = (*self.squares, *self.measures)
         parts = [(self.momentum, _MOMENTUM), *((partial, partial.dtype) for partial in sums)]
-        return [(part[_index(members)], dtype) for part, dtype in parts]
+        return [(part[members.start : members.stop], dtype) for part, dtype in parts]
 
-    def incoming(self, members: Sequence[int], rank: int) -> list[Part]:
+    def incoming(self, members: range, rank: int) -> list[Part]:
         """Return the parts that a rank sends of these members, by its :meth:`outgoing`."""
         rectangle = self.sharded.rectangles[rank]
         sums = Part(self._sums_shape(members, rectangle.shape), self.momentum.dtype)
         shards = Part(self._shape(members, rectangle.shape), _MOMENTUM)
         return [shards, *([sums] * len(self.squares)), *self._measures(members)]
 
-    def held(self, members: Sequence[int]) -> tuple[torch.Tensor, Squares]:
+    def held(self, members: range) -> tuple[torch.Tensor, Squares]:
         """Return O of these members, which this rank holds whole, and their sums of squares."""
-        index = _index(members)
-        squares, measures = ([each[index] for each in sums] for sums in (self.squares, self.measures))
-        return self.orthogonalize(self.momentum[index], squares, measures, members, self.momentum.dtype)
+        own = slice(members.start, members.stop)
+        squares, measures = ([each[own] for each in sums] for sums in (self.squares, self.measures))
+        return self.orthogonalize(self.momentum[own], squares, measures, members, self.momentum.dtype)
 
     def released(self) -> "Shards":
         """Return these shards without the values of M', of which the memory can be used again."""
         return replace(self, momentum=self.momentum.new_empty(()).expand(self.momentum.shape))
 
-    def whole(self, members: Sequence[int], arrived: Sequence[Sequence[torch.Tensor]]) -> Whole:
+    def whole(self, members: range, arrived: Sequence[Sequence[torch.Tensor]]) -> Whole:
         """Return M' of whole matrices and their sums of squares, with what else :class:`Orthogonalize` takes.
 
         Args:
@@ -113,7 +112,7 @@ class Shards:
         shards = self.sharded.rectangles[rank].cut(O)
         return [(shards, self.result_dtype), *((total, total.dtype) for total in squares)]
 
-    def returned(self, members: Sequence[int]) -> list[Part]:
+    def returned(self, members: range) -> list[Part]:
         """Return the parts that the owner of these members sends back, by its :meth:`returning`."""
         sums = Part(self._sums_shape(members, self.sharded.whole), self.momentum.dtype)
         shards = Part(self._shape(members, self.sharded.own.shape), self.result_dtype)
@@ -129,19 +128,20 @@ class Shards:
         size = len(self.owners)
         merged = [part.new_empty((size, *part.shape[1:])) for part in next(iter(results.values()))]
         for owner, parts in results.items():
+            members = self.members[owner]
             for whole, part in zip(merged, parts, strict=True):
-                whole[_index(self.members[owner])] = part
+                whole[members.start : members.stop] = part
         return merged[0], merged[1:]
 
-    def _shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
+    def _shape(self, members: range, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of members' matrices, or shards, that have this shape."""
         return (len(members), *self.momentum.shape[1:-2], *shape)
 
-    def _measures(self, members: Sequence[int]) -> list[Part]:
+    def _measures(self, members: range) -> list[Part]:
         """Return the part with their measures, if there are any."""
         return [Part(self._shape(members, (1, NUMBER)), measures.dtype) for measures in self.measures]
 
-    def _sums_shape(self, members: Sequence[int], shape: tuple[int, int]) -> tuple[int, ...]:
+    def _sums_shape(self, members: range, shape: tuple[int, int]) -> tuple[int, ...]:
         """Return the shape of their sums of squares."""
         return self._shape(members, kept_shape(shape, self.orthogonalize.kept_dims))
 
@@ -260,9 +260,3 @@ def in_order(
         batch.in_order({owner: [*islice(parts[owner], batch.number_returned)] for owner in batch.members})
         for batch in batches
     ]
-
-
-def _index(members: Sequence[int]) -> slice | list[int]:
-    """Return the index of members of a batch: of a view where they are adjacent."""
-    adjacent = members[-1] - members[0] + 1 == len(members)
-    return slice(members[0], members[-1] + 1) if adjacent else list(members)

@@ -111,7 +111,7 @@ class MatrixBatch:
     Args:
         matrices: The matrices, in their order in the tensor.
         places: For each, the place of its parameter among those of an update.
-        owners: For each, the rank that orthogonalizes it in "layer_sharded".
+        owners: For each, the rank that orthogonalizes it in "layer_sharded", in order.
     """
 
     matrices: Sequence[Matrix]

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of a step on a GPU: the CPU's result, no synchronization, and CUDA graphs. And a whole model's optimizer."""
+
+from copy import deepcopy
+from typing import get_args
+
+import pytest
+import torch
+from on_cuda import OPTIONS, distance, give_gradients, needs_cuda, no_synchronization, on, replays_equal
+from torch import nn
+
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, WeightDecayMethodT
+from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.options import Options, options_of
+
+
+pytestmark = needs_cuda
+
+BF16 = torch.bfloat16
+SHAPES = [(96, 64)] * 3 + [(64, 96)] * 2 + [(300, 500)]
+STACKS = [(4, 48, 64)] * 2 + [(3, 64, 48)]
+# Options, shapes, the dtype, and attributes of the parameters.
+FEATURES = {
+    "blocks of rows": ({"blocks_fn": lambda p: (p.size(0) // 4, 3 * p.size(0) // 4)}, SHAPES, torch.float32, {}),
+    "blocks of columns": ({"blocks_fn": lambda p: ColumnBlocks([p.size(1) // 2])}, SHAPES, torch.float32, {}),
+    "stacks": ({}, STACKS, torch.float32, {"muon_stacked": True}),
+    "transposed": ({}, SHAPES, torch.float32, {"muon_transposed": True}),
+    "bfloat16 weights": ({}, SHAPES, BF16, {}),
+    "stochastic rounding": ({"stochastic_rounding": True}, SHAPES, BF16, {}),
+    "stochastic rounding of stacks": ({"stochastic_rounding": True}, STACKS, BF16, {"muon_stacked": True}),
+    "bfloat16 momentum": ({"momentum_dtype": "bfloat16"}, SHAPES, torch.float32, {}),
+    "measured": ({"diagnostics_every": 1}, SHAPES, torch.float32, {}),
+    "measured blocks": ({"diagnostics_every": 1, "blocks_fn": lambda p: (p.size(0) // 2,)}, SHAPES, torch.float32, {}),
+    "measured and rounded": (
+        {"diagnostics_every": 1, "stochastic_rounding": True, "momentum_dtype": "bfloat16"},
+        SHAPES,
+        BF16,
+        {},
+    ),
+    "without nesterov and correction": ({"nesterov": False, "bias_correction": False}, SHAPES, torch.float32, {}),
+    "no weight decay": ({"weight_decay": 0.0}, SHAPES, torch.float32, {}),
+} | {
+    f"{decay} decay": ({"weight_decay_method": decay}, SHAPES, torch.float32, {})
+    for decay in get_args(WeightDecayMethodT)
+}
+COEFFICIENTS = next(option.choices for option in options_of(Options) if option.name == "coefficient_type")
+of_features = pytest.mark.parametrize("feature", FEATURES)
+of_methods = pytest.mark.parametrize("method", METHODS)
+
+
+def made(device, method, feature, **more):
+    """Parameters on a device, and their optimizer in full precision."""
+    options, shapes, dtype, attributes = FEATURES[feature]
+    if {"adaptive": False, "l2": True}.get(options.get("weight_decay_method"), None) is method.startswith("namo"):
+        pytest.skip("refused")
+    params = on(device, dtype, shapes)
+    for p in params:
+        for name, value in attributes.items():
+            setattr(p, name, value)
+    options = OPTIONS | {"moment2_method": method, "fp32_matmul_prec": "highest"} | options | more
+    return params, AdaptiveMuon(params, **options)
+
+
+@of_methods
+@of_features
+def test_walks_the_cpus_path(method, feature):
+    """bfloat16 numbers that differ by rounding only are the same, but for a few."""
+    begin = on("cpu", FEATURES[feature][2], FEATURES[feature][1])
+    (params, cpu), (others, cuda) = (made(device, method, feature) for device in ("cpu", "cuda"))
+    for step in range(3):
+        for each, optimizer in ((params, cpu), (others, cuda)):
+            give_gradients(each, step)
+            optimizer.step()
+    low = FEATURES[feature][2] == BF16 or "bfloat16" in feature
+    assert distance(params, others, begin) <= (0.3 if method == "adamuon" else 0.05 if low else 1e-3)
+    if cpu.options.diagnostics_every and method != "adamuon":
+        for name, measured in cpu.diagnostics().items():
+            found = cuda.diagnostics()[name]
+            assert set(measured) == set(found)
+            for key, value in measured.items():
+                assert found[key] == pytest.approx(value, rel=0.05, abs=1e-3, nan_ok=True), (name, key)
+
+
+@of_methods
+@of_features
+def test_a_step_never_waits_for_the_device(method, feature):
+    params, optimizer = made("cuda", method, feature)
+    give_gradients(params, 0)
+    optimizer.step()
+    with no_synchronization():
+        optimizer.step()
+
+
+@of_methods
+@of_features
+def test_a_step_in_a_graph(method, feature):
+    """Replays round with the noise of their own step, and are measured."""
+    rate = torch.tensor(0.02, device="cuda")
+    (params, plain), (others, captured) = (
+        made("cuda", method, feature, **more) for more in ({}, {"lr": rate, "capturable": True})
+    )
+    low = FEATURES[feature][2] == BF16
+    replays_equal(plain, captured, params, others, rate, 0.02 if low else 1e-4)
+    if plain.options.diagnostics_every:
+        found = captured.diagnostics()
+        for name, measured in plain.diagnostics().items():
+            assert found[name] == pytest.approx(measured, rel=1e-2, abs=1e-3, nan_ok=True), name
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_all_coefficients(coefficients, precision):
+    """Those without a fifth power too, of which no square of the Gram matrix is taken."""
+    options = {"coefficient_type": coefficients, "moment2_method": "namo", "lr": 0.02}
+    begin, params, others = (on(device, shapes=SHAPES) for device in ("cpu", "cpu", "cuda"))
+    optimizers = [AdaptiveMuon(params, fp32_matmul_prec="highest", **options)]
+    optimizers += [AdaptiveMuon(others, fp32_matmul_prec=precision, **options)]
+    for each, optimizer in zip((params, others), optimizers, strict=True):
+        give_gradients(each, 0)
+        optimizer.step()
+    assert distance(params, others, begin) <= (1e-3 if precision == "highest" else 0.1)
+
+
+# ----------------------------------------------------------------------------------------------------- a whole model
+
+
+def model_on(device, dtype):
+    """An embedding, maps, norms and a head."""
+    torch.manual_seed(0)
+    maps = [layer for width in (64, 96) for layer in (nn.Linear(64, width), nn.GELU(), nn.Linear(width, 64))]
+    model = nn.Sequential(nn.Embedding(32, 64), *maps, nn.LayerNorm(64), nn.Linear(64, 32))
+    return model.to(device, dtype)
+
+
+KINDS = [
+    pytest.param(torch.float32, {}, id="float32"),
+    pytest.param(BF16, {}, id="bfloat16"),
+    pytest.param(BF16, {"stochastic_rounding": True, "momentum_dtype": "bfloat16"}, id="rounded"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), KINDS)
+def test_a_model_walks_the_cpus_path(dtype, options):
+    """AdamW's part is fused there."""
+    models = [model_on(device, dtype) for device in ("cpu", "cpu", "cuda")]
+    options = OPTIONS | {"moment2_method": "namo_d", "fp32_matmul_prec": "highest"} | options
+    optimizers = [HybridAdaptiveMuon.from_model(model, **options) for model in models[1:]]
+    for step in range(3):
+        for model, optimizer in zip(models[1:], optimizers, strict=True):
+            give_gradients(list(model.parameters()), step)
+            optimizer.step()
+    begin, params, others = (list(model.parameters()) for model in models)
+    assert distance(params, others, begin) <= (1e-3 if dtype == torch.float32 else 0.05)
+    adamw = [group for group in optimizers[1].param_groups if not group["use_muon"]]
+    assert all(bool(group.get("fused")) is group["params"][0].is_cuda for group in adamw)
+
+
+@pytest.mark.parametrize(("dtype", "options"), KINDS)
+def test_a_models_step_never_waits(dtype, options):
+    model = model_on("cuda", dtype)
+    optimizer = HybridAdaptiveMuon.from_model(model, moment2_method="namo", **(OPTIONS | options))
+    give_gradients(list(model.parameters()), 0)
+    optimizer.step()
+    with no_synchronization():
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("dtype", "options"), KINDS)
+def test_a_models_step_in_a_graph(dtype, options):
+    """Both parts read their rate on the device."""
+    model, other, rate = model_on("cuda", dtype), model_on("cuda", dtype), torch.tensor(0.02, device="cuda")
+    options = OPTIONS | {"moment2_method": "namo_d"} | options
+    plain = HybridAdaptiveMuon.from_model(model, **options)
+    captured = HybridAdaptiveMuon.from_model(other, capturable=True, scalar_lr=rate, **(options | {"lr": rate}))
+    most = 1e-4 if dtype == torch.float32 else 0.02
+    replays_equal(plain, captured, list(model.parameters()), list(other.parameters()), rate, most)
+
+
+def test_resumed_after_a_graph():
+    """A checkpoint of a captured optimizer goes on without a graph, on a GPU and on a CPU."""
+    rate = torch.tensor(0.02, device="cuda")
+    (params, plain), (others, captured) = (
+        made("cuda", "namo_d", "stochastic rounding", **more) for more in ({}, {"lr": rate, "capturable": True})
+    )
+    replays_equal(plain, captured, params, others, rate, 0.02)
+    for device in ("cuda", "cpu"):
+        resumed, optimizer = made(device, "namo_d", "stochastic rounding")
+        optimizer.load_state_dict(deepcopy(captured.state_dict()))
+        for p, q in zip(resumed, others, strict=True):
+            p.data.copy_(q)
+        give_gradients(resumed, 5)
+        optimizer.step()
+        assert {int(optimizer.state[p]["step"]) for p in resumed} == {5}
+
+
+def test_a_capture_without_a_step_before_it_is_refused():
+    """Before anything is launched, so that the capture ends well."""
+    params, rate = on("cuda", shapes=SHAPES), torch.tensor(0.02, device="cuda")
+    optimizer = AdaptiveMuon(params, lr=rate, capturable=True)
+    give_gradients(params, 0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(ValueError, match="Make one step"):
+        optimizer.step()
+    assert not optimizer.state
