@@ -265,7 +265,6 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         """
         loss = loss_of(closure)
         with self._shared(), plain_modes([p for group in self.param_groups for p in group["params"]]):
-            check_capture(self.param_groups, self.state, self._muon.capturable)
             for inner in (self._muon, self._adamw):
                 check_options(inner)
             _prepare(self._adamw, self._muon.options)
@@ -365,6 +364,7 @@ def _remedy(name: str, reason: str, of_model: bool) -> str:
 
 def _prepare(adamw: AdamW, options: Options) -> None:
     """Check AdamW's groups before a step, and choose its kernel."""
+    check_capture(adamw.param_groups, adamw.state, options.capturable)
     for group in adamw.param_groups:
         check_gradients(group, "AdamW", complex_too=True)
         check_capturable(group)
