@@ -7,7 +7,7 @@ from importlib import import_module
 import emerging_optimizers
 
 
-__all__ = ["numbers", "require_supported", "require_supported_upstream", "upstream_version"]
+__all__ = ["require_supported", "require_supported_upstream", "upstream_version"]
 
 # From the first, to below the second. setup.py asks pip for the same.
 _SUPPORTED = (0, 3), (0, 6)
@@ -21,7 +21,7 @@ def upstream_version() -> str:
 def require_supported_upstream() -> None:
     """Raise an ``ImportError`` unless the version of emerging-optimizers is supported, and can be imported here."""
     found = upstream_version()
-    require_supported("emerging-optimizers", numbers(found), found, _SUPPORTED, ImportError)
+    require_supported("emerging-optimizers", found, _SUPPORTED, ImportError)
     try:
         import_module("emerging_optimizers.orthogonalized_optimizers")
     except RuntimeError as error:  # from Triton 3.2 and 3.3, which torch 2.6 and 2.7 bring along
@@ -31,29 +31,19 @@ def require_supported_upstream() -> None:
         ) from error
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
 def require_supported(
-    package: str,
-    version: tuple[int, ...],
-    found: str,
-    supported: tuple[tuple[int, ...], tuple[int, ...]],
-    kind: type[Exception],
+    package: str, found: str, supported: tuple[tuple[int, ...], tuple[int, ...]], kind: type[Exception]
 ) -> None:
     """Raise an error of a kind, with the remedy, unless a package's version is supported.
 
     Args:
         package: Its name on the index.
-        version: Its version, as numbers.
-        found: The same as its own text.
-        supported: The first version, and the one below which it ends.
+        found: Its version.
+        supported: The numbers of the first version, and those of the one below which support ends.
         kind: The kind of error.
     """
     low, high = supported
-    if not low <= version < high:
+    if not low <= tuple(map(int, re.findall(r"\d+", found)[:3])) < high:
         lowest, beyond = (".".join(map(str, each)) for each in supported)
         raise kind(
             f'{package} must be >= {lowest} and < {beyond}, got {found}. Install "{package}>={lowest},<{beyond}".'

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
 from emerging_optimizers.adaptive_muon.options import Options
-from emerging_optimizers.adaptive_muon.versions import numbers, require_supported
+from emerging_optimizers.adaptive_muon.versions import require_supported
 
 
 __all__ = ["AdaptiveMuonConfig"]
@@ -51,8 +51,7 @@ class AdaptiveMuonConfig(AdaptiveMuonOptions, OptimizerConfig):
             RuntimeError: If the version of Automodel is not supported.
             ValueError: As :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon`.
         """
-        found = str(nemo_automodel.__version__)
-        require_supported("nemo-automodel", numbers(found), found, _SUPPORTED, RuntimeError)
+        require_supported("nemo-automodel", str(nemo_automodel.__version__), _SUPPORTED, RuntimeError)
         return [self._build_part(part) for part in getattr(model, "parts", [model])]
 
     def _build_part(self, part: nn.Module) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
 from emerging_optimizers.adaptive_muon.checks import refusal, require
 from emerging_optimizers.adaptive_muon.integrations.lightning import AdaptiveMuonDiagnostics
 from emerging_optimizers.adaptive_muon.integrations.options import AdaptiveMuonOptions
-from emerging_optimizers.adaptive_muon.versions import numbers, require_supported
+from emerging_optimizers.adaptive_muon.versions import require_supported
 
 
 __all__ = ["AdaptiveMuonParams", "adaptive_muon", "diagnostics_callback", "register"]
@@ -95,8 +95,7 @@ def adaptive_muon(params: Iterable[dict[str, Any]], **optim: Any) -> HybridAdapt
         RuntimeError: If the version of NeMo is not supported.
         ValueError: If a key is unknown, a value is out of its range, or no model is making its optimizer.
     """
-    found = str(nemo.__version__)
-    require_supported("nemo-toolkit", numbers(found), found, _SUPPORTED, RuntimeError)
+    require_supported("nemo-toolkit", str(nemo.__version__), _SUPPORTED, RuntimeError)
     _check_keys(optim, [field.name for field in fields(AdaptiveMuonParams)], "optim")
     options = AdaptiveMuonParams(**optim)
     model = _model.get()

@@ -248,8 +248,7 @@ def register(**options: Unpack[OptionsDict]) -> None:
 
 def _require_supported_version() -> None:
     """Raise a ``RuntimeError`` unless the installed megatron-core is supported."""
-    version = package_info.MAJOR, package_info.MINOR, package_info.PATCH
-    require_supported("megatron-core", version, package_info.__shortversion__, _SUPPORTED, RuntimeError)
+    require_supported("megatron-core", package_info.__shortversion__, _SUPPORTED, RuntimeError)
 
 
 def _require_emerging_optimizers(of_megatron: ModuleType) -> None:
