@@ -170,12 +170,8 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         :meth:`describe` has the reason for each parameter. The weight of Hugging Face's ``Conv1D``, which is stored as
         (in, out), gets the attribute ``muon_transposed``.
 
-        The switches from ``split_qkv`` to ``flatten_conv`` decide which matrices a weight holds. ``blocks_fn``, or a
-        parameter's own ``muon_blocks``, decides before them. Weights that are not recognized are logged.
-
         Where ``DistributedDataParallel`` wraps the model, or Lightning's strategy "ddp" does, its ranks share the work, as
-        with ``replica_group``. :meth:`describe` counts the shared parameters. Pass ``share_replicas=False`` to let every
-        rank compute the full update.
+        with ``replica_group``; :meth:`describe` counts them. ``share_replicas=False`` lets every rank do all of it.
 
         Args:
             model: The model.
@@ -284,9 +280,6 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
 
         The line of AdaptiveMuon counts parameters that replicas share. The line of AdamW counts two-dimensional parameters
         that are not the weights of linear maps, and three-dimensional ones that may be stacks of experts: check them.
-
-        Args:
-            each: Whether each parameter has a line. If not, there are the lines with the counts only.
         """
         return _description(self.routes, self._muon, each=each)
 
@@ -299,9 +292,6 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
 
         Raises:
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that

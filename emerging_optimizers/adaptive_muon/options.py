@@ -447,6 +447,9 @@ class Options(MatrixOptions):
 class SplitOptions:
     """Which matrices the weights of a model hold, each orthogonalized by itself.
 
+    ``blocks_fn``, or a parameter's own ``muon_blocks``, decides before these switches. Weights that are not recognized are
+    logged.
+
     Args:
         {options}
 

@@ -159,7 +159,7 @@ class ShardedLayout(Layout):
 
     @cached_property
     def split(self) -> dict[int, bool]:
-        """For -2 (rows) and -1 (columns): whether they are split over several ranks."""
+        """Whether rows (-2) and columns (-1) are split over several ranks."""
         rows, columns = zip(*(each.shape for each in self.rectangles), strict=True)
         return {-2: set(rows) != {self.whole[0]}, -1: set(columns) != {self.whole[1]}}
 

@@ -36,7 +36,7 @@ def load(
     """Load a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and in its own dtypes.
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
-    Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
+    Two hooks prevent this: one after all that may change the checkpoint, one before all that may change what was loaded.
 
     Args:
         optimizer: The optimizer of the matrices, or one that holds its groups too.
