@@ -24,7 +24,8 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 html_theme = "furo"
 html_title = "Adaptive Muon"
 html_static_path = ["_static"]
-html_css_files = ["math.css"]
+html_css_files = ["site.css"]
+html_show_copyright = False
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

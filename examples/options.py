@@ -29,7 +29,7 @@ def parser(description: str, *, seed: int) -> argparse.ArgumentParser:
         help=f"one or several of {', '.join(METHODS)}, separated by commas or by repeating the option (default: all)",
     )
     made.add_argument(
-        "--steps", type=_positive(int), default=300, help="training steps a method (default: %(default)s)"
+        "--steps", type=_positive(int), default=300, help="training steps per method (default: %(default)s)"
     )
     made.add_argument("--seed", type=int, default=seed, help="of weights and batches (default: %(default)s)")
     made.add_argument("--device", type=_device, default="cpu", help="cpu or cuda (default: %(default)s)")

@@ -22,14 +22,14 @@ COLUMNS = (
     ("validation", "loss"),
     ("steps to", "AdamW's"),
     ("seconds to", "AdamW's"),
-    ("ms", "a step"),
+    ("ms", "per step"),
     ("of these", "optimizer"),
-    ("state bytes", "a parameter"),
+    ("state bytes", "per parameter"),
 )
 
 
 def table(records: Sequence[Record]) -> str:
-    """Returns the measurements as text, one method a line, in the order given."""
+    """Returns the measurements as text, one method per line, in the order given."""
     goal = next((record.final_loss for record in records if record.method == "adamw"), None)
     rows = [[heading[0] for heading in COLUMNS], [heading[1] for heading in COLUMNS]]
     rows += [_row(record, goal) for record in records]

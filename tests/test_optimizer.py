@@ -293,6 +293,15 @@ def test_checkpoint_of_another_method_is_refused(method, other):
     torch.testing.assert_close(target.state_dict()["state"], before["state"], atol=0, rtol=0)
 
 
+def test_a_checkpoint_without_state_leaves_the_optimizer_its_method():
+    """Of whatever method it is; else the optimizer's own next checkpoint would be of that."""
+    params = matrices()
+    optimizer = AdaptiveMuon(params, moment2_method="namo_d")
+    optimizer.load_state_dict(saved(AdaptiveMuon(matrices(), moment2_method="namo")))
+    run(optimizer, params, range(2))
+    AdaptiveMuon(matrices(), moment2_method="namo_d").load_state_dict(saved(optimizer))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("theirs", ["adamuon", "normuon", "namo"])
 def test_upstream_checkpoint_loads_into_its_method_only(method, theirs):

@@ -88,12 +88,12 @@ def blocks_of(switch: str, name: str) -> tuple[tuple[int, int], Sequence[int], b
 
 
 def main(path: Path = PICTURE) -> None:
-    """Draw all panels in one row."""
-    figure, rows = plt.subplots(1, len(PANELS), figsize=(13.5, 4.4), layout="constrained")
-    for axes, (title, switch, name, parts) in zip(rows, PANELS, strict=True):
+    """Draw all panels in two rows, which are readable in a page's column."""
+    figure, panels = plt.subplots(2, len(PANELS) // 2, figsize=(7.6, 8.4), layout="constrained")
+    for axes, (title, switch, name, parts) in zip(panels.flat, PANELS, strict=True):
         shape, blocks, across = blocks_of(switch, name)
         draw(axes, shape, blocks, parts, across)
-        axes.set_title(f"{title}\n\n{switch}", fontsize=7.5, loc="left")
+        axes.set_title(f"{title}\n\n{switch}", fontsize=8, loc="left")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

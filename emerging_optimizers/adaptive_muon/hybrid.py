@@ -79,7 +79,8 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
 
     Schedulers, gradient clipping, ``zero_grad`` and gradient scalers see the groups of both, the matrices' first
     (groups added later come last); one ``state_dict`` saves and resumes both. Hooks that torch runs for every
-    optimizer's step run for the two parts also. Use :meth:`from_model`, which routes by the modules, where you can.
+    optimizer's step run for the two parts also. ``diagnostics()``, ``diagnostics_summary()`` and ``report()`` are those of
+    AdaptiveMuon. Use :meth:`from_model`, which routes by the modules, where you can.
 
     The constructor sees parameters only. It sends to AdamW those tagged ``is_embedding_or_output_parameter``, those of
     other than two dimensions (except stacks of matrices tagged ``muon_stacked``), those with a single row or column, and
@@ -92,15 +93,15 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
 
     Args:
         params: Iterable of parameters, of ``(name, parameter)`` pairs, or of dicts that define parameter groups. A
-            group's parameters are routed one by one unless the group says ``use_muon``: True sends all of them to
+            group's parameters are routed one by one unless the group has ``use_muon``: True sends all of them to
             AdaptiveMuon, False to AdamW. A group's own ``lr``, ``weight_decay`` and ``eps`` hold for all its
             parameters unless it also has ``scalar_lr``, ``scalar_weight_decay`` or ``scalar_eps`` for those that go to
             AdamW. A group with parameters of both kinds becomes two. Its ``name``, by which loggers tell groups
             apart, gets "/adaptive_muon" and "/adamw" appended, and a list with an entry for each parameter is split.
-        lr: Learning rate of the matrices. Default 3e-4.
-        momentum: Decay rate of the matrices' momentum. Default 0.95.
-        weight_decay: Weight decay coefficient of the matrices. Default 0.01.
-        scalar_lr: Learning rate of the AdamW part; ``lr`` when left out.
+        lr: Learning rate of the matrices. Default 3e-4, as upstream's Muon.
+        momentum: Decay rate of the matrices' momentum. Default 0.95, as upstream's Muon.
+        weight_decay: Weight decay coefficient of the matrices. Default 0.01, as upstream's Muon.
+        scalar_lr: Learning rate of the AdamW part. Without it, AdamW takes ``lr``, which is too high for most models.
         betas: Decay rates of the AdamW part. Default (0.9, 0.999), as ``torch.optim.AdamW``.
         scalar_eps: ``eps`` of the AdamW part. Default 1e-8, as ``torch.optim.AdamW``.
         scalar_weight_decay: Weight decay coefficient of the AdamW part; ``weight_decay`` when left out.
@@ -170,7 +171,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         (in, out), gets the attribute ``muon_transposed``.
 
         Where ``DistributedDataParallel`` wraps the model, or Lightning's strategy "ddp" does, its ranks share the work, as
-        with ``replica_group``. :meth:`describe` says so. Pass ``share_replicas=False`` to let every rank do all of it.
+        with ``replica_group``; :meth:`describe` counts them. ``share_replicas=False`` lets every rank do all of it.
 
         Args:
             model: The model.
@@ -178,10 +179,9 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
             routes: Name pattern (as in ``fnmatch``) to "adaptive_muon" or "adamw", before all other rules; the first
                 pattern that matches wins. Example: ``{"decoder.out.*": "adamw"}``. Components of wrappers are optional.
             params: Parameters of the model, or groups of them, as in the constructor. Default: all. What is left out,
-                :meth:`add_param_group` routes and names as the model says when it is added.
-            split_qkv, split_heads, split_gate_up, stacked_experts, flatten_conv: Which matrices the weights hold, as in
-                :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`. A parameter's own ``muon_blocks``, or
-                ``blocks_fn``, decides before. Weights that are not recognized are logged.
+                :meth:`add_param_group` routes and names by the model when it is added.
+            split_qkv, split_heads, split_gate_up, stacked_experts, flatten_conv: As
+                :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`.
             **options: All other arguments of the class.
 
         Raises:
@@ -295,7 +295,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
 
         Raises:
             ValueError: If the checkpoint is of another routing, or its matrices' part is one that
-                :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
+                :meth:`AdaptiveMuon.load_state_dict` rejects. Nothing is changed.
         """
         self._entries.follow(self.param_groups, self._model)
         widened = is_widened if self._muon.options.stochastic_rounding else None

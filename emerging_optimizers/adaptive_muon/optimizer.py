@@ -63,7 +63,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
     (experts, out, in), in float32, bfloat16, float16 or float64. A parameter with the attribute
     ``muon_transposed = True`` is stored as (in, out), as Hugging Face's ``Conv1D`` stores it, and the step works on its
     transpose. Set attributes before you make the optimizer. State and arithmetic are in float32 (float64 for float64
-    parameters, save for the orthogonalization), and a low-precision weight is rounded once per step. Give embeddings,
+    parameters, except for the orthogonalization), and a low-precision weight is rounded once per step. Give embeddings,
     output heads, norms and biases to AdamW, as :class:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon` does.
     ``torch.autocast``, inference mode and the float32 matmul precision do not change a step, nor does a step change them.
     A compiled function may call it; the step itself runs uncompiled.

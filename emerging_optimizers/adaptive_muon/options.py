@@ -252,9 +252,9 @@ class MatrixOptions:
     )
     weight_update_hook: WeightUpdateHook | None = option_field(
         None,
-        "Hook around the weight update, such as HyperballHook, RadialBrakeHook and RelativeUpdateHook of "
-        "emerging_optimizers.weight_update_hooks. It needs Emerging-Optimizers 0.5. It is called with every parameter, and "
-        "of a stack with every matrix. Parameters must be whole, or matrices in DTensors.",
+        "Hook around the weight update, such as upstream's HyperballHook, RadialBrakeHook and RelativeUpdateHook. It needs "
+        "Emerging-Optimizers 0.5. It is called with every parameter, and of a stack with every matrix. Parameters must be "
+        "whole, or matrices in DTensors.",
         rule=_HOOK,
         scope="rank",
         in_files=False,
@@ -447,6 +447,12 @@ class Options(MatrixOptions):
 class SplitOptions:
     """Which matrices the weights of a model hold, each orthogonalized by itself.
 
+    ``blocks_fn``, or a parameter's own ``muon_blocks``, decides before these switches. Weights that are not recognized are
+    logged.
+
+    Args:
+        {options}
+
     Raises:
         ValueError: If a value is not True or False.
     """
@@ -558,6 +564,9 @@ def document(cls: type, options: Iterable[Option]) -> None:
         lines.append(fill(text, 115, initial_indent=" " * 4, subsequent_indent=" " * 8))
     if cls.__doc__:  # python -OO has none
         cls.__doc__ = cleandoc(cls.__doc__).replace("    {options}", "\n".join(lines))
+
+
+document(SplitOptions, options_of(SplitOptions))
 
 
 def shows_options[T: type](cls: T) -> T:

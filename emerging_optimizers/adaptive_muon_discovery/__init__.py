@@ -17,8 +17,8 @@ def lightning_callbacks() -> list[Any]:
     """Register adaptive_muon where NeMo is in use: the entry point of ``lightning.pytorch.callbacks_factory``.
 
     Returns:
-        The callbacks for Lightning to add to a ``Trainer``: where NeMo is in use, one that writes the optimizer's
-        diagnostics if it measures.
+        The callbacks that Lightning adds to a ``Trainer``. Where NeMo is in use, there is one, which writes the
+        optimizer's diagnostics if it measures; else there is none.
     """
     if "nemo.core.optim.optimizers" in sys.modules:
         try:

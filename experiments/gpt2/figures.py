@@ -101,7 +101,8 @@ def draw(results: Results, path: Path) -> None:
     curves.legend(title="mean, last step", frameon=False)
     rates.set_xscale("log", base=2)
     finite = [loss for method in STYLES for loss in results.tuning_losses(method).values() if math.isfinite(loss)]
-    rates.set_ylim(min(finite) - 0.02, min(finite) + 0.6)
+    highest_best = max(min(results.tuning_losses(method).values()) for method in STYLES)
+    rates.set_ylim(min(finite) - 0.02, max(min(finite) + 0.6, highest_best + 0.1))
     frame(rates, "learning rate over the method's best", "tuning loss, nats per byte")
 
     chosen = variants_of(results)

@@ -192,5 +192,5 @@ def test_another_method_is_refused(folder: Path) -> None:
         train(model, optimizer, range(1))
         dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(folder))
         other = optimizer_of(model, "namo_d")
-        with pytest.raises(ValueError, match="of the optimizer's moment2_method, \"namo_d\".* got 'namo'"):
+        with pytest.raises(ValueError, match="moment2_method of the checkpoint must be \"namo_d\".* got 'namo'"):
             load(model, other, folder)

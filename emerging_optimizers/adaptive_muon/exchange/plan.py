@@ -49,18 +49,30 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Parameters that differ in nothing but their values, whose equal matrices are worked on as one tensor."""
+    """Parameters that differ in nothing but their values, whose equal matrices are worked on as one tensor.
 
-    members: list[int]  # their places among the parameters of the step
-    group: int  # the number of their parameter group
+    Args:
+        members: Their places among the parameters of the step.
+        group: The number of their parameter group.
+        matrices: Their matrices, each of them in one batch.
+    """
+
+    members: list[int]
+    group: int
     matrices: list[MatrixBatch]
 
 
 class Round(NamedTuple):
-    """Batches whose matrices are in the same messages."""
+    """Batches whose matrices are in the same messages.
 
-    process_group: ProcessGroup | None  # which holds their shards; None for whole matrices, without messages
-    mode: Mode | None  # how it orthogonalizes them
+    Args:
+        process_group: The ranks that hold their shards; None for whole matrices, without messages.
+        mode: How these ranks orthogonalize them.
+        batches: The batches.
+    """
+
+    process_group: ProcessGroup | None
+    mode: Mode | None
     batches: list[Batch]
 
 

@@ -35,21 +35,22 @@ def optimizer_cls_and_kwargs(
     ``adam_epsilon``        ``scalar_eps``, of the AdamW part
     ======================  =========================================================
 
-    Under DistributedDataParallel every process does the full update, because Trainer wraps the model after it has made the
-    optimizer. Pass ``replica_group=torch.distributed.group.WORLD`` to share the work.
+    Under DistributedDataParallel every process computes the full update, because Trainer wraps the model after it has
+    made the optimizer. Pass ``replica_group=torch.distributed.group.WORLD`` to share the work.
 
     Args:
         model: The model that Trainer gets. With ``model_init``, override ``Trainer.create_optimizer`` instead.
         args: The arguments that Trainer gets.
-        **options: Options of :meth:`HybridAdaptiveMuon.from_model`, but for ``params`` and ``weight_decay``.
+        **options: Options of :meth:`HybridAdaptiveMuon.from_model`, except ``params`` and ``weight_decay``.
             ``scalar_weight_decay`` applies where Trainer decays: not to norms and biases.
 
     Raises:
         ValueError: If ``options`` has ``params`` or ``weight_decay``.
 
     Example:
-        >>> args = TrainingArguments(output_dir, learning_rate=2e-2)
-        >>> made = optimizer_cls_and_kwargs(model, args, scalar_lr=2e-3)
+        >>> args = TrainingArguments(output_dir, learning_rate=4e-2)
+        >>> keys = {"moment2_method": "namo", "extra_scale_factor": 0.2, "scalar_lr": 2e-3}
+        >>> made = optimizer_cls_and_kwargs(model, args, **keys)
         >>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=made)
     """
     require("params" not in options, "params must be left to Trainer", "params", "Leave it out.")

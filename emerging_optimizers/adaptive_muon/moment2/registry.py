@@ -20,7 +20,7 @@ def register_moment2(name: str) -> Callable[[type[Moment2]], type[Moment2]]:
     """Return a decorator that enters a :class:`Moment2` subclass under ``name``.
 
     Raises:
-        TypeError: If the class does not say what it observes or how its scale grows, or contradicts itself.
+        TypeError: If the class lacks what it observes or how its scale grows, or contradicts itself.
     """
 
     def enter(cls: type[Moment2]) -> type[Moment2]:

@@ -84,14 +84,23 @@ _HOLDERS = {
 
 @dataclass(frozen=True)
 class Route:
-    """Where a parameter goes and why."""
+    """Where a parameter goes and why.
+
+    Args:
+        algorithm: "adaptive_muon" or "adamw".
+        reason: The rule that decided, in words.
+        transposed: Whether the matrix is stored as (in, out) instead of (out, in).
+        parts: The matrices that it holds, if it is more than one or was looked at.
+        unsplit: Why a switch that is on does not split it, though it may be for it.
+        form: What it is taken for, if it has more than two dimensions.
+    """
 
     algorithm: AlgorithmT
-    reason: str  # the rule that decided, in words
-    transposed: bool = False  # whether the matrix is stored as (in, out) instead of (out, in)
-    parts: Parts | None = None  # the matrices that it holds, if it is more than one or was looked at
-    unsplit: str = ""  # why a switch that is on has nothing to do with it, though it may be for it
-    form: FormT | None = None  # what it is taken for, if it has more than two dimensions
+    reason: str
+    transposed: bool = False
+    parts: Parts | None = None
+    unsplit: str = ""
+    form: FormT | None = None
 
     @property
     def text(self) -> str:

@@ -57,11 +57,20 @@ class Layout:
         return None
 
     def shape(self, local: torch.Tensor) -> tuple[int, int]:
-        """Return ``(rows, columns)`` of the whole matrix, of which this rank has the tensor ``local``."""
+        """Return ``(rows, columns)`` of the whole matrix.
+
+        Args:
+            local: What this rank holds of it, of shape ``(..., rows, columns)``.
+        """
         return local.size(-2), local.size(-1)
 
     def cut(self, whole: torch.Tensor, dims: Collection[int] = (-2, -1)) -> torch.Tensor:
-        """Return the view of a tensor of the whole matrix that belongs to this rank's shard, see :class:`Rectangle`."""
+        """Return the view of a tensor of the whole matrix that belongs to this rank's shard.
+
+        Args:
+            whole: Shape ``(..., rows, columns)``, with size 1 in a dimension that it does not keep.
+            dims: Which of the dimensions -2 and -1 it keeps.
+        """
         return whole
 
 
@@ -159,7 +168,7 @@ class ShardedLayout(Layout):
 
     @cached_property
     def split(self) -> dict[int, bool]:
-        """For -2 (rows) and -1 (columns): whether they are split over several ranks."""
+        """Whether rows (-2) and columns (-1) are split over several ranks."""
         rows, columns = zip(*(each.shape for each in self.rectangles), strict=True)
         return {-2: set(rows) != {self.whole[0]}, -1: set(columns) != {self.whole[1]}}
 

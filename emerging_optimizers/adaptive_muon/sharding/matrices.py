@@ -49,7 +49,12 @@ class Mode(Protocol):
 
 
 class ShardShapes(NamedTuple):
-    """How a group holds a parameter: its blocks, and the rows and columns of each rank's shard with padding."""
+    """How a group holds a parameter.
+
+    Args:
+        blocks: Its blocks, as ``muon_blocks`` has them; None where the parameter is one matrix.
+        shapes: ``(rows, columns)`` of each rank's shard, with padding.
+    """
 
     blocks: tuple[int, ...] | ColumnBlocks | None
     shapes: tuple[tuple[int, int], ...]
@@ -67,13 +72,21 @@ class ShardShapes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A logical matrix of a parameter: all of the parameter, or one block."""
+    """A logical matrix of a parameter: all of the parameter, or one block.
+
+    Args:
+        layout: Where its shards are.
+        block: Its number; None where the parameter is one matrix.
+        rows: The local rows of the parameter that belong to it.
+        columns: The local columns of the parameter that belong to it.
+        shard_shapes: Those of the parameter, the same on all ranks that hold the matrix together.
+    """
 
     layout: Layout
-    block: int | None = None  # its number; None where the parameter is one matrix
-    rows: Index = slice(None)  # the local rows of the parameter that belong to it
-    columns: Index = slice(None)  # likewise
-    shard_shapes: ShardShapes | None = None  # of the parameter, the same on all ranks that hold the matrix together
+    block: int | None = None
+    rows: Index = slice(None)
+    columns: Index = slice(None)
+    shard_shapes: ShardShapes | None = None
 
     @property
     def is_all(self) -> bool:

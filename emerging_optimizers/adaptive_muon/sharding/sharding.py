@@ -126,9 +126,9 @@ class Sharding:
     def compare_gradients(self, param_groups: list[dict[str, Any]]) -> None:
         """Raise a ``ValueError`` unless all ranks that hold a parameter's shards have a gradient of it, or none has.
 
-        The ranks of a process group compare only when this rank's gradients of its parameters have come or gone since
-        they last did, and where all ranks know that the others do: see :meth:`Comparison.compare`. Gradients of other groups, and
-        of whole parameters, may come and go on some ranks only.
+        A rank compares only if its gradients of the group's parameters have come or gone since the last comparison, and if
+        all other ranks compare then too: see :meth:`Comparison.compare`. Gradients of other groups, and of whole parameters,
+        may come and go on some ranks only.
         """
         self._comparison.compare(self.by_group(param_groups))
 

@@ -33,24 +33,40 @@ __all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "count_empty"
 
 
 class Buffer(NamedTuple):
-    """A buffer of a parameter's state."""
+    """A buffer of a parameter's state.
 
-    shape: tuple[int, ...]  # the whole one where it is a DTensor
-    local: tuple[int, ...]  # of what this rank holds
-    placements: Any  # None where it is no DTensor
+    Args:
+        shape: Its shape; of a DTensor the whole one.
+        local: The shape of what this rank holds.
+        placements: Those of a DTensor; None where it is none.
+    """
+
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    placements: Any
 
 
 @dataclass(frozen=True, eq=False)
 class StateFormat:
-    """What the state of an optimizer's parameters looks like."""
+    """What the state of an optimizer's parameters looks like.
+
+    Args:
+        sharding: How the parameters are split.
+        moment2_method: The name of the second-moment method.
+        moment2: The second-moment method.
+        momentum_dtype: The dtype of the momentum, except for float64 parameters.
+        bias_correction: Whether D is corrected.
+        counts_steps: Whether steps are counted, as bias correction and stochastic rounding need it.
+        capturable: Whether the count is on the parameter's device.
+    """
 
     sharding: Sharding
     moment2_method: str
     moment2: Moment2
-    momentum_dtype: torch.dtype  # of all parameters but those in float64
+    momentum_dtype: torch.dtype
     bias_correction: bool
-    counts_steps: bool  # as bias correction and stochastic rounding need it
-    capturable: bool  # whether the count is on the parameter's device
+    counts_steps: bool
+    capturable: bool
 
     def kept_dims(self, p: torch.Tensor, matrix: Matrix) -> tuple[int, ...]:
         """Return the dimensions that V keeps of a matrix of a parameter."""

@@ -36,7 +36,7 @@ def load(
     """Load a checkpoint into ``optimizer`` as torch does, the matrices' part of it checked and in its own dtypes.
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
-    Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
+    Two hooks prevent this: one after all that may change the checkpoint, one before all that may change what was loaded.
 
     Args:
         optimizer: The optimizer of the matrices, or one that holds its groups too.
@@ -65,6 +65,9 @@ def load(
                 wide.update((p, states.get(key, {})) for p, key in pairs if widened(p))
 
     def after(optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if "moment2_method" in group:  # a checkpoint without state may be of another method
+                group["moment2_method"] = state_format.moment2_method
         for p, of_p in optimizer.state.items():
             optimizer.state[p] = _present(of_p)
         for p, state in saved.items():
@@ -167,8 +170,7 @@ def _checked_states(
         method = saved_group.get("moment2_method") or _upstream_method(p, state, state_format)
         require(
             method == state_format.moment2_method,
-            f'the checkpoint must be of the optimizer\'s moment2_method, "{state_format.moment2_method}"; for {name} '
-            "it is of",
+            f'the moment2_method of the checkpoint must be "{state_format.moment2_method}" for {name}',
             method,
             f'Pass moment2_method="{method}" to resume it, or start without its optimizer state.',
         )

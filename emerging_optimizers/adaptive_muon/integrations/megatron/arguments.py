@@ -40,7 +40,13 @@ def add_adaptive_muon_args(parser: argparse.ArgumentParser) -> argparse.Argument
 
     Where ``--optimizer adaptive_muon`` is on the command line, the default of ``--muon-tp-mode`` becomes
     "layer_sharded". Flags that Megatron's parser has already stay as they are, but take the names that AdaptiveMuon
-    takes. Return the same parser.
+    takes.
+
+    Args:
+        parser: Megatron's parser, which is changed in place.
+
+    Returns:
+        The same parser.
     """
     known = parser._option_string_actions  # argparse has no public way to look up or to widen a flag
     group = parser.add_argument_group(title="adaptive muon")

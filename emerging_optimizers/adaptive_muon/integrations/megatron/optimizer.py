@@ -63,7 +63,7 @@ class TensorParallelAdaptiveMuon(AdaptiveMuon):
             for a matrix of its own, and its result depends on the number of ranks.
         weight_decay_method: As AdaptiveMuon's. It overrides ``use_decoupled_weight_decay``.
         split_heads, split_gate_up: As :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`, for weights that
-            :func:`tag_patterns` has seen. Megatron's models have passed it where Megatron makes the optimizer.
+            :func:`tag_patterns` has tagged. After :func:`register`, those of Megatron's models are tagged.
         names: The names of the model's parameters, for diagnostics.
         **options: Further options of AdaptiveMuon, by name.
 
@@ -193,13 +193,14 @@ def register(**options: Unpack[OptionsDict]) -> None:
     """Make ``OptimizerConfig(optimizer="adaptive_muon")`` build :class:`TensorParallelAdaptiveMuon`.
 
     Routers, and parameters with ``use_muon = False``, go to Megatron's scalar optimizer. All fields about Muon and
-    adaptive_muon of Megatron's ``OptimizerConfig`` reach the optimizer. Pass here what they
-    cannot say, or what is to win over them and over the command line (:func:`add_adaptive_muon_args`). Calling again
-    replaces the options of the last call.
+    adaptive_muon of Megatron's ``OptimizerConfig`` reach the optimizer. Pass the options that it lacks. They override
+    the fields, and the command line (:func:`add_adaptive_muon_args`). Calling again replaces the options of the last call.
 
     Args:
         **options: Options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` that hold for all parameter
-            groups, by name. None leaves an option to the command line, if that was parsed, and else to its default.
+            groups, and ``split_heads`` and ``split_gate_up`` of
+            :class:`~emerging_optimizers.adaptive_muon.options.SplitOptions`, by name. None leaves an option to the
+            command line, if that was parsed, and else to its default.
 
     Raises:
         RuntimeError: If the installed megatron-core is not one of the supported versions, or could not import what it
@@ -208,7 +209,7 @@ def register(**options: Unpack[OptionsDict]) -> None:
         ValueError: If a value breaks its option's rule.
     """
     _require_supported_version()
-    # Versions without this module are refused above, so it is imported here.
+    # Versions without this module are rejected above, so it is imported here.
     from megatron.core.optimizer import emerging_optimizers
 
     _require_emerging_optimizers(emerging_optimizers)
