@@ -231,6 +231,84 @@ def test_capturable_on_a_device_without_graphs_is_refused_before_anything_moves(
     assert not any(optimizer.state.values())
 
 
+def in_float64(p, state):
+    p.grad = None
+    p.data = p.data.double()
+    p.grad = torch.ones_like(p)
+
+
+def on_another_device(p, state):
+    state.update({key: value.to("meta") for key, value in state.items()})
+
+
+def pruned(p, state):
+    p.grad = None
+    p.data = p.data[1:].clone()
+    p.grad = torch.ones_like(p)
+
+
+def without_averages(p, state):
+    state.popitem()
+
+
+def with_a_gradient_of_another_dtype(p, state):
+    p.grad = None
+    p.grad_dtype, p.grad = torch.float64, torch.ones_like(p, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (in_float64, r"of \(8,\) torch.float64 cpu; it holds, got .*exp_avg of \(8,\) torch.float32 cpu"),
+        (on_another_device, r"of \(8,\) torch.float32 cpu; it holds, got .*exp_avg of \(8,\) torch.float32 meta"),
+        (pruned, r"exp_avg and exp_avg_sq of \(7,\).*got .*exp_avg of \(8,\)"),
+        (without_averages, r"must hold step, and exp_avg and exp_avg_sq.*got 'step, exp_avg of .*'\. Call"),
+        (with_a_gradient_of_another_dtype, "in torch.float32, is in, got torch.float64. Convert it"),
+    ],
+    ids=["dtype", "device", "shape", "keys", "gradient"],
+)
+def test_a_step_that_adamw_cannot_make_changes_no_matrix(change, got):
+    if change is with_a_gradient_of_another_dtype and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("torch 2.9 and older allow no other dtype")
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    p = model.blocks[0].query.bias
+    change(p, optimizer.state[p])
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"][0]])
+    with pytest.raises(ValueError, match=r"blocks\.0\.query\.bias'.*" + got):
+        optimizer.step()
+    after = [model.state_dict(), optimizer.state_dict()["state"][0]]
+    torch.testing.assert_close([*map(dict, after)], [*map(dict, before)], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "of_bias",
+    [
+        lambda state: {"momentum_buffer": state["exp_avg"]},
+        lambda state: {**state, "exp_avg": state["exp_avg"][1:]},
+        lambda state: {key: state[key] for key in ("step", "exp_avg")},
+        lambda state: {key: state[key] for key in ("exp_avg", "exp_avg_sq")},
+    ],
+    ids=["another optimizer's", "another shape", "no second moment", "no step"],
+)
+def test_a_checkpoint_that_does_not_fit_adamw_changes_nothing(of_bias):
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    checkpoint, before = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    [place] = [
+        place
+        for group in checkpoint["param_groups"]
+        for place, name in zip(group["params"], group["param_names"], strict=True)
+        if name == "blocks.0.query.bias"
+    ]
+    checkpoint["state"][place] = of_bias(checkpoint["state"][place])
+    with pytest.raises(
+        ValueError, match=r"query\.bias' must hold step, and exp_avg and.*it holds, got .*the same model"
+    ):
+        optimizer.load_state_dict(checkpoint)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], atol=0, rtol=0)
+
+
 def test_added_group_is_split_and_a_bad_one_changes_nothing():
     model, optimizer = model_and_optimizer()
     before = [copy.copy(g) for g in optimizer.param_groups], optimizer.describe()

@@ -618,7 +618,8 @@ def test_a_model_converted_after_its_state_was_made():
     p.data = p.data.double()
     p.grad, before, state = normal((6, 4), 1).double(), p.detach().clone(), copy.deepcopy(optimizer.state[p])
     with pytest.raises(
-        ValueError, match=r"'w' must be in torch.float64.*, got torch.float32. Call optimizer.load_state_dict"
+        ValueError,
+        match=r"'w' must be in torch.float64 on cpu, got 'torch.float32 on cpu'. Call optimizer.load_state_dict",
     ):
         optimizer.step()
     assert torch.equal(p, before) and all(torch.equal(optimizer.state[p][key], state[key]) for key in state)

@@ -41,6 +41,7 @@ from emerging_optimizers.adaptive_muon.routing.replicas import replica_group_of
 from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route
 from emerging_optimizers.adaptive_muon.sharding.blocks import in_words
 from emerging_optimizers.adaptive_muon.state import checkpoint
+from emerging_optimizers.adaptive_muon.state.buffers import check_adamw_state
 
 
 __all__ = ["HybridAdaptiveMuon"]
@@ -294,8 +295,8 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         """Load a checkpoint of this class.
 
         Raises:
-            ValueError: If the checkpoint is of another routing, or its matrices' part is one that
-                :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
+            ValueError: If the checkpoint is of another routing, AdamW's part does not fit, or the matrices' part is
+                one that :meth:`AdaptiveMuon.load_state_dict` refuses. Nothing is changed.
         """
         self._entries.follow(self.param_groups, self._model)
         widened = is_widened if self._muon.options.stochastic_rounding else None
@@ -364,8 +365,13 @@ def _remedy(name: str, reason: str, of_model: bool) -> str:
 
 def _prepare(adamw: AdamW, options: Options) -> None:
     """Check AdamW's groups before a step, and choose its kernel."""
+
+    def widens(p: torch.Tensor) -> bool:
+        return options.stochastic_rounding and is_widened(p)
+
     for group in adamw.param_groups:
-        check_gradients(group, "AdamW", complex_too=True)
+        check_gradients(group, "AdamW", complex_too=True, converts=widens)
+        check_adamw_state(group, adamw.state, lambda p: torch.float32 if widens(p) else p.dtype)
         check_capturable(group)
         check_rounding(group, options, scalar=True)
         _fuse(group, adamw.state)

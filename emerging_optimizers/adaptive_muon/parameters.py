@@ -3,6 +3,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -145,8 +146,17 @@ def check_matrices(group: dict[str, Any]) -> None:
             )
 
 
-def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool = False) -> None:
-    """Raise a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors."""
+def check_gradients(
+    group: dict[str, Any],
+    algorithm: str,
+    *,
+    complex_too: bool = False,
+    converts: Callable[[torch.Tensor], bool] = lambda p: True,
+) -> None:
+    """Raise a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors.
+
+    Also if it has another dtype than its parameter, unless the algorithm ``converts`` the gradient of that parameter.
+    """
     for index, p in enumerate(group["params"]):
         grad = p.grad
         if grad is None:
@@ -163,6 +173,13 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
                 f"{parameter_name(group, index)} is",
                 f"{grad.layout}, {grad.dtype}",
                 "Make it dense (sparse=False in an embedding), or give the parameter to another optimizer.",
+            )
+        if grad.dtype != p.dtype and not converts(p):
+            raise refusal(
+                f"gradients of {algorithm} must have the dtype of their parameters; that of {parameter_name(group, index)}, "
+                f"in {p.dtype}, is in",
+                grad.dtype,
+                "Convert it to that dtype.",
             )
 
 

@@ -14,7 +14,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name
 from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
-from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
+from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_adamw_state
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
@@ -60,9 +60,11 @@ def load(
             _check_route(saved_group, group)
             if group.get("use_muon", True):
                 saved.update(_checked_states(saved_group, group, states, state_format))
-            elif widened is not None:
+            else:
                 pairs = zip(group["params"], saved_group["params"], strict=True)
-                wide.update((p, states.get(key, {})) for p, key in pairs if widened(p))
+                of_adamw = {p: states.get(key, {}) for p, key in pairs}
+                check_adamw_state({**saved_group, "params": group["params"]}, of_adamw)
+                wide.update((p, state) for p, state in of_adamw.items() if widened is not None and widened(p))
 
     def after(optimizer: Optimizer) -> None:
         for p, of_p in optimizer.state.items():
