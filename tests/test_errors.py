@@ -165,6 +165,26 @@ def test_params_of_another_form_are_refused(params, text):
         HybridAdaptiveMuon(params)
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["", "named"])
+@pytest.mark.parametrize("shape", [(4, 3), (4,)], ids=["matrix", "bias"])
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_given_twice_is_refused(make, shape, named):
+    """As tied weights are, where the parameters of two modules are joined."""
+    p, other = matrix(*shape), matrix(3, 3)
+    if make is AdaptiveMuon and p.ndim < 2:
+        pytest.skip("matrices only")
+    params = [("a.weight", p), ("c.weight", other), ("b.weight", p)] if named else [p, other, p]
+    text = "once; repeated is, got .*" + ("'b.weight'" if named else "parameter . of its group") + ".* Remove it"
+    with pytest.raises(ValueError, match=text):
+        make(params)
+    optimizer = make([matrix(2, 2)] if not named else [("d.weight", matrix(2, 2))])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": params})
+    assert optimizer.state_dict() == before
+
+
 GROUPS = [
     {"lr": "1e-3"},
     {"nesterov": True},

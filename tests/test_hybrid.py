@@ -162,7 +162,7 @@ def test_groups_and_state_set_anew_are_the_ones_that_count():
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     assert len(optimizer.state) == len(weights)
     optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
-    with pytest.raises(ValueError, match="one group only"):
+    with pytest.raises(ValueError, match="in one group, and there once"):
         optimizer.add_param_group({"params": [("again", model.embed.weight)], "use_muon": True})
     assert len(optimizer.param_groups) == 2
     optimizer.param_groups = [dict(group) for group in optimizer.param_groups]

@@ -21,7 +21,7 @@ from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
 from emerging_optimizers.adaptive_muon.modes import loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
-from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
+from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_distinct, check_gradients
 from emerging_optimizers.adaptive_muon.rounding import check_rounding
 from emerging_optimizers.adaptive_muon.routing.forms import EXPERTS, FLATTENS
 from emerging_optimizers.adaptive_muon.routing.groups import (
@@ -239,9 +239,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         inner.add_param_group(part)
         group = inner.param_groups[-1]
         check_rounding(group, self._muon.options, scalar=inner is self._adamw)
-        held = {p for group in self.param_groups for p in group["params"]}
-        repeated = [tuple(p.shape) for p in group["params"] if p in held]
-        require(not repeated, "a parameter must be in one group only", repeated, "Remove it from the other group.")
+        check_distinct(group, self.param_groups)
         self.param_groups.append(group)
 
     @overload
