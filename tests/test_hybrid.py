@@ -13,6 +13,11 @@ import pytest
 import torch
 from small_model import MATRICES, Model, model_and_optimizer, names_of, train
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Moment2MethodT
 
@@ -114,6 +119,37 @@ def test_one_checkpoint_resumes_both(method, dtype):
     train(resumed_model, resumed, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed_model.parameters(), strict=True))
     torch.testing.assert_close(optimizer.state_dict()["state"], resumed.state_dict()["state"], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_checkpoint_in_memory_can_be_loaded_again_and_elsewhere(rounding):
+    """It shares no tensor with an optimizer that it was loaded into, though torch would not copy it."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    model, optimizer = model_and_optimizer(dtype=dtype, stochastic_rounding=rounding)
+    train(model, optimizer, range(2))
+    weights, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    saved = copy.deepcopy(state)
+    results = []
+    for made in (model_and_optimizer(dtype=dtype, stochastic_rounding=rounding) for _ in range(2)):
+        made[0].load_state_dict(weights)
+        made[1].load_state_dict(state)
+        train(*made, range(2, 4))
+        results.append(made[0].state_dict())
+        torch.testing.assert_close(state["state"], saved["state"], atol=0, rtol=0)
+    torch.testing.assert_close(dict(results[0]), dict(results[1]), atol=0, rtol=0)
+    train(model, optimizer, range(2, 4))
+    torch.testing.assert_close(dict(results[0]), dict(model.state_dict()), atol=0, rtol=0)
+
+
+def test_its_own_state_is_loaded_without_a_copy():
+    """As torch.distributed.checkpoint loads it: a copy would double the memory."""
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    places = [[value.data_ptr() for value in state.values()] for state in optimizer.state.values()]
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    assert [[value.data_ptr() for value in state.values()] for state in optimizer.state.values()] == places
 
 
 def test_checkpoint_of_another_method_or_routing_is_refused():

@@ -37,6 +37,8 @@ def load(
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
     Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
+    Torch also keeps the checkpoint's own tensors where it need not cast them. Those are copied, for a step would change the
+    checkpoint, and with it every optimizer that it is loaded into. Tensors that are the optimizer's own stay where they are.
 
     Args:
         optimizer: The optimizer of the matrices, or one that holds its groups too.
@@ -49,8 +51,10 @@ def load(
         ValueError: If the checkpoint does not fit. Nothing has changed then.
     """
     saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
+    lent = set[int]()
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        lent.update(_places(state_dict["state"]) - _places(optimizer.state))
         groups, states = state_dict["param_groups"], _present_states(state_dict["state"])
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch says so
@@ -75,6 +79,8 @@ def load(
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
         for p, state in wide.items():
             optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in state if key != "step")
+        for of_p in optimizer.state.values():
+            of_p.update((key, value.clone()) for key, value in of_p.items() if _place(value) in lent)
 
     hooks = (
         optimizer.register_load_state_dict_pre_hook(before),
@@ -85,6 +91,17 @@ def load(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _places(states: dict[Any, dict[str, Any]]) -> set[int]:
+    """Return where the tensors of states are in memory."""
+    return {_place(value) for state in states.values() for value in state.values()} - {0}
+
+
+def _place(value: Any) -> int:
+    """Return where a tensor is in memory; 0 for what has no memory of its own."""
+    local = local_of(value) if isinstance(value, torch.Tensor) else None
+    return 0 if local is None or is_traceable_wrapper_subclass(local) else local.untyped_storage().data_ptr()
 
 
 def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat) -> dict[str, torch.Tensor]:
