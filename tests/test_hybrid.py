@@ -141,6 +141,24 @@ def test_a_checkpoint_in_memory_can_be_loaded_again_and_elsewhere(rounding):
     torch.testing.assert_close(dict(results[0]), dict(model.state_dict()), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("made", [False, True], ids=["loaded", "made"])
+def test_a_checkpoint_in_inference_mode_can_be_stepped_from_outside_of_it(dtype, made):
+    """Whether it was loaded in inference mode, or its tensors were made in it."""
+    model, optimizer = model_and_optimizer(dtype=dtype)
+    train(model, optimizer, range(2))
+    with torch.inference_mode(made):
+        state = copy.deepcopy(optimizer.state_dict())
+    with torch.inference_mode(not made):
+        optimizer.load_state_dict(state)
+    other, resumed = model_and_optimizer(dtype=dtype)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), (other, resumed)):
+        train(*each, range(2, 4))
+    torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), atol=0, rtol=0)
+
+
 def test_its_own_state_is_loaded_without_a_copy():
     """As torch.distributed.checkpoint loads it: a copy would double the memory."""
     model, optimizer = model_and_optimizer()

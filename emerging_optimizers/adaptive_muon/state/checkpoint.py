@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint: reject what does not fit before anything changes, and keep the state's full precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, get_args
@@ -37,8 +37,6 @@ def load(
 
     Torch casts every floating-point state to its parameter's dtype; a bfloat16 matrix would lose the float32 momentum.
     Two hooks put it right: one after all that may change the checkpoint, one before all that may change what was loaded.
-    Torch also keeps the checkpoint's own tensors where it need not cast them. Those are copied, for a step would change the
-    checkpoint, and with it every optimizer that it is loaded into. Tensors that are the optimizer's own stay where they are.
 
     Args:
         optimizer: The optimizer of the matrices, or one that holds its groups too.
@@ -79,18 +77,23 @@ def load(
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
         for p, state in wide.items():
             optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in state if key != "step")
-        for of_p in optimizer.state.values():
-            of_p.update((key, value.clone()) for key, value in of_p.items() if _place(value) in lent)
+        _copy(optimizer, lent)
 
-    hooks = (
+    with (
         optimizer.register_load_state_dict_pre_hook(before),
         optimizer.register_load_state_dict_post_hook(after, prepend=True),
-    )
-    try:
+        torch.inference_mode(False),  # what is made in it could not be updated outside
+    ):
         torch_load(state_dict)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _copy(optimizer: Optimizer, lent: Set[int]) -> None:
+    """Copy the tensors of a checkpoint that have become the state, in place; they are in memory where ``lent`` has it.
+
+    Torch keeps those that it need not cast. A step would change the checkpoint, and every optimizer that it is loaded into.
+    """
+    for state in optimizer.state.values():
+        state.update((key, value.detach().clone()) for key, value in state.items() if _place(value) in lent)
 
 
 def _places(states: dict[Any, dict[str, Any]]) -> set[int]:
