@@ -159,6 +159,19 @@ def test_a_checkpoint_in_inference_mode_can_be_stepped_from_outside_of_it(dtype,
     torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("rounding", [False, True])
+def test_what_a_user_has_put_into_the_state_is_loaded_as_it_was(rounding):
+    """As wrappers do that average the weights."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    model, optimizer = model_and_optimizer(dtype=dtype, stochastic_rounding=rounding)
+    train(model, optimizer, range(2))
+    for p in model.parameters():
+        optimizer.state[p].update(ema=p.detach().clone(), count=3)
+    resumed = model_and_optimizer(dtype=dtype, stochastic_rounding=rounding)[1]
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    torch.testing.assert_close(resumed.state_dict()["state"], optimizer.state_dict()["state"], atol=0, rtol=0)
+
+
 def test_its_own_state_is_loaded_without_a_copy():
     """As torch.distributed.checkpoint loads it: a copy would double the memory."""
     model, optimizer = model_and_optimizer()

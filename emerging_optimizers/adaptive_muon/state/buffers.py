@@ -30,6 +30,7 @@ from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
 __all__ = [
+    "ADAMW_AVERAGES",
     "Buffer",
     "SecondMoment",
     "StateFormat",
@@ -39,6 +40,9 @@ __all__ = [
     "state_only",
     "v_key",
 ]
+
+# The last is there with amsgrad only.
+ADAMW_AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 _CONVERTED = "Call optimizer.load_state_dict(optimizer.state_dict()) after converting a model."
 _DROP = " Drop the state of a parameter that has another shape."
@@ -137,7 +141,7 @@ def check_adamw_state(
         states: State of each parameter.
         dtype: Returns the dtype of the averages of a parameter; None for a checkpoint, which is converted when it loads.
     """
-    averages = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * bool(group.get("amsgrad"))]
+    averages = ADAMW_AVERAGES[: 3 if group.get("amsgrad") else 2]
     for index, p in enumerate(group["params"]):
         state = states.get(p)
         if not state:

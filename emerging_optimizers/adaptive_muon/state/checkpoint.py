@@ -14,7 +14,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name
 from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
-from emerging_optimizers.adaptive_muon.state.buffers import StateFormat, check_adamw_state
+from emerging_optimizers.adaptive_muon.state.buffers import ADAMW_AVERAGES, StateFormat, check_adamw_state
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
@@ -76,7 +76,8 @@ def load(
             if not state_format.counts_steps:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
         for p, state in wide.items():
-            optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in state if key != "step")
+            averages = [key for key in ADAMW_AVERAGES if key in state]
+            optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in averages)
         _copy(optimizer, lent)
 
     with (
