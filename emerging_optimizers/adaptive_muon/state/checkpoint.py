@@ -115,16 +115,16 @@ def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat)
     """
     own = {}
     for key, value in state.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and key != "step":
             dtype = state_format.dtype(p, key) if key.startswith(_BUFFERS) else value.dtype
-            on_host = key == "step" and not state_format.capturable
             if not is_traceable_wrapper_subclass(value):
                 value = value.as_subclass(torch.Tensor)  # buffers of older checkpoints may be of a subclass
-            own[key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
+            own[key] = value.to(device=p.device, dtype=dtype)
             if is_flattened(p):
                 own[key] = own[key].contiguous()  # in another memory format it would have no view as a matrix
-    if state_format.counts_steps and "step" not in state:
-        own["step"] = state_format.new_step(p).fill_(_LONG_AGO)
+    if state_format.counts_steps:
+        # Of whatever dtype it has become: bfloat16 would count to 256 and no further.
+        own["step"] = state_format.new_step(p).copy_(torch.as_tensor(state.get("step", _LONG_AGO)).reshape(()))
     return own
 
 
