@@ -4,6 +4,7 @@
 import copy
 import math
 import re
+from decimal import Decimal
 from typing import get_args
 
 import pytest
@@ -32,6 +33,11 @@ BAD = [
     ({"fp32_matmul_prec": "low"}, "fp32_matmul_prec", "'low'", "highest"),
     ({"lr": -1e-3}, "lr must be >= 0", "-0.001", "Use about 1e-"),
     ({"lr": "1e-3"}, "lr must be >= 0", "'1e-3'", "Use about 1e-"),
+    ({"lr": Decimal("0.02")}, "lr must be >= 0", "Decimal('0.02')", "Use about 1e-"),
+    ({"momentum": torch.tensor([0.9])}, "momentum must be in [0, 1)", "tensor([0.9000])", "0.95"),
+    ({"beta2": torch.tensor([0.9])}, "beta2 must be in [0, 1)", "tensor([0.9000])", "0.99"),
+    ({"eps": Decimal("1e-8")}, "eps must be > 0", "Decimal('1E-8')", "1e-8"),
+    ({"extra_scale_factor": [0.2]}, "extra_scale_factor must be finite", "[0.2]", "1.0"),
     ({"eps": None}, "eps must be > 0", "None", "1e-8"),
     ({"lr": torch.tensor([0.1, 0.2])}, "lr must be >= 0", "tensor([0.1000, 0.2000])", "Use about 1e-"),
     ({"lr": math.nan}, "lr must be >= 0", "nan", "Use about 1e-"),
@@ -86,7 +92,15 @@ def test_bad_option_is_refused_at_construction(make, options, rule, value, remed
 
 @pytest.mark.parametrize(
     "options",
-    [{"scalar_lr": -1}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"betas": 0.9}, {"scalar_eps": None}],
+    [
+        {"scalar_lr": -1},
+        {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
+        {"betas": 0.9},
+        {"scalar_eps": None},
+        {"scalar_lr": Decimal("1e-3")},
+        {"scalar_eps": Decimal("1e-8")},
+    ],
     ids=str,
 )
 def test_bad_adamw_option_is_refused_at_construction(options):
@@ -163,6 +177,26 @@ def test_unknown_option_is_refused():
 def test_params_of_another_form_are_refused(params, text):
     with pytest.raises((TypeError, ValueError), match=text):
         HybridAdaptiveMuon(params)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["", "named"])
+@pytest.mark.parametrize("shape", [(4, 3), (4,)], ids=["matrix", "bias"])
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_given_twice_is_refused(make, shape, named):
+    """As tied weights are, where the parameters of two modules are joined."""
+    p, other = matrix(*shape), matrix(3, 3)
+    if make is AdaptiveMuon and p.ndim < 2:
+        pytest.skip("matrices only")
+    params = [("a.weight", p), ("c.weight", other), ("b.weight", p)] if named else [p, other, p]
+    text = "once; repeated is, got .*" + ("'b.weight'" if named else "parameter . of its group") + ".* Remove it"
+    with pytest.raises(ValueError, match=text):
+        make(params)
+    optimizer = make([matrix(2, 2)] if not named else [("d.weight", matrix(2, 2))])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": params})
+    assert optimizer.state_dict() == before
 
 
 GROUPS = [

@@ -13,6 +13,11 @@ import pytest
 import torch
 from small_model import MATRICES, Model, model_and_optimizer, names_of, train
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon, Moment2MethodT
 
@@ -116,6 +121,68 @@ def test_one_checkpoint_resumes_both(method, dtype):
     torch.testing.assert_close(optimizer.state_dict()["state"], resumed.state_dict()["state"], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_checkpoint_in_memory_can_be_loaded_again_and_elsewhere(rounding):
+    """It shares no tensor with an optimizer that it was loaded into, though torch would not copy it."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    model, optimizer = model_and_optimizer(dtype=dtype, stochastic_rounding=rounding)
+    train(model, optimizer, range(2))
+    weights, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    saved = copy.deepcopy(state)
+    results = []
+    for made in (model_and_optimizer(dtype=dtype, stochastic_rounding=rounding) for _ in range(2)):
+        made[0].load_state_dict(weights)
+        made[1].load_state_dict(state)
+        train(*made, range(2, 4))
+        results.append(made[0].state_dict())
+        torch.testing.assert_close(state["state"], saved["state"], atol=0, rtol=0)
+    torch.testing.assert_close(dict(results[0]), dict(results[1]), atol=0, rtol=0)
+    train(model, optimizer, range(2, 4))
+    torch.testing.assert_close(dict(results[0]), dict(model.state_dict()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("made", [False, True], ids=["loaded", "made"])
+def test_a_checkpoint_in_inference_mode_can_be_stepped_from_outside_of_it(dtype, made):
+    """Whether it was loaded in inference mode, or its tensors were made in it."""
+    model, optimizer = model_and_optimizer(dtype=dtype)
+    train(model, optimizer, range(2))
+    with torch.inference_mode(made):
+        state = copy.deepcopy(optimizer.state_dict())
+    with torch.inference_mode(not made):
+        optimizer.load_state_dict(state)
+    other, resumed = model_and_optimizer(dtype=dtype)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in ((model, optimizer), (other, resumed)):
+        train(*each, range(2, 4))
+    torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_what_a_user_has_put_into_the_state_is_loaded_as_it_was(rounding):
+    """As wrappers do that average the weights."""
+    dtype = torch.bfloat16 if rounding else torch.float32
+    model, optimizer = model_and_optimizer(dtype=dtype, stochastic_rounding=rounding)
+    train(model, optimizer, range(2))
+    for p in model.parameters():
+        optimizer.state[p].update(ema=p.detach().clone(), count=3)
+    resumed = model_and_optimizer(dtype=dtype, stochastic_rounding=rounding)[1]
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    torch.testing.assert_close(resumed.state_dict()["state"], optimizer.state_dict()["state"], atol=0, rtol=0)
+
+
+def test_its_own_state_is_loaded_without_a_copy():
+    """As torch.distributed.checkpoint loads it: a copy would double the memory."""
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    places = [value.data_ptr() for state in optimizer.state.values() for value in state.values() if value.ndim]
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    assert [v.data_ptr() for state in optimizer.state.values() for v in state.values() if v.ndim] == places
+
+
 def test_checkpoint_of_another_method_or_routing_is_refused():
     model, optimizer = model_and_optimizer("namo")
     train(model, optimizer, range(2))
@@ -162,7 +229,7 @@ def test_groups_and_state_set_anew_are_the_ones_that_count():
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     assert len(optimizer.state) == len(weights)
     optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
-    with pytest.raises(ValueError, match="one group only"):
+    with pytest.raises(ValueError, match="in one group, and there once"):
         optimizer.add_param_group({"params": [("again", model.embed.weight)], "use_muon": True})
     assert len(optimizer.param_groups) == 2
     optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
@@ -229,6 +296,84 @@ def test_capturable_on_a_device_without_graphs_is_refused_before_anything_moves(
         train(model, optimizer, range(1))
     torch.testing.assert_close(dict(model.state_dict()), dict(before), atol=0, rtol=0)
     assert not any(optimizer.state.values())
+
+
+def in_float64(p, state):
+    p.grad = None
+    p.data = p.data.double()
+    p.grad = torch.ones_like(p)
+
+
+def on_another_device(p, state):
+    state.update({key: value.to("meta") for key, value in state.items()})
+
+
+def pruned(p, state):
+    p.grad = None
+    p.data = p.data[1:].clone()
+    p.grad = torch.ones_like(p)
+
+
+def without_averages(p, state):
+    state.popitem()
+
+
+def with_a_gradient_of_another_dtype(p, state):
+    p.grad = None
+    p.grad_dtype, p.grad = torch.float64, torch.ones_like(p, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (in_float64, r"of \(8,\) torch.float64 cpu; it holds, got .*exp_avg of \(8,\) torch.float32 cpu"),
+        (on_another_device, r"of \(8,\) torch.float32 cpu; it holds, got .*exp_avg of \(8,\) torch.float32 meta"),
+        (pruned, r"exp_avg and exp_avg_sq of \(7,\).*got .*exp_avg of \(8,\)"),
+        (without_averages, r"must hold step, and exp_avg and exp_avg_sq.*got 'step, exp_avg of .*'\. Call"),
+        (with_a_gradient_of_another_dtype, "in torch.float32, is in, got torch.float64. Convert it"),
+    ],
+    ids=["dtype", "device", "shape", "keys", "gradient"],
+)
+def test_a_step_that_adamw_cannot_make_changes_no_matrix(change, got):
+    if change is with_a_gradient_of_another_dtype and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("torch 2.9 and older allow no other dtype")
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    p = model.blocks[0].query.bias
+    change(p, optimizer.state[p])
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"][0]])
+    with pytest.raises(ValueError, match=r"blocks\.0\.query\.bias'.*" + got):
+        optimizer.step()
+    after = [model.state_dict(), optimizer.state_dict()["state"][0]]
+    torch.testing.assert_close([*map(dict, after)], [*map(dict, before)], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "of_bias",
+    [
+        lambda state: {"momentum_buffer": state["exp_avg"]},
+        lambda state: {**state, "exp_avg": state["exp_avg"][1:]},
+        lambda state: {key: state[key] for key in ("step", "exp_avg")},
+        lambda state: {key: state[key] for key in ("exp_avg", "exp_avg_sq")},
+    ],
+    ids=["another optimizer's", "another shape", "no second moment", "no step"],
+)
+def test_a_checkpoint_that_does_not_fit_adamw_changes_nothing(of_bias):
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer, range(2))
+    checkpoint, before = (copy.deepcopy(optimizer.state_dict()) for _ in range(2))
+    [place] = [
+        place
+        for group in checkpoint["param_groups"]
+        for place, name in zip(group["params"], group["param_names"], strict=True)
+        if name == "blocks.0.query.bias"
+    ]
+    checkpoint["state"][place] = of_bias(checkpoint["state"][place])
+    with pytest.raises(
+        ValueError, match=r"query\.bias' must hold step, and exp_avg and.*it holds, got .*the same model"
+    ):
+        optimizer.load_state_dict(checkpoint)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], atol=0, rtol=0)
 
 
 def test_added_group_is_split_and_a_bad_one_changes_nothing():

@@ -606,6 +606,25 @@ def test_the_step_count_is_loaded_to_where_it_is_counted(capturable):
     assert {state["momentum_buffer"].device.type for state in resumed.state.values()} == {"meta"}
 
 
+@pytest.mark.parametrize(
+    "form",
+    [int, float, torch.Tensor.bfloat16, torch.Tensor.long, lambda step: step.reshape(1)],
+    ids=["int", "float", "bfloat16", "int64", "one element"],
+)
+def test_a_step_count_is_loaded_whatever_form_it_has_got(form):
+    """A checkpoint that is converted to bfloat16 as a whole would count to 256 and no further."""
+    params = matrices()
+    optimizer = AdaptiveMuon(params, moment2_method="namo_d", bias_correction=True)
+    run(optimizer, params, [0])
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    for state in checkpoint["state"].values():
+        state["step"] = form(state["step"].fill_(256))
+    optimizer.load_state_dict(checkpoint)
+    run(optimizer, params, [1])
+    steps = [state["step"] for state in optimizer.state.values()]
+    assert all(step == 257 and step.dtype == torch.float32 and step.shape == () for step in steps)
+
+
 @pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.9 and older allow no other dtype")
 def test_a_gradient_may_have_another_dtype():
     """As ``grad_dtype`` allows: it is rounded to the dtype of the state, or is exact in it."""
@@ -627,7 +646,8 @@ def test_a_model_converted_after_its_state_was_made():
     p.data = p.data.double()
     p.grad, before, state = normal((6, 4), 1).double(), p.detach().clone(), copy.deepcopy(optimizer.state[p])
     with pytest.raises(
-        ValueError, match=r"'w' must be in torch.float64.*, got torch.float32. Call optimizer.load_state_dict"
+        ValueError,
+        match=r"'w' must be in torch.float64 on cpu, got 'torch.float32 on cpu'. Call optimizer.load_state_dict",
     ):
         optimizer.step()
     assert torch.equal(p, before) and all(torch.equal(optimizer.state[p][key], state[key]) for key in state)

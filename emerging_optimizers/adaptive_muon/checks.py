@@ -4,10 +4,13 @@
 import math
 import pickle
 from collections.abc import Collection, Iterable
+from numbers import Real
 from typing import Any
 
+import torch
 
-__all__ = ["refusal", "require", "require_known", "require_one_of", "require_picklable", "within"]
+
+__all__ = ["is_rate", "refusal", "require", "require_known", "require_one_of", "require_picklable", "within"]
 
 
 def refusal(rule: str, value: object, remedy: str) -> ValueError:
@@ -43,11 +46,15 @@ def require_known(names: Iterable[str], known: Collection[str]) -> None:
 
 
 def within(value: Any, low: float, high: float = math.inf) -> bool:
-    """Return whether ``low <= value < high``; NaN and what is no number, such as the string "1e-3", are not."""
-    try:
-        return bool(low <= value < high)
-    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several numbers
-        return False
+    """Return whether ``low <= value < high``; NaN and what is no real number or scalar tensor, such as "1e-3", are not."""
+    is_number = isinstance(value, Real) or (isinstance(value, torch.Tensor) and value.ndim == 0)
+    return is_number and bool(low <= value < high)
+
+
+def is_rate(value: Any) -> bool:
+    """Return whether a value is a learning rate, which is >= 0 and may be a tensor of one element in any shape."""
+    one_element = isinstance(value, torch.Tensor) and value.numel() == 1
+    return within(value.reshape(()) if one_element else value, 0)
 
 
 def require_picklable(name: str, value: object) -> None:

@@ -21,7 +21,7 @@ from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
 from emerging_optimizers.adaptive_muon.modes import check_capture, loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.optimizer import AdaptiveMuon
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, SplitOptions
-from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_gradients
+from emerging_optimizers.adaptive_muon.parameters import check_capturable, check_distinct, check_gradients
 from emerging_optimizers.adaptive_muon.rounding import check_rounding
 from emerging_optimizers.adaptive_muon.routing.forms import EXPERTS, FLATTENS
 from emerging_optimizers.adaptive_muon.routing.groups import (
@@ -41,6 +41,7 @@ from emerging_optimizers.adaptive_muon.routing.replicas import replica_group_of
 from emerging_optimizers.adaptive_muon.routing.rules import NOT_A_MAP, STACK, AlgorithmT, Route
 from emerging_optimizers.adaptive_muon.sharding.blocks import in_words
 from emerging_optimizers.adaptive_muon.state import checkpoint
+from emerging_optimizers.adaptive_muon.state.buffers import check_adamw_state
 
 
 __all__ = ["HybridAdaptiveMuon"]
@@ -238,9 +239,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         inner.add_param_group(part)
         group = inner.param_groups[-1]
         check_rounding(group, self._muon.options, scalar=inner is self._adamw)
-        held = {p for group in self.param_groups for p in group["params"]}
-        repeated = [tuple(p.shape) for p in group["params"] if p in held]
-        require(not repeated, "a parameter must be in one group only", repeated, "Remove it from the other group.")
+        check_distinct(group, self.param_groups)
         self.param_groups.append(group)
 
     @overload
@@ -294,8 +293,8 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
         """Load a checkpoint of this class.
 
         Raises:
-            ValueError: If the checkpoint is of another routing, or its matrices' part is one that
-                :meth:`AdaptiveMuon.load_state_dict` rejects. Nothing is changed.
+            ValueError: If the checkpoint is of another routing, AdamW's part does not fit, or the matrices' part is
+                one that :meth:`AdaptiveMuon.load_state_dict` rejects. Nothing is changed.
         """
         self._entries.follow(self.param_groups, self._model)
         widened = is_widened if self._muon.options.stochastic_rounding else None
@@ -364,9 +363,14 @@ def _remedy(name: str, reason: str, of_model: bool) -> str:
 
 def _prepare(adamw: AdamW, options: Options) -> None:
     """Check AdamW's groups before a step, and choose its kernel."""
+
+    def widens(p: torch.Tensor) -> bool:
+        return options.stochastic_rounding and is_widened(p)
+
     check_capture(adamw.param_groups, adamw.state, options.capturable)
     for group in adamw.param_groups:
-        check_gradients(group, "AdamW", complex_too=True)
+        check_gradients(group, "AdamW", complex_too=True, converts=widens)
+        check_adamw_state(group, adamw.state, lambda p: torch.float32 if widens(p) else p.dtype)
         check_capturable(group)
         check_rounding(group, options, scalar=True)
         _fuse(group, adamw.state)

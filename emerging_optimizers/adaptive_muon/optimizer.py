@@ -17,7 +17,7 @@ from emerging_optimizers.adaptive_muon.exchange.plan import Round
 from emerging_optimizers.adaptive_muon.modes import check_capture, loss_of, plain_modes
 from emerging_optimizers.adaptive_muon.options import Options, OptionsDict, check_group, shows_options
 from emerging_optimizers.adaptive_muon.orthogonalize.newton_schulz import NewtonSchulz, at_precision
-from emerging_optimizers.adaptive_muon.parameters import check_gradients, check_matrices
+from emerging_optimizers.adaptive_muon.parameters import check_distinct, check_gradients, check_matrices
 from emerging_optimizers.adaptive_muon.pipeline import RoundUpdate, knock, pipelined
 from emerging_optimizers.adaptive_muon.planner import Planner
 from emerging_optimizers.adaptive_muon.rounding import check_rounding, make_rounding
@@ -245,6 +245,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
         try:
             group = self.param_groups[-1]
             check_group(group, self.options)
+            check_distinct(group)
             check_matrices(group)
             check_rounding(group, self.options)
             self._sharding.check(group)

@@ -13,7 +13,14 @@ from typing import Any, Literal, NamedTuple, Self, TypedDict, get_args, get_orig
 import torch
 from torch.distributed import ProcessGroup
 
-from emerging_optimizers.adaptive_muon.checks import require, require_known, require_one_of, require_picklable, within
+from emerging_optimizers.adaptive_muon.checks import (
+    is_rate,
+    require,
+    require_known,
+    require_one_of,
+    require_picklable,
+    within,
+)
 from emerging_optimizers.adaptive_muon.exchange import TensorParallelModeT
 from emerging_optimizers.adaptive_muon.hooks import WeightUpdateHook, check_upstream_has_hooks, is_hook
 from emerging_optimizers.adaptive_muon.moment2 import METHODS, Moment2, Moment2MethodT, make_moment2
@@ -136,7 +143,7 @@ class MatrixOptions:
     lr: float = option_field(
         3e-4,
         "Learning rate. The default is that of upstream's Muon.",
-        rule=Rule(">= 0", _AT_LEAST_0, "Use about 1e-3 to 1e-2."),
+        rule=Rule(">= 0", is_rate, "Use about 1e-3 to 1e-2."),
         scope="group",
         megatron_field="lr",
         in_files=False,

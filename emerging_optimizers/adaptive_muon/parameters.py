@@ -3,6 +3,7 @@
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from emerging_optimizers.adaptive_muon.checks import refusal, require
 __all__ = [
     "FormT",
     "check_capturable",
+    "check_distinct",
     "check_gradients",
     "check_matrices",
     "check_rows_and_columns",
@@ -43,6 +45,22 @@ def parameter_name(group: dict[str, Any], index: int) -> str:
     """Return what an error calls a group's parameter: its name where the group has names, else its index."""
     names = group.get("param_names")
     return f"parameter {names[index]!r}" if names else f"parameter {index} of its group"
+
+
+def check_distinct(group: dict[str, Any], others: Iterable[dict[str, Any]] = ()) -> None:
+    """Raise a ``ValueError`` if a group has a parameter twice, or one of another group's: it would step twice."""
+    seen = {p for other in others for p in other["params"]}
+    repeated = []
+    for index, p in enumerate(group["params"]):
+        if p in seen:
+            repeated.append(parameter_name(group, index))
+        seen.add(p)
+    require(
+        not repeated,
+        "a parameter must be in one group, and there once; repeated is",
+        ", ".join(repeated),
+        "Remove it from one of its places.",
+    )
 
 
 def use_muon_of(p: torch.Tensor, name: str = "") -> bool | None:
@@ -145,8 +163,17 @@ def check_matrices(group: dict[str, Any]) -> None:
             )
 
 
-def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool = False) -> None:
-    """Raise a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors."""
+def check_gradients(
+    group: dict[str, Any],
+    algorithm: str,
+    *,
+    complex_too: bool = False,
+    converts: Callable[[torch.Tensor], bool] = lambda p: True,
+) -> None:
+    """Raise a ``ValueError`` if a gradient of a group is sparse or, unless ``complex_too``, complex or several tensors.
+
+    Also if it has another dtype than its parameter, unless the algorithm ``converts`` the gradient of that parameter.
+    """
     for index, p in enumerate(group["params"]):
         grad = p.grad
         if grad is None:
@@ -163,6 +190,13 @@ def check_gradients(group: dict[str, Any], algorithm: str, *, complex_too: bool 
                 f"{parameter_name(group, index)} is",
                 f"{grad.layout}, {grad.dtype}",
                 "Make it dense (sparse=False in an embedding), or give the parameter to another optimizer.",
+            )
+        if grad.dtype != p.dtype and not converts(p):
+            raise refusal(
+                f"gradients of {algorithm} must have the dtype of their parameters; that of {parameter_name(group, index)}, "
+                f"in {p.dtype}, is in",
+                grad.dtype,
+                "Convert it to that dtype.",
             )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon.checks import require, within
+from emerging_optimizers.adaptive_muon.checks import is_rate, require, within
 from emerging_optimizers.adaptive_muon.identity import give_key, key_of
 from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.routing.rules import (
@@ -311,7 +311,7 @@ def check_scalar(options: Mapping[str, Any]) -> None:
     """Check the options of the AdamW part."""
     lr, betas, eps, weight_decay = options["lr"], options["betas"], options["eps"], options["weight_decay"]
     two = isinstance(betas, Sequence) and len(betas) == 2 and all(within(beta, 0, 1) for beta in betas)
-    require(within(lr, 0), "scalar_lr must be >= 0", lr, "Use about 1e-4 to 3e-3.")
+    require(is_rate(lr), "scalar_lr must be >= 0", lr, "Use about 1e-4 to 3e-3.")
     require(two, "betas must be two numbers in [0, 1)", betas, "Use (0.9, 0.95).")
     require(within(eps, 0), "scalar_eps must be >= 0", eps, "Use 1e-8, the default.")
     require(within(weight_decay, 0), "scalar_weight_decay must be >= 0", weight_decay, "Pass 0 for none.")

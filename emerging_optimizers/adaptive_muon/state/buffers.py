@@ -6,14 +6,14 @@ shard keeps the whole V, but for a V with an entry per element, which is sharded
 has blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` and so on.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from emerging_optimizers.adaptive_muon.checks import require
+from emerging_optimizers.adaptive_muon.checks import refusal, require
 from emerging_optimizers.adaptive_muon.moment2 import Moment2
 from emerging_optimizers.adaptive_muon.orthogonalize.batches import as_batch
 from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name, work_dtype
@@ -29,7 +29,23 @@ from emerging_optimizers.adaptive_muon.sharding.matrices import Matrix, MatrixBa
 from emerging_optimizers.adaptive_muon.sharding.sharding import Sharding
 
 
-__all__ = ["Buffer", "SecondMoment", "StateFormat", "check_state", "count_empty", "state_only", "v_key"]
+__all__ = [
+    "ADAMW_AVERAGES",
+    "Buffer",
+    "SecondMoment",
+    "StateFormat",
+    "check_adamw_state",
+    "check_state",
+    "count_empty",
+    "state_only",
+    "v_key",
+]
+
+# The last is there with amsgrad only.
+ADAMW_AVERAGES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+_CONVERTED = "Call optimizer.load_state_dict(optimizer.state_dict()) after converting a model."
+_DROP = " Drop the state of a parameter that has another shape."
 
 
 class Buffer(NamedTuple):
@@ -112,11 +128,12 @@ def check_state(
         momentum = state.get("momentum_buffer")
         if momentum is None:
             continue
+        own = state_format.dtype(p, "momentum_buffer")
         require(
-            momentum.dtype == state_format.dtype(p, "momentum_buffer"),
-            f"the momentum of {parameter_name(group, index)} must be in {state_format.dtype(p, 'momentum_buffer')}",
-            momentum.dtype,
-            "Call optimizer.load_state_dict(optimizer.state_dict()) after converting a model.",
+            (momentum.dtype, momentum.device) == (own, p.device),
+            f"the momentum of {parameter_name(group, index)} must be in {own} on {p.device}",
+            f"{momentum.dtype} on {momentum.device}",
+            _CONVERTED,
         )
         expected = {key: buffer.shape for key, buffer in state_format.buffers(p).items()}
         found = {key: tuple(state[key].shape) for key in expected if key in state}
@@ -124,8 +141,45 @@ def check_state(
             found == expected,
             f"the state of {parameter_name(group, index)} must have the shapes {expected}; it has",
             found,
-            "Set muon_transposed before the first step, and drop the state of a parameter that has another shape.",
+            "Set muon_transposed before the first step." + _DROP,
         )
+
+
+def check_adamw_state(
+    group: dict[str, Any],
+    states: Mapping[torch.Tensor, dict[str, Any]],
+    dtype: Callable[[torch.Tensor], torch.dtype] | None = None,
+) -> None:
+    """Raise a ``ValueError`` if a state does not fit a parameter of AdamW, whose step would find out halfway.
+
+    Args:
+        group: Group of AdamW.
+        states: State of each parameter.
+        dtype: Returns the dtype of the averages of a parameter; None for a checkpoint, which is converted when it loads.
+    """
+    averages = ADAMW_AVERAGES[: 3 if group.get("amsgrad") else 2]
+    for index, p in enumerate(group["params"]):
+        state = states.get(p)
+        if not state:
+            continue
+        expected = (p.shape,) if dtype is None else (p.shape, dtype(p), p.device)
+        found = {key: _form(state[key])[: len(expected)] for key in averages if key in state}
+        if "step" in state and len(found) == len(averages) and all(form == expected for form in found.values()):
+            continue
+        raise refusal(
+            f"the state of {parameter_name(group, index)} must hold step, and {' and '.join(averages)} of "
+            f"{_in_words(expected)}; it holds",
+            ", ".join(f"{key} of {_in_words(found[key])}" if key in found else key for key in state),
+            "Load a checkpoint of the same model." if dtype is None else _CONVERTED + _DROP,
+        )
+
+
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _in_words(form: Sequence[Any]) -> str:
+    return " ".join(map(str, (tuple(form[0]), *form[1:])))
 
 
 def state_only(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading a checkpoint: reject what does not fit before anything changes, and keep the state's full precision."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, get_args
@@ -14,7 +14,7 @@ from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
 from emerging_optimizers.adaptive_muon.parameters import is_flattened, parameter_name
 from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
-from emerging_optimizers.adaptive_muon.state.buffers import StateFormat
+from emerging_optimizers.adaptive_muon.state.buffers import ADAMW_AVERAGES, StateFormat, check_adamw_state
 from emerging_optimizers.orthogonalized_optimizers import adaptive_muon as upstream
 
 
@@ -49,8 +49,10 @@ def load(
         ValueError: If the checkpoint does not fit. Nothing has changed then.
     """
     saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
+    lent = set[int]()
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        lent.update(_places(state_dict["state"]) - _places(optimizer.state))
         groups, states = state_dict["param_groups"], _present_states(state_dict["state"])
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch says so
@@ -60,9 +62,11 @@ def load(
             _check_route(saved_group, group)
             if group.get("use_muon", True):
                 saved.update(_checked_states(saved_group, group, states, state_format))
-            elif widened is not None:
+            else:
                 pairs = zip(group["params"], saved_group["params"], strict=True)
-                wide.update((p, states.get(key, {})) for p, key in pairs if widened(p))
+                of_adamw = {p: states.get(key, {}) for p, key in pairs}
+                check_adamw_state({**saved_group, "params": group["params"]}, of_adamw)
+                wide.update((p, state) for p, state in of_adamw.items() if widened is not None and widened(p))
 
     def after(optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -75,17 +79,36 @@ def load(
             if not state_format.counts_steps:
                 optimizer.state[p].pop("step", None)  # nobody counts on; a stale count would be wrong later
         for p, state in wide.items():
-            optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in state if key != "step")
+            averages = [key for key in ADAMW_AVERAGES if key in state]
+            optimizer.state[p].update((key, state[key].to(p.device, torch.float32)) for key in averages)
+        _copy(optimizer, lent)
 
-    hooks = (
+    with (
         optimizer.register_load_state_dict_pre_hook(before),
         optimizer.register_load_state_dict_post_hook(after, prepend=True),
-    )
-    try:
+        torch.inference_mode(False),  # what is made in it could not be updated outside
+    ):
         torch_load(state_dict)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _copy(optimizer: Optimizer, lent: Set[int]) -> None:
+    """Copy the tensors of a checkpoint that have become the state, in place; they are in memory where ``lent`` has it.
+
+    Torch keeps those that it need not cast. A step would change the checkpoint, and every optimizer that it is loaded into.
+    """
+    for state in optimizer.state.values():
+        state.update((key, value.detach().clone()) for key, value in state.items() if _place(value) in lent)
+
+
+def _places(states: dict[Any, dict[str, Any]]) -> set[int]:
+    """Return where the tensors of states are in memory."""
+    return {_place(value) for state in states.values() for value in state.values()} - {0}
+
+
+def _place(value: Any) -> int:
+    """Return where a tensor is in memory; 0 for what has no memory of its own."""
+    local = local_of(value) if isinstance(value, torch.Tensor) else None
+    return 0 if local is None or is_traceable_wrapper_subclass(local) else local.untyped_storage().data_ptr()
 
 
 def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat) -> dict[str, torch.Tensor]:
@@ -95,16 +118,16 @@ def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat)
     """
     own = {}
     for key, value in state.items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and key != "step":
             dtype = state_format.dtype(p, key) if key.startswith(_BUFFERS) else value.dtype
-            on_host = key == "step" and not state_format.capturable
             if not is_traceable_wrapper_subclass(value):
                 value = value.as_subclass(torch.Tensor)  # buffers of older checkpoints may be of a subclass
-            own[key] = value.to(device="cpu" if on_host else p.device, dtype=dtype)
+            own[key] = value.to(device=p.device, dtype=dtype)
             if is_flattened(p):
                 own[key] = own[key].contiguous()  # in another memory format it would have no view as a matrix
-    if state_format.counts_steps and "step" not in state:
-        own["step"] = state_format.new_step(p).fill_(_LONG_AGO)
+    if state_format.counts_steps:
+        # Of whatever dtype it has become: bfloat16 would count to 256 and no further.
+        own["step"] = state_format.new_step(p).copy_(torch.as_tensor(state.get("step", _LONG_AGO)).reshape(()))
     return own
 
 
