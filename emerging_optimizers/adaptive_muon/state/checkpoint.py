@@ -126,8 +126,9 @@ def _own_form(p: torch.Tensor, state: dict[str, Any], state_format: StateFormat)
             if is_flattened(p):
                 own[key] = own[key].contiguous()  # in another memory format it would have no view as a matrix
     if state_format.counts_steps:
+        own["step"] = state_format.new_step(p)
         # Of whatever dtype it has become: bfloat16 would count to 256 and no further.
-        own["step"] = state_format.new_step(p).copy_(torch.as_tensor(state.get("step", _LONG_AGO)).reshape(()))
+        own["step"].copy_(torch.as_tensor(state.get("step", _LONG_AGO)).reshape(()))
     return own
 
 
