@@ -209,8 +209,8 @@ class Piece:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this rank holds the whole matrix."""
-        return Rectangle(*self.rectangle).shape == tuple(self.whole)
+        """Whether every rank of the group holds the whole matrix. One rank may, where the others hold empty shards."""
+        return self.group.size() == 1
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,11 @@ class ReplicaPiece(Piece):
     replica: int = 0  # its number
     replicas: int = 1  # how many there are
     shards: ProcessGroup | None = field(default=None, repr=False)  # the ranks of this one, where replicas stay apart
+
+    @property
+    @override
+    def is_whole(self) -> bool:
+        return self.group.size() == self.replicas
 
 
 def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]:
