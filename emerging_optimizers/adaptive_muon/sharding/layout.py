@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["Layout", "Piece", "Rectangle", "ReplicaPiece", "ShardedLayout", "Split", "kept_shape"]
+__all__ = ["Layout", "PartOfStack", "Piece", "Rectangle", "ReplicaPiece", "ShardedLayout", "Split", "kept_shape"]
 
 
 class Rectangle(NamedTuple):
@@ -63,6 +63,13 @@ class Layout:
     def cut(self, whole: torch.Tensor, dims: Collection[int] = (-2, -1)) -> torch.Tensor:
         """Return the view of a tensor of the whole matrix that belongs to this rank's shard, see :class:`Rectangle`."""
         return whole
+
+
+@dataclass(frozen=True)
+class PartOfStack(Layout):
+    """Some matrices of a stack, each held whole; the ranks of a group hold the others, in the order of the ranks."""
+
+    group: ProcessGroup = field(repr=False)
 
 
 @dataclass(frozen=True)
