@@ -89,6 +89,22 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
     )
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_adamw_with_kernels_for_many_tensors(way: Callable[[nn.Module], None], rounds: bool) -> None:
+    """As on a GPU. They take no DTensors beside plain tensors, as the norms of a tensor-parallel model are."""
+    whole, sharded, places = models(way, dtype=torch.bfloat16 if rounds else torch.float32)
+    options = {**options_of("namo"), "scalar_lr": 1e-2, "stochastic_rounding": rounds}
+    optimizers = [
+        HybridAdaptiveMuon.from_model(model, params=[{"params": model.parameters(), "foreach": True}], **options)
+        for model in (whole, sharded)
+    ]
+    pairs = [*zip(whole.parameters(), sharded.parameters(), strict=True)]
+    step_both(optimizers, pairs, places, 3)
+    scalars = {p for group in optimizers[0].param_groups if not group["use_muon"] for p in group["params"]}
+    assert all(difference(full(q), p.detach()) <= 1e-6 for p, q in pairs if p in scalars)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_frozen_first(way: Callable[[nn.Module], None]) -> None:
     """A layer that is frozen is passed over on all ranks, decay included, and trained once it is not."""
