@@ -50,10 +50,10 @@ def load(
     """
     saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
 
-    def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    def before(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         groups, states = state_dict["param_groups"], _present_states(state_dict["state"])
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
-            return  # torch says so
+            return None  # torch says so
         _check_names(groups, optimizer.param_groups)
         state_format.sharding.resolve([group for group in optimizer.param_groups if group.get("use_muon", True)])
         for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
@@ -63,10 +63,9 @@ def load(
             elif widened is not None:
                 pairs = zip(group["params"], saved_group["params"], strict=True)
                 wide.update((p, states.get(key, {})) for p, key in pairs if widened(p))
+        return {**state_dict, "state": {key: _present(state) for key, state in state_dict["state"].items()}}
 
     def after(optimizer: Optimizer) -> None:
-        for p, of_p in optimizer.state.items():
-            optimizer.state[p] = _present(of_p)
         for p, state in saved.items():
             optimizer.state[p].update(_own_form(p, state, state_format))
             if not state_format.counts_steps:
