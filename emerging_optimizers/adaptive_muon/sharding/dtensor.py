@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -213,11 +212,6 @@ def _group(mesh: DeviceMesh, dims: list[int]) -> ProcessGroup:
     """Return the group of the processes along the given mesh dimensions."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
-    if math.prod(mesh.size(dim) for dim in dims) == dist.get_world_size():
-        return group_of(range(dist.get_world_size()))
-    names = mesh.mesh_dim_names
-    if names is not None:
-        return mesh[tuple(names[index] for index in dims)]._flatten().get_group()
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # this process has a shard
     index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))
