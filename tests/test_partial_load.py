@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint without step counts that is loaded into a new state, with allow_partial_load, leaves no new count there."""
+"""Checkpoints that lack counts or states: what is loaded into a new state leaves no new count there."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,13 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from emerging_optimizers.adaptive_muon import AdaptiveMuon
+from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
 
 
 class Run:
@@ -89,3 +93,23 @@ def test_a_matrix_without_state_in_a_flattened_checkpoint() -> None:
     assert other.optimizer.state[first]["step"] == 2
     other.train(1)
     assert other.optimizer.state[second]["step"] == 1
+
+
+def test_what_adamw_has_no_state_of_in_a_flattened_checkpoint() -> None:
+    """As of a bias that was frozen. Torch's own AdamW fails at the empty dict that stands for its count."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)) for _ in range(2)]
+    one, other = (HybridAdaptiveMuon.from_model(model, moment2_method="namo") for model in models)
+    bias, resumed_bias = (model[0].bias for model in models)
+    for p in models[0].parameters():
+        p.grad = None if p is bias else torch.ones_like(p)
+    one.step()
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    set_optimizer_state_dict(
+        models[1], other, get_optimizer_state_dict(models[0], one, options=options), options=options
+    )
+    for p in models[1].parameters():
+        p.grad = torch.ones_like(p)
+    other.step()
+    assert {float(other.state[p]["step"]) for p in models[1][1].parameters() if "step" in other.state[p]} == {2}
+    assert other.state[resumed_bias]["step"] == 1

@@ -38,7 +38,6 @@ FOREIGN = {
     "_disable_dynamo": "as torch._compile",
     "torch.utils._python_dispatch": "is_traceable_wrapper_subclass has no public place",
     "torch.distributed.tensor._utils": "the offset of a DTensor's local shard has no public function",
-    "_flatten": "a DeviceMesh has no public way to make one dimension of several",
     "_comm_hooks": "the hooks that DistributedDataParallel has; no public function tells",
     "_batches_that_stepped": "the step of Lightning's loggers; global_step counts that of every optimizer",
     "_trainer": "a LightningModule's public trainer raises an error where it has none",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW's part of stochastic rounding: its bfloat16 parameters step in float32 copies, which are then rounded.
+"""AdamW's steps beside DTensors, and in stochastic rounding: bfloat16 parameters step in float32 copies.
 
 AdamW's update is by elements, so only a few parameters have copies at a time, and of a large one only some rows.
 """
@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from emerging_optimizers.adaptive_muon.noise import round_into
 from emerging_optimizers.adaptive_muon.rounding import noise_of
-from emerging_optimizers.adaptive_muon.sharding.dtensor import local_of
+from emerging_optimizers.adaptive_muon.sharding.dtensor import is_dtensor, local_of
 
 
-__all__ = ["AT_ONCE", "is_widened", "step_in_float32"]
+__all__ = ["AT_ONCE", "is_widened", "step_by_mesh", "step_in_float32"]
 
 # Elements that have copies at once: 64 MiB of them, and as much of their gradients.
 AT_ONCE = 2**24
@@ -29,6 +29,21 @@ def is_widened(p: torch.Tensor) -> bool:
     return p.dtype == torch.bfloat16
 
 
+def step_by_mesh(adamw: Optimizer) -> None:
+    """Make a step of AdamW, whose fused and foreach kernels take neither DTensors beside plain tensors nor of two meshes."""
+    groups = adamw.param_groups
+    of_mesh = defaultdict[Any, set[torch.Tensor]](set)
+    for group in groups:
+        for p in group["params"]:
+            of_mesh[p.device_mesh if is_dtensor(p) else None].add(p)
+    try:
+        for params in of_mesh.values():
+            adamw.param_groups = [{**group, "params": [p for p in group["params"] if p in params]} for group in groups]
+            adamw.step()
+    finally:
+        adamw.param_groups = groups
+
+
 @torch.no_grad()
 def step_in_float32(adamw: Optimizer) -> None:
     """Make a step of AdamW in which the updates of its bfloat16 parameters are rounded once, stochastically."""
@@ -36,7 +51,7 @@ def step_in_float32(adamw: Optimizer) -> None:
     numbered = [*enumerate((group, p) for group in groups for p in group["params"])]
     try:
         adamw.param_groups = [{**group, "params": [*filterfalse(is_widened, group["params"])]} for group in groups]
-        adamw.step()
+        step_by_mesh(adamw)
         widened = ((place, group, p) for place, (group, p) in numbered if is_widened(p) and p.grad is not None)
         for batch in _batches(part for place, group, p in widened for part in _parts(p, place, group, states[p])):
             copies = [part.copy() for part in batch]
@@ -45,7 +60,7 @@ def step_in_float32(adamw: Optimizer) -> None:
                 {**group, "params": [copy for copy, part in zip(copies, batch, strict=True) if part.group is group]}
                 for group in groups
             ]
-            adamw.step()
+            step_by_mesh(adamw)
             for copy, part in zip(copies, batch, strict=True):
                 part.take_back(copy, adamw.state[copy])
     finally:

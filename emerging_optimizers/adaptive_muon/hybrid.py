@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from emerging_optimizers.adaptive_muon.adamw import is_widened, step_in_float32
+from emerging_optimizers.adaptive_muon.adamw import is_widened, step_by_mesh, step_in_float32
 from emerging_optimizers.adaptive_muon.checks import require
 from emerging_optimizers.adaptive_muon.diagnostics.face import Diagnosed
 from emerging_optimizers.adaptive_muon.diagnostics.report import Finding
@@ -271,7 +271,7 @@ class HybridAdaptiveMuon(_DiagnosedModel, Optimizer):
             if self._muon.options.stochastic_rounding:
                 step_in_float32(self._adamw)
             else:
-                self._adamw.step()
+                step_by_mesh(self._adamw)
         return loss
 
     def describe(self, *, each: bool = True) -> str:

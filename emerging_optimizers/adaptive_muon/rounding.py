@@ -78,9 +78,10 @@ class Rounding:
             steps_on_device=self.steps_on_device,
         )
         if local.ndim > 2:
-            first = offset_of(params[0])[0]
-            experts = torch.arange(first, first + local.size(0), dtype=torch.int32, device=local.device)
-            keys = hashed(keys[..., None] + experts)
+            # The members' stacks may be different parts of the whole ones.
+            firsts = [matrix.first for matrix in batch.matrices]
+            experts = torch.arange(max(firsts) + local.size(0), dtype=torch.int32, device=local.device)
+            keys = hashed(keys[..., None] + torch.stack([experts[first:][: local.size(0)] for first in firsts]))
         own = batch.layout.own if isinstance(batch.layout, ShardedLayout) else None
         return Noise(keys) if own is None else Noise(keys, own.top, own.left)
 

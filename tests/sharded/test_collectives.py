@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many collectives a round takes, whatever the number of matrices and however they are sharded."""
+"""How many collectives a round takes, whatever the number of matrices and however they are sharded; and their groups."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, Layout
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
+from emerging_optimizers.adaptive_muon.sharding.agreement import group_of
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -99,3 +101,21 @@ def test_nothing_where_matrices_are_whole(method: str, group: ProcessGroup) -> N
     assert not of_second_step([stack(0)], method, tp_group=group)
     assert not of_second_step(strips()[2::3], method, tp_group=group)
     assert not of_second_step(strips(), method, layout_fn=lambda p: Layout())
+
+
+@pytest.mark.skipif(int(os.environ["WORLD_SIZE"]) < 4, reason="two groups of several ranks")
+def test_a_group_of_some_ranks_does_not_split_the_communicator_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For that NCCL would wait for the other ranks, if init_process_group was given a device_id."""
+    world, new_group, bound = dist.group.WORLD, dist.new_group, []
+    assert world is not None
+    monkeypatch.setattr(world, "bound_device_id", torch.device("cpu", 0))
+
+    def noted(*args: Any, **options: Any) -> Any:
+        bound.append(world.bound_device_id)
+        return new_group(*args, **options)
+
+    monkeypatch.setattr(dist, "new_group", noted)
+    even = dist.get_rank() % 2 == 0
+    group = group_of((0, 2) if even else (1, 3))
+    assert bound == [None] and group.size() == 2 and world.bound_device_id == torch.device("cpu", 0)
+    assert group_of((2, 0) if even else (3, 1)) is group

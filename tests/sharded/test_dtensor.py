@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import WAYS, fsdp, full, hsdp, models, step_both, train
+from models import WAYS, fsdp, full, hsdp, local, models, step_both, train
 from models import mesh as mesh_of
-from pieces import OPTIONS, difference, far_apart, options_of
+from pieces import OPTIONS, difference, far_apart, gathered, options_of
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, HybridAdaptiveMuon
@@ -45,6 +45,34 @@ def test_given_the_same_gradients(method: str, way: Callable[[nn.Module], None],
         assert not far_apart(seen, method)
 
 
+@pytest.mark.parametrize("shape", [(9, 1), (3, 9, 1), (3, 1, 9)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_tensor_parallelism_leaves_empty(method: str, shape: tuple[int, ...]) -> None:
+    """FSDP2 makes 0 x 0 of an empty shard of 9 x 0, and no experts of three with one dimension empty.
+
+    The gradients are the same for all elements: torch cannot put such a DTensor together, nor say who has which rows.
+    """
+    size = dist.get_world_size()
+    both = mesh_of((max(size // 2, 1), min(size, 2)), ("dp", "tp"))
+    p, holder = nn.Parameter(torch.ones(shape)), nn.Module()
+    along = [Shard(shape.index(1))]
+    holder.register_parameter("p", nn.Parameter(distribute_tensor(p.detach().clone(), both["tp"], along)))
+    try:
+        fully_shard(holder, mesh=both["dp"])
+    except NotImplementedError as error:  # torch 2.6 has no uneven strips of strips
+        pytest.skip(str(error))
+    q = holder.p
+    p.muon_stacked = q.muon_stacked = p.ndim == 3  # type: ignore[attr-defined]
+    optimizers = [AdaptiveMuon([each], **options_of(method), weight_decay=0.1) for each in (p, q)]
+    for _ in range(3):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert sum(gathered(local(q).numel())) == p.numel()
+    if local(q).numel():
+        assert not far_apart({"W": difference(local(q), p.detach().flatten()[0].expand(local(q).shape))}, method)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", METHODS)
 def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> None:
@@ -59,6 +87,22 @@ def test_training_of_a_model(method: str, way: Callable[[nn.Module], None]) -> N
         difference(full(q), p.detach()) <= within
         for p, q in zip(whole.parameters(), sharded.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_adamw_with_kernels_for_many_tensors(way: Callable[[nn.Module], None], rounds: bool) -> None:
+    """As on a GPU. They take no DTensors beside plain tensors, as the norms of a tensor-parallel model are."""
+    whole, sharded, places = models(way, dtype=torch.bfloat16 if rounds else torch.float32)
+    options = {**options_of("namo"), "scalar_lr": 1e-2, "stochastic_rounding": rounds}
+    optimizers = [
+        HybridAdaptiveMuon.from_model(model, params=[{"params": model.parameters(), "foreach": True}], **options)
+        for model in (whole, sharded)
+    ]
+    pairs = [*zip(whole.parameters(), sharded.parameters(), strict=True)]
+    step_both(optimizers, pairs, places, 3)
+    scalars = {p for group in optimizers[0].param_groups if not group["use_muon"] for p in group["params"]}
+    assert all(difference(full(q), p.detach()) <= 1e-6 for p, q in pairs if p in scalars)
 
 
 @pytest.mark.parametrize("way", WAYS)

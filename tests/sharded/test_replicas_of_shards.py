@@ -81,9 +81,12 @@ def same_on_replicas(optimizer: AdaptiveMuon, replica_group: ProcessGroup) -> bo
 
 
 def walked(method: str, steps: int, placed: tuple[str, tuple[Placement, ...]], **options: Any) -> list[AdaptiveMuon]:
-    """Whole matrices and a stack, and the same as DTensors with and without sharing, after some steps."""
+    """Whole matrices and a stack, and the same as DTensors with and without sharing, after some steps.
+
+    Of some, one rank of each replica holds all.
+    """
     generator = torch.Generator().manual_seed(0)
-    wholes = [torch.randn(shape, generator=generator) for shape in [*SHAPES, (3, 12, 8)]]
+    wholes = [torch.randn(shape, generator=generator) for shape in [*SHAPES, (1, 18), (18, 1), (3, 12, 8)]]
     made: list[list[nn.Parameter]] = [[nn.Parameter(whole.clone()) for whole in wholes]]
     for _ in range(2):
         of_stack = (placed[0], tuple(Shard(each.dim + 1) if isinstance(each, Shard) else each for each in placed[1]))
@@ -304,6 +307,30 @@ def test_padded_pieces_of_replicas() -> None:
         one.step()
         other.step()
     torch.testing.assert_close(q[: 6 - int(last)], p[top : top + 6], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["layer_sharded", "duplicated", "distributed"])
+def test_one_rank_of_a_replica_holds_all(mode: str) -> None:
+    """Of pieces, as of the DTensors with one row above: the others must not take it for a whole matrix."""
+    tp, replicas = groups()
+    whole = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    rows = 6 if tp.rank() == tp.size() - 1 else 0
+    p, q = nn.Parameter(whole.clone()), nn.Parameter(whole[:rows].clone())
+    piece = Piece(tp, (6, 5), (0, rows, 0, 5))
+    one = AdaptiveMuon([p], **options_of("namo"))
+    other = AdaptiveMuon(
+        [q],
+        layout_fn=lambda _: piece,
+        replica_group=replicas,
+        tp_mode=mode,
+        **options_of("namo"),  # type: ignore[arg-type]
+    )
+    for step in range(2):
+        p.grad = torch.randn(whole.shape, generator=torch.Generator().manual_seed(step))
+        q.grad = p.grad[:rows].clone()
+        one.step()
+        other.step()
+    torch.testing.assert_close(q, p[:rows], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.skipif("os.environ['WORLD_SIZE'] == '1'", reason="one process has no replicas")

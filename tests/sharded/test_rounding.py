@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from models import WAYS, full, models, step_both
+from models import mesh as mesh_of
 from pieces import Pair, fused_layers, gathered, grid, options_of, set_gradients, stack, strips
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from emerging_optimizers.adaptive_muon import AdaptiveMuon, ColumnBlocks, HybridAdaptiveMuon, Piece, adamw
 from emerging_optimizers.adaptive_muon.moment2 import METHODS
@@ -29,7 +31,7 @@ def pairs_of(kind: str, group: ProcessGroup) -> tuple[list[Pair], dict[torch.Ten
         torch.manual_seed(0)
         pairs = fused_layers(2)
     else:
-        pairs = [stack(1), stack(2)] if kind == "stacks" else strips()
+        pairs = [stack(0), stack(1), stack(2)] if kind == "stacks" else strips()
     for pair in pairs:
         for p in (pair.whole, pair.piece):
             p.data = p.data.bfloat16()
@@ -77,6 +79,22 @@ def test_equal_blocks_have_noise_of_their_own(dim: int, group: ProcessGroup) -> 
         moved = (one.mT if dim else one).float() != decayed.bfloat16().float()
         assert 0.05 < moved.double().mean() < 0.5
         assert all(0.1 < (one != other).double().mean() < 0.7 for other in blocks[:index])
+
+
+def test_stacks_of_one_batch_have_noise_of_their_own_experts(group: ProcessGroup) -> None:
+    """One holds some experts of more, the other all of its own, on every rank: replicas, which must stay the same."""
+    size, mesh = dist.get_world_size(), mesh_of((dist.get_world_size(),), ("dp",))
+    sharded, whole = (
+        torch.randn(n, 6, 8, generator=torch.Generator().manual_seed(1)).bfloat16() for n in (2 * size, 2)
+    )
+    params = [nn.Parameter(distribute_tensor(sharded, mesh, [Shard(0)])), nn.Parameter(whole)]
+    for p in params:
+        p.muon_stacked = True  # type: ignore[attr-defined]
+        p.grad = torch.ones_like(p)
+    optimizer = AdaptiveMuon(params, **options_of("namo"), **LESS)
+    optimizer.step()
+    own = [tensor.detach().float() for tensor in (params[1], optimizer.state[params[1]]["momentum_buffer"])]
+    assert all(torch.equal(one, other) for of_rank in gathered(own) for one, other in zip(of_rank, own, strict=True))
 
 
 def test_the_noise_of_another_place_would_be_seen(group: ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,18 @@ def test_a_gradient_on_one_rank_is_a_step_on_all(method: str, decay: str, mode: 
         assert bool(optimizer.state[moved]["momentum_buffer"].any()) is last
 
 
+def test_a_rank_without_experts_counts_a_first_step_at_a_rate_of_zero(group: ProcessGroup) -> None:
+    """A warmup begins with one. The count of any rank may be that of a checkpoint."""
+    experts, other = nn.Parameter(torch.ones(1 if dist.get_rank() == 0 else 0, 4, 6)), nn.Parameter(torch.ones(4, 6))
+    experts.muon_stacked, experts.partition_dim = True, 0  # type: ignore[attr-defined]
+    for gradient, steps in ((0.0, 0), (1.0, 1)):
+        optimizer = AdaptiveMuon([experts, other], lr=0.0, tp_group=group, bias_correction=True)
+        for p in (experts, other):
+            p.grad = torch.full_like(p, gradient)
+        optimizer.step()
+        assert all(optimizer.state[p]["step"] == steps for p in (experts, other))
+
+
 # --------------------------------------------------------------------------------------------------------- where V is
 
 

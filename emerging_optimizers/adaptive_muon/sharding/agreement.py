@@ -47,7 +47,12 @@ def group_of(ranks: Iterable[int]) -> ProcessGroup:
         return world
     known = _GROUPS.setdefault(world, {})
     if key not in known:
-        group = dist.new_group(list(key), use_local_synchronization=True)
+        # Bound to a device, NCCL would split the world's communicator, in which all ranks of the world must take part.
+        device, world.bound_device_id = world.bound_device_id, None
+        try:
+            group = dist.new_group(list(key), use_local_synchronization=True)
+        finally:
+            world.bound_device_id = device
         assert isinstance(group, ProcessGroup)  # this process belongs to it
         known[key] = group
     return known[key]

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -44,8 +43,18 @@ def is_dtensor(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor, sharing its memory: its shard of a DTensor, all of any other."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    """Return what this process holds of a tensor, sharing its memory: its shard of a DTensor, all of any other.
+
+    An empty shard is returned in the shape of its placements. FSDP2 makes one of 0 x 0 where tensor parallelism leaves it
+    a shard of 8 x 0.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    local = tensor.to_local()
+    if local.numel() == 0:
+        shape, _ = _place_in(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
+        return local.reshape(shape) if 0 in shape else local
+    return local
 
 
 def is_transposed(p: torch.Tensor) -> bool:
@@ -97,8 +106,6 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
     Raises:
         ValueError: If its placements are not contiguous shards and replicas.
     """
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     mesh, dims = p.device_mesh, [_sharded_dim(placement, p.ndim) for placement in p.placements]
     require(
         not any(placement.is_partial() for placement in p.placements),
@@ -118,11 +125,11 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
     replicating = [index for index, dim in enumerate(dims) if dim is None and mesh.size(index) > 1]
     if not splitting and not replicating:
         return Layout()
-    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, p.placements)
+    shape, offset = _place_in(p.shape, mesh, tuple(p.placements))
     require(
-        tuple(shape) == tuple(p.to_local().shape),
-        f"the local shard of {name} must have the shape {tuple(shape)} of its placements {p.placements}; it has",
-        tuple(p.to_local().shape),
+        shape == tuple(local_of(p).shape),
+        f"the local shard of {name} must have the shape {shape} of its placements {p.placements}; it has",
+        tuple(local_of(p).shape),
         "Use torch's own placements, without padding.",
     )
     (top, left), (rows, columns), whole = offset[-2:], shape[-2:], (p.size(-2), p.size(-1))
@@ -145,15 +152,18 @@ def shard_of(p: "DTensor", name: str, *, apart: bool) -> Layout | Piece:
 
 def offset_of(p: torch.Tensor) -> tuple[int, ...]:
     """Return where what this process holds of a tensor begins in the whole one: zeros for what is no DTensor."""
-    return _offset(p.shape, p.device_mesh, tuple(p.placements)) if is_dtensor(p) else (0,) * p.ndim
+    return _place_in(p.shape, p.device_mesh, tuple(p.placements))[1] if is_dtensor(p) else (0,) * p.ndim
 
 
 @lru_cache(maxsize=4096)
-def _offset(shape: torch.Size, mesh: DeviceMesh, placements: "tuple[Placement, ...]") -> tuple[int, ...]:
-    """Return the same, computed once: torch takes long for it."""
+def _place_in(
+    shape: torch.Size, mesh: DeviceMesh, placements: "tuple[Placement, ...]"
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shape and the offset of this process's shard by its placements, computed once: torch takes long for it."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(local), tuple(offset)
 
 
 def placements_like(p: torch.Tensor, dims: Collection[int]) -> "tuple[Placement, ...] | None":
@@ -202,11 +212,6 @@ def _group(mesh: DeviceMesh, dims: list[int]) -> ProcessGroup:
     """Return the group of the processes along the given mesh dimensions."""
     if len(dims) == 1:
         return mesh.get_group(dims[0])
-    if math.prod(mesh.size(dim) for dim in dims) == dist.get_world_size():
-        return group_of(range(dist.get_world_size()))
-    names = mesh.mesh_dim_names
-    if names is not None:
-        return mesh[tuple(names[index] for index in dims)]._flatten().get_group()
     coordinate = mesh.get_coordinate()
     assert coordinate is not None  # this process has a shard
     index = tuple(slice(None) if dim in dims else coordinate[dim] for dim in range(mesh.ndim))

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from emerging_optimizers.adaptive_muon.checks import require
 
 
-__all__ = ["Layout", "Piece", "Rectangle", "ReplicaPiece", "ShardedLayout", "Split", "kept_shape"]
+__all__ = ["Layout", "PartOfStack", "Piece", "Rectangle", "ReplicaPiece", "ShardedLayout", "Split", "kept_shape"]
 
 
 class Rectangle(NamedTuple):
@@ -72,6 +72,13 @@ class Layout:
             dims: Which of the dimensions -2 and -1 it keeps.
         """
         return whole
+
+
+@dataclass(frozen=True)
+class PartOfStack(Layout):
+    """Some matrices of a stack, each held whole; the ranks of a group hold the others, in the order of the ranks."""
+
+    group: ProcessGroup = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -218,8 +225,8 @@ class Piece:
 
     @property
     def is_whole(self) -> bool:
-        """Whether this rank holds the whole matrix."""
-        return Rectangle(*self.rectangle).shape == tuple(self.whole)
+        """Whether every rank of the group holds the whole matrix. One rank may, where the others hold empty shards."""
+        return self.group.size() == 1
 
 
 @dataclass(frozen=True)
@@ -229,6 +236,11 @@ class ReplicaPiece(Piece):
     replica: int = 0  # its number
     replicas: int = 1  # how many there are
     shards: ProcessGroup | None = field(default=None, repr=False)  # the ranks of this one, where replicas stay apart
+
+    @property
+    @override
+    def is_whole(self) -> bool:
+        return self.group.size() == self.replicas
 
 
 def kept_shape(shape: tuple[int, int], dims: Collection[int]) -> tuple[int, int]:

@@ -79,6 +79,7 @@ class Matrix:
         block: Its number; None where the parameter is one matrix.
         rows: The local rows of the parameter that belong to it.
         columns: The local columns of the parameter that belong to it.
+        first: The number of this rank's first matrix in the whole stack that the parameter is; 0 if it is a matrix.
         shard_shapes: Those of the parameter, the same on all ranks that hold the matrix together.
     """
 
@@ -86,6 +87,7 @@ class Matrix:
     block: int | None = None
     rows: Index = slice(None)
     columns: Index = slice(None)
+    first: int = 0
     shard_shapes: ShardShapes | None = None
 
     @property
@@ -208,14 +210,17 @@ def shard_info(
     return ShardInfo(name, group, dtype, blocks, split_by, local, rectangle, replica, place)
 
 
-def whole_matrices(p: torch.Tensor, name: str, blocks: Any) -> tuple[Matrix, ...]:
-    """Return the matrices of a parameter that is held whole; ``blocks`` are its row or column counts, or None."""
+def whole_matrices(p: torch.Tensor, name: str, blocks: Any, first: int = 0) -> tuple[Matrix, ...]:
+    """Return the matrices of a parameter that is held whole.
+
+    ``blocks`` are its row or column counts, or None. ``first`` is the number of its first matrix in the whole stack.
+    """
     if blocks is None:
-        return (Matrix(Layout()),)
+        return (Matrix(Layout(), first=first),)
     rows, columns = as_matrices(p).shape[-2:]
     whole, shapes = Rectangle(0, rows, 0, columns), ShardShapes(blocks, ((rows, columns),))
     return tuple(
-        Matrix(Layout(), number, *block.indices(whole, p.device), shapes)
+        Matrix(Layout(), number, *block.indices(whole, p.device), first, shapes)
         for number, block in enumerate(blocks_of(blocks, (rows, columns), name))
     )
 
@@ -227,6 +232,7 @@ def sharded_matrices(
     infos: Sequence[ShardInfo],
     mode: Mode | None,
     replicas: ProcessGroup | None = None,
+    first: int = 0,
 ) -> tuple[Matrix, ...]:
     """Return the matrices of a parameter that a group holds, from what each rank has sent about its shard.
 
@@ -237,6 +243,7 @@ def sharded_matrices(
         infos: What each of its ranks has sent.
         mode: How shards are orthogonalized; None for each as a matrix of its own.
         replicas: The ranks that then share the work on this rank's shard, if there are several.
+        first: The number of this rank's first matrix in the whole stack.
 
     Raises:
         ValueError: If shards or blocks do not fit together, or the mode cannot orthogonalize the matrix.
@@ -262,12 +269,13 @@ def sharded_matrices(
     if blocks is None:
         rows = own.shape[0]
         unpadded = slice(None) if rows == as_matrices(p).size(-2) else slice(rows)
-        return (Matrix(layout(whole, rectangles, name), rows=unpadded, shard_shapes=shapes),)
+        return (Matrix(layout(whole, rectangles, name), rows=unpadded, first=first, shard_shapes=shapes),)
     return tuple(
         Matrix(
             layout(block.shape(whole), _parts(block, rectangles), f"a block of {name}"),
             number,
             *block.indices(own, p.device),
+            first,
             shapes,
         )
         for number, block in enumerate(blocks_of(blocks, whole, name))

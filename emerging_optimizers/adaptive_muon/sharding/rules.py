@@ -13,7 +13,7 @@ from emerging_optimizers.adaptive_muon.checks import require, within
 from emerging_optimizers.adaptive_muon.parameters import is_flattened
 from emerging_optimizers.adaptive_muon.sharding.blocks import ColumnBlocks
 from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, is_dtensor, is_transposed, shard_of
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, Rectangle, Split
+from emerging_optimizers.adaptive_muon.sharding.layout import Layout, PartOfStack, Piece, Rectangle, Split
 from emerging_optimizers.adaptive_muon.sharding.matrices import Mode
 
 
@@ -72,7 +72,7 @@ class Rules:
                 split.dim,
                 "Use 0 to split the rows of a matrix, 1 to split its columns.",
             )
-            return split if split.dim >= ndim - 2 else Layout()  # a stack, each of whose matrices is whole
+            return split if split.dim >= ndim - 2 else PartOfStack(split.group)
         local, (rows, columns) = tuple(as_matrices(p).shape[-2:]), Rectangle(*split.rectangle).shape
         require(
             within(split.padding, 0) and local == (rows + split.padding, columns),

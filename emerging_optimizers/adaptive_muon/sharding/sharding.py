@@ -15,8 +15,15 @@ from emerging_optimizers.adaptive_muon.identity import identity
 from emerging_optimizers.adaptive_muon.parameters import parameter_name
 from emerging_optimizers.adaptive_muon.sharding.agreement import gather_from_all, require_agreement, union
 from emerging_optimizers.adaptive_muon.sharding.comparison import Comparison, Flag, require_equal_replicas
-from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices
-from emerging_optimizers.adaptive_muon.sharding.layout import Layout, Piece, ReplicaPiece, ShardedLayout, Split
+from emerging_optimizers.adaptive_muon.sharding.dtensor import as_matrices, offset_of
+from emerging_optimizers.adaptive_muon.sharding.layout import (
+    Layout,
+    PartOfStack,
+    Piece,
+    ReplicaPiece,
+    ShardedLayout,
+    Split,
+)
 from emerging_optimizers.adaptive_muon.sharding.matrices import (
     Matrix,
     ShardInfo,
@@ -50,6 +57,18 @@ class Found(NamedTuple):
     def holders(self) -> ProcessGroup | None:
         """The ranks with shards of this rank's replica; None where it is whole."""
         return None if isinstance(self.split, Layout) else self.split.group
+
+    @property
+    def compared_by(self) -> ProcessGroup | None:
+        """The ranks that compare it, beside its replicas; None where only those of the option tp_group do, if any."""
+        return self.split.group if isinstance(self.split, PartOfStack) else self.holders
+
+    def first(self, infos: Mapping[tuple[torch.Tensor, ProcessGroup], Sequence[ShardInfo]]) -> int:
+        """Return the number of this rank's first matrix in the whole stack, given what each rank has sent."""
+        if not isinstance(self.split, PartOfStack):
+            return offset_of(self.p)[0] if as_matrices(self.p).ndim > 2 else 0
+        group = self.split.group
+        return sum(info.local[0] for info in infos[self.p, group][: group.rank()])
 
     @property
     def info(self) -> ShardInfo:
@@ -228,7 +247,7 @@ class Sharding:
         comparing: dict[ProcessGroup, list[Found]] = {} if tp_group is None else {tp_group: []}
         for one in found:
             # A parameter that is whole for one rank may be a shard for another: the ranks of tp_group compare all.
-            for group in (one.holders or tp_group, one.replicas):
+            for group in (one.compared_by or tp_group, one.replicas):
                 if group is not None:
                     comparing.setdefault(group, []).append(one)
         infos: dict[tuple[torch.Tensor, ProcessGroup], list[ShardInfo]] = {}
@@ -250,10 +269,11 @@ class Sharding:
         for group, params in together.items():
             infos |= self._exchanged(group, params)
         return {
-            p: whole_matrices(p, one.name, one.blocks)
+            p: whole_matrices(p, one.name, one.blocks, one.first(infos))
             if group is None
             else sharded_matrices(
-                p, one.name, group, infos[p, group], self.rules.mode, one.replicas if one.shares else None
+                *(p, one.name, group, infos[p, group], self.rules.mode, one.replicas if one.shares else None),
+                first=one.first(infos),
             )
             for one, (p, group) in zip(found, groups.items(), strict=True)
         }

@@ -212,13 +212,14 @@ def count_empty(
     """Count a step of the parameters of which this rank has nothing, such as no experts of a stack.
 
     A checkpoint has one count for all ranks, perhaps this one's. Of ``fresh`` parameters, whose state this step has made,
-    those at a learning rate of zero are not counted: see :func:`state_only`.
+    those at a learning rate of zero are counted only if another parameter has made a step: see :func:`state_only`.
     """
+    stepped = any(states[p]["step"] for p in gradients if "step" in states.get(p, ())) if fresh else False
     for group in param_groups:
         for p in group["params"]:
             if p in gradients and gradients[p].numel() == 0 and sharding.is_empty(p):
                 step = states.get(p, {}).get("step")
-                if step is not None and (p not in fresh or group["lr"] != 0):
+                if step is not None and (p not in fresh or group["lr"] != 0 or stepped):
                     step.add_(1)
 
 

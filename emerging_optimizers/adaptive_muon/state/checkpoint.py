@@ -51,11 +51,11 @@ def load(
     saved, wide = dict[torch.Tensor, dict[str, Any]](), dict[torch.Tensor, dict[str, Any]]()
     lent = set[int]()
 
-    def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    def before(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         lent.update(_places(state_dict["state"]) - _places(optimizer.state))
         groups, states = state_dict["param_groups"], _present_states(state_dict["state"])
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
-            return  # torch says so
+            return None  # torch says so
         _check_names(groups, optimizer.param_groups)
         state_format.sharding.resolve([group for group in optimizer.param_groups if group.get("use_muon", True)])
         for saved_group, group in zip(groups, optimizer.param_groups, strict=True):
@@ -67,13 +67,14 @@ def load(
                 of_adamw = {p: states.get(key, {}) for p, key in pairs}
                 check_adamw_state({**saved_group, "params": group["params"]}, of_adamw)
                 wide.update((p, state) for p, state in of_adamw.items() if widened is not None and widened(p))
+        own = {"moment2_method": state_format.moment2_method}  # a checkpoint without state may be of another
+        return {
+            **state_dict,
+            "state": {key: _present(state) for key, state in state_dict["state"].items()},
+            "param_groups": [group | own if "moment2_method" in group else group for group in groups],
+        }
 
     def after(optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            if "moment2_method" in group:  # a checkpoint without state may be of another method
-                group["moment2_method"] = state_format.moment2_method
-        for p, of_p in optimizer.state.items():
-            optimizer.state[p] = _present(of_p)
         for p, state in saved.items():
             optimizer.state[p].update(_own_form(p, state, state_format))
             if not state_format.counts_steps:
