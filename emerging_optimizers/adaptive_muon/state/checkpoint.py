@@ -67,12 +67,7 @@ def load(
                 of_adamw = {p: states.get(key, {}) for p, key in pairs}
                 check_adamw_state({**saved_group, "params": group["params"]}, of_adamw)
                 wide.update((p, state) for p, state in of_adamw.items() if widened is not None and widened(p))
-        own = {"moment2_method": state_format.moment2_method}  # a checkpoint without state may be of another
-        return {
-            **state_dict,
-            "state": {key: _present(state) for key, state in state_dict["state"].items()},
-            "param_groups": [group | own if "moment2_method" in group else group for group in groups],
-        }
+        return _for_torch(state_dict, state_format.moment2_method)
 
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
@@ -90,6 +85,19 @@ def load(
         torch.inference_mode(False),  # what is made in it could not be updated outside
     ):
         torch_load(state_dict)
+
+
+def _for_torch(state_dict: dict[str, Any], moment2_method: str) -> dict[str, Any]:
+    """Return a checkpoint as torch is to load it: without what is missing, and with the optimizer's own method.
+
+    One without state may be of any method.
+    """
+    own, groups = {"moment2_method": moment2_method}, state_dict["param_groups"]
+    return {
+        **state_dict,
+        "state": {key: _present(state) for key, state in state_dict["state"].items()},
+        "param_groups": [group | own if "moment2_method" in group else group for group in groups],
+    }
 
 
 def _copy(optimizer: Optimizer, lent: Set[int]) -> None:
