@@ -235,7 +235,7 @@ def test_what_is_not_a_matrix_is_refused_by_name_and_shape(shape, text):
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.float8_e4m3fn], ids=str)
 def test_what_is_not_a_real_float_is_refused(dtype):
     p = nn.Parameter(torch.zeros(2, 2).to(dtype), requires_grad=False)
-    with pytest.raises(ValueError, match=f"dtype, got {dtype}.*bfloat16"):
+    with pytest.raises(ValueError, match=f"in one tensor; .* is, got '{dtype}'.*bfloat16"):
         AdaptiveMuon([p])
 
 

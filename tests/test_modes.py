@@ -518,6 +518,18 @@ def test_a_gradient_of_several_tensors_is_refused() -> None:
     assert torch.equal(p, normal((4, 6))) and not optimizer.state[p]
 
 
+def test_a_weight_of_several_tensors_is_refused() -> None:
+    """Such as one that is quantized in training: it has no update in place. AdamW gets it."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    p = nn.Parameter(two_tensor.TwoTensor(normal((4, 6), 1), normal((4, 6), 1)))
+    with pytest.raises(
+        ValueError, match=r"each in one tensor; parameter 'w' is, got 'TwoTensor of several tensors'. Use"
+    ):
+        AdaptiveMuon([("w", p)])
+    text = HybridAdaptiveMuon([("w", p)]).describe()
+    assert "AdamW: 1 parameters" in text and "TwoTensor of several tensors, which AdaptiveMuon does not take" in text
+
+
 def a_layout(p: torch.Tensor) -> None:
     return None
 

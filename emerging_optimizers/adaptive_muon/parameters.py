@@ -21,11 +21,11 @@ __all__ = [
     "check_gradients",
     "check_matrices",
     "check_rows_and_columns",
-    "has_usable_dtype",
     "in_work_dtype",
     "is_flattened",
     "is_matrix",
     "parameter_name",
+    "unusable_form",
     "use_muon_of",
     "work_dtype",
 ]
@@ -89,9 +89,13 @@ def is_flattened(p: torch.Tensor) -> bool:
     return getattr(p, "muon_form", None) == "flattened"
 
 
-def has_usable_dtype(p: torch.Tensor) -> bool:
-    """Return whether AdaptiveMuon takes a parameter's dtype and memory layout, whatever its shape."""
-    return p.dtype in _DTYPES and p.layout == torch.strided
+def unusable_form(p: torch.Tensor) -> str:
+    """Return the class, dtype or layout of a parameter that AdaptiveMuon does not take, whatever its shape; "" if it does."""
+    if _is_several(p):
+        return f"{type(p).__name__} of several tensors"
+    if p.layout != torch.strided:
+        return str(p.layout)
+    return "" if p.dtype in _DTYPES else str(p.dtype)
 
 
 def check_rows_and_columns(p: torch.Tensor, name: str) -> None:
@@ -154,11 +158,11 @@ def check_matrices(group: dict[str, Any]) -> None:
                 tuple(p.shape),
                 "Give it to AdamW, as HybridAdaptiveMuon does by itself." + _REMEDIES.get(p.ndim, ""),
             )
-        if not has_usable_dtype(p):
+        if unusable := unusable_form(p):
             raise refusal(
-                "parameters of AdaptiveMuon must be real floating-point matrices; "
-                f"{parameter_name(group, index)} has the dtype",
-                p.dtype if p.layout == torch.strided else f"{p.dtype}, {p.layout}",
+                "parameters of AdaptiveMuon must be real floating-point matrices, each in one tensor; "
+                f"{parameter_name(group, index)} is",
+                unusable,
                 f"Use one of {', '.join(map(str, _DTYPES))}, or give it to another optimizer.",
             )
 

@@ -18,8 +18,8 @@ from emerging_optimizers.adaptive_muon.options import SplitOptions
 from emerging_optimizers.adaptive_muon.parameters import (
     FormT,
     check_rows_and_columns,
-    has_usable_dtype,
     is_matrix,
+    unusable_form,
     use_muon_of,
 )
 from emerging_optimizers.adaptive_muon.routing.experts import find_routers, is_called_expert, is_called_router
@@ -465,8 +465,8 @@ def _why_unusable(p: torch.Tensor, form: Form | None = None, no_matrix: str = ""
     if form is None and not is_matrix(p):
         is_stack = p.ndim == 3 and min(p.shape) > 1
         return no_matrix or (f"{STACK}, set its muon_stacked = True" if is_stack else f"{p.ndim}-D, not a matrix")
-    if not has_usable_dtype(p):
-        return f"{p.dtype if p.layout == torch.strided else p.layout}, which AdaptiveMuon does not take"
+    if unusable := unusable_form(p):
+        return f"{unusable}, which AdaptiveMuon does not take"
     shape = tuple(p.shape[-2:]) if form is None else form.shape
     # Of a dimension that is split, the size at hand says nothing.
     split = getattr(p, "partition_dim", None)
