@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every option of a step on a GPU: the CPU's result, no synchronization, and CUDA graphs. And a whole model's optimizer."""
 
+import subprocess
+import sys
 from copy import deepcopy
 from typing import get_args
 
@@ -79,6 +81,15 @@ def test_walks_the_cpus_path(method, feature):
             assert set(measured) == set(found)
             for key, value in measured.items():
                 assert found[key] == pytest.approx(value, rel=0.05, abs=1e-3, nan_ok=True), (name, key)
+
+
+@pytest.mark.parametrize("feature", ["bfloat16 momentum", "measured and rounded"])
+def test_in_a_process_of_its_own(feature):
+    """Where no step before it has launched the kernels with other numbers."""
+    chosen = f"test_walks_the_cpus_path and {feature} and namo_d"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 @of_methods
