@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import batched
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,6 @@ __all__ = ["Addresses", "addresses_of", "at", "table_of"]
 
 _AT_ONCE = 16
 _ALIGNED_TO = 16  # bytes that a thread loads at once
-# By itself Triton would compile for 32 bits where the first numbers are small, and later launches would cut off addresses.
-_INT: Any = tl.int64
 
 
 class Addresses(NamedTuple):
@@ -33,11 +31,14 @@ class Addresses(NamedTuple):
     aligned: bool
 
 
+# By itself Triton would compile for 32 bits where the first numbers are small, and later launches would cut off addresses.
 @triton.jit(do_not_specialize=[f"p{i}" for i in range(_AT_ONCE)])
 def store_kernel(
     out,
-    p0: _INT, p1: _INT, p2: _INT, p3: _INT, p4: _INT, p5: _INT, p6: _INT, p7: _INT,
-    p8: _INT, p9: _INT, p10: _INT, p11: _INT, p12: _INT, p13: _INT, p14: _INT, p15: _INT,
+    p0: tl.int64, p1: tl.int64, p2: tl.int64, p3: tl.int64,  # type: ignore[valid-type]
+    p4: tl.int64, p5: tl.int64, p6: tl.int64, p7: tl.int64,  # type: ignore[valid-type]
+    p8: tl.int64, p9: tl.int64, p10: tl.int64, p11: tl.int64,  # type: ignore[valid-type]
+    p12: tl.int64, p13: tl.int64, p14: tl.int64, p15: tl.int64,  # type: ignore[valid-type]
 ):  # fmt: skip
     tl.store(out + 0, p0)
     tl.store(out + 1, p1)
