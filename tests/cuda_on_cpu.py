@@ -2,7 +2,7 @@
 """A stand-in for CUDA, so that a rehearsal runs the tests that need a GPU: ``pytest -p cuda_on_cpu tests/test_cuda.py``.
 
 Tensors "on cuda" are the CPU's, and say so: the optimizer takes its path of the CPU. A graph is a tape of the operations
-between tensors: numbers stay in it as they were, and reading a tensor's value raises, as on CUDA.
+between tensors: numbers stay in it as they were. Reading a tensor's value raises, as on CUDA, and so does indexing by a mask or a list.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -39,11 +39,12 @@ class Graph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._tape: list[tuple[Any, Any, Any, Any]] = []
+        self._of_lists: list[torch.Tensor] = []
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func._schema.name in _READS:
+        if func._schema.name in _READS or self._waits_for_indices(func, args):
             raise RuntimeError(f"a capture must not wait for the device, got {func._schema.name}")
         written = [
             kwargs[argument.name] if argument.kwarg_only else args[place]
@@ -53,7 +54,16 @@ class Graph(TorchDispatchMode):
         self._before += [(each, each.clone()) for each in tree_leaves(written) if isinstance(each, torch.Tensor)]
         result = func(*args, **kwargs)
         self._tape.append((func, args, kwargs, result))
+        if func._schema.name == "aten::lift_fresh":  # what Python makes of a list
+            self._of_lists.append(result)
         return result
+
+    def _waits_for_indices(self, func: Any, args: Any) -> bool:
+        indices = args[1] if func._schema.name in ("aten::index", "aten::index_put_") else ()
+        return any(
+            index is not None and (index.dtype == torch.bool or any(index is each for each in self._of_lists))
+            for index in indices
+        )
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

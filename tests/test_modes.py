@@ -638,3 +638,33 @@ def test_a_graph_refuses_new_state_of_adamw(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match=r"got \[\(4,\)\]. Make one step"):
         optimizer.step()
     assert all(map(torch.equal, params, before)) and not optimizer.state.get(params[1])
+
+
+@pytest.mark.parametrize("make", [AdaptiveMuon, HybridAdaptiveMuon])
+def test_a_capture_of_a_first_step_is_refused(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an optimizer that has loaded its state too. Here the parameters only say that they are on a GPU."""
+
+    class OnGpu(nn.Parameter):
+        is_cuda = True
+
+    def made() -> tuple[nn.Parameter, Any]:
+        p = OnGpu(torch.ones(4, 3))
+        p.grad = torch.ones(4, 3)
+        return p, make([p], capturable=True)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    _, trained = made()
+    trained.step()
+    state = trained.state_dict()
+    for loaded in (None, state):
+        p, optimizer = made()
+        if loaded is not None:
+            optimizer.load_state_dict(loaded)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(ValueError, match=r"must make its first step .* got \[\(4, 3\)\]. Make one step"):
+            optimizer.step()
+        assert torch.equal(p, torch.ones(4, 3))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        optimizer.step()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()

@@ -172,3 +172,16 @@ def test_divide(shape, dtype):
     out = torch.full_like(matrices, torch.nan, dtype=dtype)
     divide_on_cuda(matrices, divisors, out)
     assert torch.equal(out, (matrices / divisors).to(dtype))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [0, 1])
+def test_an_expanded_gradient(dim):
+    """Of which all rows are one, or all columns: the first has no distance between rows."""
+    [row], [M] = tensors(1, (1, 48) if dim == 0 else (40, 1), seed=1), tensors(1, (40, 48))
+    Gs, expected = [row.expand(40, 48)], M.clone().lerp(row, 0.1)
+    M_prime, _ = passes.average([M], Gs, momentum=0.9, nesterov=False, kept_dims=(), observed=())
+    torch.testing.assert_close(M, expected, atol=1e-6, rtol=1e-6)
+    if dim == 0:
+        average_on_cuda([M], Gs, momentum=0.9, nesterov=False, kept_dims=None)
+        torch.testing.assert_close(M, expected.lerp(row, 0.1), atol=1e-6, rtol=1e-6)

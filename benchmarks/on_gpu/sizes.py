@@ -58,7 +58,7 @@ class Sizes:
 
 ON_GPU = Sizes()
 REHEARSAL = Sizes(
-    test_choice="takes_views or where_it_saves or (namo_d and (graph or capture)) or a_model and not rounded",
+    test_choice="takes_views or where_it_saves or (namo_d and (graph or capture)) or a_model or schedulers",
     stand_in="cuda_on_cpu",
     test_workers=1,
     copied=2**16,

@@ -108,7 +108,8 @@ class _Part:
 
     def take_back(self, copy: torch.Tensor, lent: dict[str, Any]) -> None:
         """Round a copy that has stepped into the parameter, and keep its state."""
-        noise, local = noise_of(self.p, self.place, lent["step"]), _as_matrix(self.p.detach())
+        noise = noise_of(self.p, self.place, lent["step"], capturable=self.group["capturable"])
+        local = _as_matrix(self.p.detach())
         if self.rows is None:
             result = local if _is_viewed(self.p) else torch.empty_like(local)
             round_into([result], [_as_matrix(copy)], noise)

@@ -136,7 +136,8 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
 
     def _step(self) -> None:
         """Update all matrices that have a gradient, in the modes of :func:`plain_modes`."""
-        check_capture(self.param_groups, self.state, self.capturable)
+        stepped = self._planner.has_planned
+        check_capture(self.param_groups, self.state, capturable=self.capturable, has_stepped=stepped)
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)

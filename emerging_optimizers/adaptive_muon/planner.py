@@ -38,6 +38,11 @@ class Planner:
         self._sharding = state_format.sharding
         self._last: tuple[list[Ready], dict[ProcessGroup | None, list[Round]]] | None = None
 
+    @property
+    def has_planned(self) -> bool:
+        """Whether there is a plan of an earlier step."""
+        return self._last is not None
+
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has. Plans are of an optimizer's own parameters."""

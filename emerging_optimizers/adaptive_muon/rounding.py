@@ -133,16 +133,17 @@ def check_rounding(group: dict[str, Any], options: RoundingOptions, *, scalar: b
             )
 
 
-def noise_of(p: torch.Tensor, place: int, step: torch.Tensor) -> Noise:
+def noise_of(p: torch.Tensor, place: int, step: torch.Tensor, *, capturable: bool) -> Noise:
     """Return the noise for what this process holds of a parameter of any shape, its last dimension taken for columns.
 
     Args:
         p: The parameter. Of a DTensor the noise is that of the shard's place in it.
         place: Its place among the parameters of its optimizer.
         step: Its step count.
+        capturable: Whether no step may read the count, which is on the device. One that is there is never read.
     """
     local, device = local_of(p), local_of(p).device
-    prefix, on_device = (_PURPOSES.index("scalar"), place, 0), step.device.type != "cpu"
+    prefix, on_device = (_PURPOSES.index("scalar"), place, 0), capturable or step.device.type != "cpu"
     keys = make_keys([prefix], [step], device, steps_on_device=on_device)
     row = torch.zeros(1, dtype=torch.int32, device=device)
     for size, own, first in zip(p.shape[:-1], local.shape[:-1], offset_of(p)[:-1], strict=True):

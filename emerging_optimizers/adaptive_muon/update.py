@@ -89,7 +89,7 @@ class BatchUpdate:
     ) -> None:
         function = rule.functions(params, group)
         self.params, self.batches, self._rule, self._group, self._states = params, batches, rule, group, states
-        self._lr = _rate(group["lr"], on_device=rule.steps_on_device)
+        self._lr = _rate(group["lr"], params[0].device, on_device=rule.steps_on_device)
         self._Ws = [as_matrices(p) for p in params]
         self._gradients = gradients
         self._scales = [_Scale(rule, group, params, states, batch, function) for batch in batches]
@@ -198,14 +198,17 @@ class BatchUpdate:
                 round_into(parts, [matrix.of(result)], noise)
 
 
-def _rate(lr: Number, *, on_device: bool) -> Number:
+def _rate(lr: Number, device: torch.device, *, on_device: bool) -> Number:
     """Return a learning rate as a number where it is one, and as a tensor where a graph's replays read it.
 
-    So a tensor on the CPU gives the result of the same number, and neither its dtype nor its shape has a say.
+    So a tensor on the CPU gives the result of the same number, and neither its dtype nor its shape has a say. A group may
+    have parameters on several devices, and its rate on one of them.
     """
     if not isinstance(lr, torch.Tensor):
         return lr
-    return lr.reshape(()) if on_device or lr.device.type != "cpu" else float(lr)
+    if lr.device.type == "cpu":
+        return lr.reshape(()) if on_device else float(lr)
+    return lr.reshape(()).to(device, non_blocking=True)
 
 
 @contextmanager

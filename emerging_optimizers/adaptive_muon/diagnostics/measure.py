@@ -178,8 +178,9 @@ class BatchMeasures:
             values[..., _MEAN], values[..., _LEAST], values[..., _MOST] = scale / self._size, -least, most
         had = [index for index, key in enumerate(self._keys) if key in awaiting]
         if had:
-            keys = self._keys if len(had) == len(self._keys) else [self._keys[index] for index in had]
-            self._store.put(keys, values if keys is self._keys else values[had], self._store.steps)
+            # not values[had], which would copy the list to the device and wait for it
+            found = values if len(had) == len(self._keys) else torch.stack([values[index] for index in had])
+            self._store.put([self._keys[index] for index in had], found, self._store.steps)
 
 
 def _nothing(measures: torch.Tensor) -> torch.Tensor:

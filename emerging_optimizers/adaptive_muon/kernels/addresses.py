@@ -31,8 +31,15 @@ class Addresses(NamedTuple):
     aligned: bool
 
 
+# By itself Triton would compile for 32 bits where the first numbers are small, and later launches would cut off addresses.
 @triton.jit(do_not_specialize=[f"p{i}" for i in range(_AT_ONCE)])
-def store_kernel(out, p0, p1, p2, p3, p4, p5, p6, p7, p8, p9, p10, p11, p12, p13, p14, p15):
+def store_kernel(
+    out,
+    p0: tl.int64, p1: tl.int64, p2: tl.int64, p3: tl.int64,  # type: ignore[valid-type]
+    p4: tl.int64, p5: tl.int64, p6: tl.int64, p7: tl.int64,  # type: ignore[valid-type]
+    p8: tl.int64, p9: tl.int64, p10: tl.int64, p11: tl.int64,  # type: ignore[valid-type]
+    p12: tl.int64, p13: tl.int64, p14: tl.int64, p15: tl.int64,  # type: ignore[valid-type]
+):  # fmt: skip
     tl.store(out + 0, p0)
     tl.store(out + 1, p1)
     tl.store(out + 2, p2)

@@ -165,7 +165,8 @@ class NewtonSchulz:
         """Return upstream's iteration of a float32 matrix."""
         # Upstream's kernel wants bfloat16 rows and columns to start on multiples of 16 bytes.
         is_aligned = matrix.is_contiguous() and all(size % 8 == 0 for size in matrix.shape)
-        with matmul_precision(self.precision):
+        on_its_device: AbstractContextManager[None] = torch.cuda.device_of(matrix)  # type: ignore[no-untyped-call]
+        with matmul_precision(self.precision), on_its_device:  # where Triton starts kernels
             orthogonalized: torch.Tensor = muon_utils.newton_schulz(
                 matrix,
                 steps=self.num_steps,

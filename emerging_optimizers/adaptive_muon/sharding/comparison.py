@@ -136,7 +136,7 @@ class Comparison:
             event = torch.cuda.Event() if flags.is_cuda else None  # type: ignore[no-untyped-call]
             self._flags[group] = flags.to("cpu", non_blocking=True), event
             if event is not None:
-                event.record()
+                event.record(torch.cuda.current_stream(flags.device))  # the current device may be another one
 
         return Flag(raised, arrived)
 
