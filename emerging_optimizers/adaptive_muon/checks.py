@@ -21,7 +21,15 @@ def refusal(rule: str, value: object, remedy: str) -> ValueError:
         value: The value that was given.
         remedy: What to pass or to do instead, as one or more full sentences.
     """
-    return ValueError(f"{rule}, got {value!r}. {remedy}")
+    return ValueError(f"{rule}, got {value!r}{' as text' if _is_number_as_text(value) else ''}. {remedy}")
+
+
+def _is_number_as_text(value: object) -> bool:
+    """Return whether a value is a number in quotes, as YAML 1.1 reads 1e-3, which differs from 1.0e-3."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def require(ok: object, rule: str, value: object, remedy: str) -> None:
