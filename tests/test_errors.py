@@ -32,7 +32,7 @@ BAD = [
     ({"weight_decay_method": "gentle"}, "weight_decay_method", "'gentle'", "decoupled"),
     ({"fp32_matmul_prec": "low"}, "fp32_matmul_prec", "'low'", "highest"),
     ({"lr": -1e-3}, "lr must be >= 0", "-0.001", "Use about 1e-"),
-    ({"lr": "1e-3"}, "lr must be >= 0", "'1e-3'", "Use about 1e-"),
+    ({"lr": "1e-3"}, "lr must be >= 0", "'1e-3' as text.", "Use about 1e-"),
     ({"lr": Decimal("0.02")}, "lr must be >= 0", "Decimal('0.02')", "Use about 1e-"),
     ({"momentum": torch.tensor([0.9])}, "momentum must be in [0, 1)", "tensor([0.9000])", "0.95"),
     ({"beta2": torch.tensor([0.9])}, "beta2 must be in [0, 1)", "tensor([0.9000])", "0.99"),
@@ -57,7 +57,7 @@ BAD = [
     ({"num_ns_steps": 2.5}, "num_ns_steps must be", "2.5", "5"),
     ({"extra_scale_factor": math.nan}, "extra_scale_factor must be finite", "nan", "1.0"),
     ({"extra_scale_factor": -math.inf}, "extra_scale_factor must be finite", "-inf", "1.0"),
-    ({"extra_scale_factor": "0.2"}, "extra_scale_factor must be finite", "'0.2'", "1.0"),
+    ({"extra_scale_factor": "0.2"}, "extra_scale_factor must be finite", "'0.2' as text.", "1.0"),
     ({"namo_d_clamp": "0.5"}, "namo_d_clamp must be in (0, 1]", "'0.5'", "0.75"),
     ({"weight_decay_method": "l2", "moment2_method": "namo"}, "falsify", "'l2'", "decoupled"),
     ({"weight_decay_method": "l2", "moment2_method": "namo_d"}, "falsify", "'l2'", "decoupled"),
@@ -73,7 +73,7 @@ BAD = [
     ({"blocks_fn": lambda p: ()}, "positive row counts", "()", "rows of each block"),
     ({"blocks_fn": lambda p: (2.0, 2.0)}, "positive row counts", "(2.0, 2.0)", "rows of each block"),
     ({"max_bytes_in_flight": 0}, "max_bytes_in_flight must be", "0", "2**30"),
-    ({"max_bytes_in_flight": "1GB"}, "max_bytes_in_flight must be", "'1GB'", "2**30"),
+    ({"max_bytes_in_flight": "1GB"}, "max_bytes_in_flight must be", "'1GB'.", "2**30"),
 ]
 
 

@@ -215,6 +215,23 @@ def test_split_heads(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
         register(split_heads="yes")
 
 
+def test_attention_with_other_heads_than_the_model() -> None:
+    """A vision encoder, or one of heterogeneous layers: its own config has its heads. Also by its main parameter."""
+    register()
+    chunk = Chunk()
+    chunk.attention = Attention()
+    chunk.attention.config = SimpleNamespace(num_attention_heads=8, num_query_groups=4, kv_channels=3)
+    p = chunk.attention.linear_qkv.weight
+    assert shapes_in(chunk)["attention.linear_qkv.weight"] == [(24, 8), (12, 8), (12, 8)]
+    entry, main = TABLE["adaptive_muon"], torch.nn.Parameter(p.detach().clone())
+    optimizer = entry.optimizer_cls([p], **entry.config_to_kwargs(NAMO_D, [chunk], None))
+    p.main_param, main.is_qkv = main, True  # in Megatron 0.18 without the blocks
+    optimizer.param_groups[0]["params"] = [main]
+    sharding = optimizer.state_format.sharding
+    sharding.resolve(optimizer.param_groups)
+    assert [matrix.shape(main) for matrix in sharding.matrices(main)] == [(24, 8), (12, 8), (12, 8)]
+
+
 class Adapter(torch.nn.Module):
     """By its names, an adapter of Megatron Bridge and NeMo: two factors."""
 
@@ -347,6 +364,28 @@ def test_use_muon_is_true_or_false() -> None:
     p.use_muon = "no"
     with pytest.raises(ValueError, match="use_muon of linear.weight must be True or False, got 'no'. Use None"):
         predicate(p, "linear.weight")
+
+
+@pytest.mark.parametrize(
+    "name, shape, scalar",
+    [
+        ("embedding.position_embeddings.weight", (32, 8), True),
+        ("embedding.tokentype_embeddings.weight", (2, 8), True),
+        ("vision_model.position_embeddings", (32, 8), True),
+        ("decoder.layers.0.mlp.shared_experts.gate_weight", (1, 8), True),
+        ("decoder.layers.0.mlp.router.weight", (4, 8), True),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", (32, 8), False),
+        ("decoder.layers.0.mlp.experts.linear_fc1.weight0", (32, 8), False),
+        ("decoder.layers.0.self_attention.linear_qkv.adapter.linear_out.weight", (48, 8), False),
+        ("mtp.layers.0.eh_proj.weight", (8, 16), False),
+    ],
+)
+def test_what_is_no_hidden_matrix_goes_to_the_scalar_optimizer(
+    name: str, shape: tuple[int, ...], scalar: bool
+) -> None:
+    """Of Megatron's embeddings, only those of words have a tag."""
+    predicate = next(iter(scalar_overrides())).with_name_predicate.fn
+    assert predicate(torch.nn.Parameter(torch.ones(shape)), f"module.{name}") is scalar
 
 
 def test_split_qkv_without_blocks_is_refused() -> None:

@@ -263,6 +263,7 @@ def test_patterns_match_every_name_of_a_shared_parameter():
         ({"blocks.9.*": "adamw"}, "'blocks.9.*'"),
         ({"blocks.*": "sgd"}, "'sgd'"),
         ({"*.norm.weight": "adaptive_muon"}, "'blocks.0.norm.weight'.*AdamW"),
+        ("adamw", "routes must be a mapping .*, got 'adamw'. Use"),
     ],
 )
 def test_bad_patterns_are_refused(routes, text):

@@ -21,7 +21,16 @@ def refusal(rule: str, value: object, remedy: str) -> ValueError:
         value: The value that was given.
         remedy: What to pass or to do instead, as one or more full sentences.
     """
-    return ValueError(f"{rule}, got {value!r}. {remedy}")
+    return ValueError(f"{rule}, got {_shown(value)}. {remedy}")
+
+
+def _shown(value: object) -> str:
+    """Return a value for an error. YAML 1.1 reads 1e-3 as text and 1.0e-3 as a number, which look the same."""
+    try:
+        is_number = isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        is_number = False
+    return f"{value!r} as text" if is_number else f"{value!r}"
 
 
 def require(ok: object, rule: str, value: object, remedy: str) -> None:

@@ -75,7 +75,9 @@ class OfOneSize(DotProductAttention):
         super().__init__(*arguments, **options)
 
 
-def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> DistributedDataParallel:
+def gpt(
+    *, bf16: bool = False, layer_wise: str = "", positions: str = "rope", **overrides: Any
+) -> DistributedDataParallel:
     """Two layers with grouped queries, SwiGLU, RMSNorm and a fused QKV weight; the same weights however it is sharded.
 
     ``layer_wise`` wraps it for the layer-wise distributed optimizer, with its "layout" of parameters or the "legacy" way.
@@ -124,7 +126,7 @@ def gpt(*, bf16: bool = False, layer_wise: str = "", **overrides: Any) -> Distri
         spec,
         vocab_size=VOCABULARY,
         max_sequence_length=LENGTH,
-        position_embedding_type="rope",
+        position_embedding_type=positions,
         share_embeddings_and_output_weights=False,
     )
     for name, p in model.named_parameters():

@@ -127,6 +127,21 @@ def test_use_muon_of_a_parameter(mode: dict[str, str]) -> None:
         assert len(of_muon) == 4 * 2 - 1 and all(p is not tagged for p in of_muon) and not torch.equal(tagged, before)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_position_embeddings_go_to_the_scalar_optimizer(bf16: bool) -> None:
+    """Megatron's default, which it does not tag as embeddings."""
+    with parallel(2):
+        model = gpt(positions="learned_absolute", bf16=bf16)
+        optimizer = optimizer_of(model)
+        table = model.module.embedding.position_embeddings.weight
+        before = table.detach().clone()
+        train(model, optimizer, range(2))
+        [muon] = muons_of(optimizer)
+        of_muon = [p for group in muon.param_groups for p in group["params"]]
+        assert len(of_muon) == 4 * 2 and all(p is not getattr(table, "main_param", table) for p in of_muon)
+        assert not torch.equal(table, before)
+
+
 def test_losses_do_not_depend_on_expert_and_expert_tensor_parallelism() -> None:
     losses = {}
     for ep, expert_tp in (1, 1), (2, 1), (2, 2), (1, 2):

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import chain
 from typing import Any, Optional
 
@@ -10,7 +11,8 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from emerging_optimizers.adaptive_muon import HybridAdaptiveMuon
-from emerging_optimizers.adaptive_muon.options import Options, SplitOptions, document, option_field, options_of
+from emerging_optimizers.adaptive_muon.checks import within
+from emerging_optimizers.adaptive_muon.options import Options, Rule, SplitOptions, document, option_field, options_of
 
 
 __all__ = ["ARGUMENTS", "AdaptiveMuonOptions", "config_keys"]
@@ -51,7 +53,11 @@ class AdaptiveMuonOptions:
     """
 
     betas: tuple[float, float] = option_field((0.9, 0.999), "Decay rates of the AdamW part.")
-    eps: float = option_field(1e-8, "Constant added to the denominator of the AdamW part.")
+    eps: float = option_field(
+        1e-8,
+        "Constant added to the denominator of the AdamW part.",
+        rule=Rule(">= 0", partial(within, low=0), "Use 1e-8, the default."),
+    )
     scalar_lr: float | None = option_field(None, "Learning rate of the AdamW part. None takes that of the matrices.")
     scalar_weight_decay: Optional[float] = option_field(  # noqa: UP045
         None, "Coefficient of the weight decay of the AdamW part. None takes that of the matrices."
@@ -71,6 +77,8 @@ class AdaptiveMuonOptions:
         Raises:
             ValueError: As :meth:`~emerging_optimizers.adaptive_muon.HybridAdaptiveMuon.from_model`.
         """
+        for option in options_of(type(self)):
+            option.check(getattr(self, option.name))  # by the name of its key
         keys = [key.name for key in fields(AdaptiveMuonOptions)]  # type: ignore[arg-type]
         arguments = {ARGUMENTS.get(key, key): getattr(self, key) for key in keys}
         return HybridAdaptiveMuon.from_model(model, lr, params=params, **arguments)

@@ -268,6 +268,12 @@ def _resolved(
 
     A pattern that names wrappers matches a model with the same wrappers or, failing that, with others or none.
     """
+    require(
+        isinstance(routes, Mapping),
+        'routes must be a mapping of patterns to "adaptive_muon" or "adamw"',
+        routes,
+        'Use {"decoder.*": "adamw"}.',
+    )
     resolved = []
     for pattern, algorithm in routes.items():
         require_one_of(f"routes[{pattern!r}]", algorithm, ("adaptive_muon", "adamw"))

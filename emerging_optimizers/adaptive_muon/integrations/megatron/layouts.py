@@ -47,8 +47,7 @@ class MegatronLayouts:
 
     def __post_init__(self) -> None:
         """Begin without attributes that main parameters lack; they are found as parameters come."""
-        self._padding_of: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
-        self._pattern_of: MutableMapping[torch.Tensor, Pattern] = WeakTensorKeyDictionary()
+        self._known: dict[str, MutableMapping[torch.Tensor, Any]] = {}
 
     def layout(self, p: torch.Tensor) -> Layout | Split | Piece | None:
         """Return how a parameter is split; None where it is a shard and there is no group for it.
@@ -57,7 +56,8 @@ class MegatronLayouts:
         tensor parallelism (``is_gtp_weight_remat``) splits what a tensor-parallel rank holds, padded at its end, into
         equal strips of rows.
         """
-        self._pattern(p)  # main parameters come later
+        for name in ("muon_pattern", "qkv_split_shapes"):
+            self._attribute(p, name)  # main parameters come later
         tp, gtp = self._group(p, "tp"), self._group(p, "gtp_remat")
         dim = getattr(p, "partition_dim", None) if self.tensor_parallel else None
         if dim == -1 or (tp is not None and tp.size() == 1):
@@ -68,7 +68,7 @@ class MegatronLayouts:
             return Layout() if dim is None else Split(tp, dim)
 
         rows, columns = p.shape
-        strip = rows * gtp.size() - self._padding(p)
+        strip = rows * gtp.size() - int(self._attribute(p, "pad_length") or 0)
         top, bottom = (min(row, strip) for row in (rows * gtp.rank(), rows * (gtp.rank() + 1)))
         padding = rows - (bottom - top)
         if dim is None:
@@ -90,7 +90,7 @@ class MegatronLayouts:
 
         A weight whose rows or columns are no whole number of patterns is one matrix, as it is for Megatron.
         """
-        pattern = self._pattern(p)
+        pattern: Pattern | None = self._attribute(p, "muon_pattern")
         rows, columns = self._whole(p)
         if pattern is not None and getattr(self.switches, pattern.switch):
             group = self._group(p, "tp") if self.tensor_parallel else None
@@ -106,7 +106,7 @@ class MegatronLayouts:
         """Return the rows of the blocks within one query group of a fused attention weight; None for other weights."""
         if not (getattr(p, "is_qkv", False) if self.is_qkv is None else self.is_qkv(p)):
             return None
-        shapes = getattr(p, "qkv_split_shapes", None) or self.qkv_split_shapes
+        shapes = self._attribute(p, "qkv_split_shapes") or self.qkv_split_shapes
         if not shapes:
             raise ValueError(
                 f"the fused attention weight of shape {tuple(p.shape)} must have the rows of its blocks to be split, got "
@@ -127,22 +127,16 @@ class MegatronLayouts:
             return (rows * ranks, columns) if spec.dim == 0 else (rows, columns * ranks)
         return rows, columns
 
-    def _pattern(self, p: torch.Tensor) -> Pattern | None:
-        """Return the pattern of a parameter, or of the model parameter whose main parameter it is."""
-        pattern: Pattern | None = getattr(p, "muon_pattern", None)
-        if pattern is not None:
-            self._pattern_of[p] = pattern
-        return _known_of(p, self._pattern_of)
+    def _attribute(self, p: torch.Tensor, name: str) -> Any:
+        """Return an attribute of a parameter, or of the model parameter whose main parameter it is; else None."""
+        known = self._known.setdefault(name, WeakTensorKeyDictionary())
+        if getattr(p, name, None) is not None:
+            known[p] = getattr(p, name)
+        return _known_of(p, known)
 
     def _group(self, p: torch.Tensor, name: str) -> Any:
         """Return the process group of this name whose ranks have shards of a parameter, or None."""
         return getattr(self.pg_collection, ("expt_" if getattr(p, "expert_tp", False) else "") + name, None)
-
-    def _padding(self, p: torch.Tensor) -> int:
-        """Return the rows of padding at the end of what a tensor-parallel rank's GTP ranks have of a parameter."""
-        if hasattr(p, "pad_length"):
-            self._padding_of[p] = int(p.pad_length)
-        return _known_of(p, self._padding_of) or 0
 
 
 def _known_of[Value](p: torch.Tensor, known: Mapping[torch.Tensor, Value]) -> Value | None:
@@ -195,4 +189,5 @@ def tag_qkv(model_chunks: Sequence[Any]) -> None:
     for chunk in model_chunks:
         for module in chunk.modules():
             for p in weights_of(module, "linear_qkv"):
-                p.is_qkv, p.qkv_split_shapes = True, qkv_split_shapes(chunk.config)  # type: ignore[attr-defined]
+                config = getattr(module, "config", chunk.config)  # a vision encoder's, or one layer's
+                p.is_qkv, p.qkv_split_shapes = True, qkv_split_shapes(config)  # type: ignore[attr-defined]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes to Megatron's scalar optimizer beside what Megatron sends there itself: routers, and ``use_muon = False``."""
+"""What goes to Megatron's scalar optimizer beside what Megatron sends there itself, by the rules of HybridAdaptiveMuon."""
 
 from typing import Any
 
 import torch
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
-from emerging_optimizers.adaptive_muon.parameters import use_muon_of
+from emerging_optimizers.adaptive_muon.routing.rules import route_parameter
 
 
 __all__ = ["is_scalar", "scalar_overrides"]
@@ -19,11 +19,11 @@ def scalar_overrides() -> dict[ParamKey, dict[str, Any]]:
 
 
 def is_scalar(p: torch.Tensor, name: str) -> bool:
-    """Return whether a parameter is a router's, or is tagged so; the tag decides before.
+    """Return whether a parameter is no hidden matrix: a router, an embedding, a head, a single row, or tagged so.
 
-    One that Megatron has laid out for the layer-wise optimizer is that optimizer's, as all its matrices are.
+    Megatron tags the word embeddings and the output layer only. One that Megatron has laid out for the layer-wise
+    optimizer is that optimizer's, as all its matrices are.
     """
     if getattr(p, "is_managed_by_layer_wise_optimizer", False):
         return False
-    use_muon = use_muon_of(p, name)
-    return "router" in name.split(".") if use_muon is None else not use_muon
+    return route_parameter(p, name).algorithm == "adamw"
