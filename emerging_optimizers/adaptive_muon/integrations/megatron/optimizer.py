@@ -194,7 +194,8 @@ def register(**options: Unpack[OptionsDict]) -> None:
 
     Routers, position embeddings, further output heads, matrices of a single row, and parameters with ``use_muon = False``
     go to Megatron's scalar optimizer. All fields about Muon and adaptive_muon of Megatron's ``OptimizerConfig`` reach the
-    optimizer. Pass the options that it lacks. They override the fields, and the command line (:func:`add_adaptive_muon_args`). Calling again replaces the options of the last call.
+    optimizer. Pass the options that it lacks. They override the fields, and the command line
+    (:func:`add_adaptive_muon_args`). Calling again replaces the options of the last call.
 
     Args:
         **options: Options of :class:`~emerging_optimizers.adaptive_muon.AdaptiveMuon` that hold for all parameter
