@@ -9,6 +9,7 @@ has blocks, each block's V is in a buffer of its own: ``moment2_buffer_0`` and s
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -214,12 +215,16 @@ def count_empty(
     A checkpoint has one count for all ranks, perhaps this one's. Of ``fresh`` parameters, whose state this step has made,
     those at a learning rate of zero are counted only if another parameter has made a step: see :func:`state_only`.
     """
-    stepped = any(states[p]["step"] for p in gradients if "step" in states.get(p, ())) if fresh else False
+
+    @cache
+    def stepped() -> bool:  # reads the counts, which wait for the device: only asked for what is empty and fresh
+        return any(states[p]["step"] for p in gradients if "step" in states.get(p, ()))
+
     for group in param_groups:
         for p in group["params"]:
             if p in gradients and gradients[p].numel() == 0 and sharding.is_empty(p):
                 step = states.get(p, {}).get("step")
-                if step is not None and (p not in fresh or group["lr"] != 0 or stepped):
+                if step is not None and (p not in fresh or group["lr"] != 0 or stepped()):
                     step.add_(1)
 
 
