@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharded and shared matrices against whole ones: gloo ranks on one device, and one NCCL rank that really sends."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -60,42 +60,41 @@ def strips(
     device: torch.device, sizes: Sizes, mode: str, method: str, precision: str, most: int = 2**30
 ) -> dict[str, float]:
     """Return how far this rank's strips, of rows and of columns in turn, are from the whole matrices after some steps."""
-    generator = torch.Generator().manual_seed(0)
-    begin = [torch.randn(shape, generator=generator).to(device) for shape in sizes.sharded]
-    whole = [Parameter(each.clone()) for each in begin]
-    own = [Parameter(_strip(each, index).clone()) for index, each in enumerate(begin)]
-    for index, p in enumerate(own):
-        p.partition_dim = index % 2  # type: ignore[attr-defined]
-    options = OPTIONS | {"moment2_method": method, "fp32_matmul_prec": precision}
-    optimizers = [
-        AdaptiveMuon(whole, **options),
-        AdaptiveMuon(own, tp_group=dist.group.WORLD, tp_mode=mode, max_bytes_in_flight=most, **options),  # type: ignore[arg-type]
-    ]
-    for _ in range(STEPS):
-        for index, (p, q) in enumerate(zip(whole, own, strict=True)):
-            p.grad = torch.randn(p.shape, generator=generator).to(device)
-            q.grad = _strip(p.grad, index).clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    expected = [_strip(p.detach(), index) for index, p in enumerate(whole)]
-    started = [_strip(each, index) for index, each in enumerate(begin)]
-    return {"distance": worst(map(distance, own, expected, started))}
+    how = {"tp_group": dist.group.WORLD, "tp_mode": mode, "max_bytes_in_flight": most}
+    return beside_whole(device, sizes, method, precision, _strip, **how)
 
 
 def replicas(device: torch.device, sizes: Sizes, method: str, precision: str) -> dict[str, float]:
     """Return how far matrices that all ranks hold, and share the work on, are from those of a rank that does it all."""
+    return beside_whole(device, sizes, method, precision, lambda whole, _: whole, replica_group=dist.group.WORLD)
+
+
+def beside_whole(
+    device: torch.device,
+    sizes: Sizes,
+    method: str,
+    precision: str,
+    part: Callable[[torch.Tensor, int], torch.Tensor],
+    **how: Any,
+) -> dict[str, float]:
+    """Return how far parts of matrices, whose optimizer has further options, are from the whole ones after some steps."""
     generator = torch.Generator().manual_seed(0)
     begin = [torch.randn(shape, generator=generator).to(device) for shape in sizes.sharded]
-    whole, own = ([Parameter(each.clone()) for each in begin] for _ in range(2))
+    whole = [Parameter(each.clone()) for each in begin]
+    own = [Parameter(part(each, index).clone()) for index, each in enumerate(begin)]
+    for index, p in enumerate(own if "tp_group" in how else ()):
+        p.partition_dim = index % 2  # type: ignore[attr-defined]
     options = OPTIONS | {"moment2_method": method, "fp32_matmul_prec": precision}
-    optimizers = [AdaptiveMuon(whole, **options), AdaptiveMuon(own, replica_group=dist.group.WORLD, **options)]
+    optimizers = [AdaptiveMuon(whole, **options), AdaptiveMuon(own, **options, **how)]
     for _ in range(STEPS):
-        for p, q in zip(whole, own, strict=True):
+        for index, (p, q) in enumerate(zip(whole, own, strict=True)):
             p.grad = torch.randn(p.shape, generator=generator).to(device)
-            q.grad = p.grad.clone()
+            q.grad = part(p.grad, index).clone()
         for optimizer in optimizers:
             optimizer.step()
-    return {"distance": worst(map(distance, own, whole, begin))}
+    expected = [part(p.detach(), index) for index, p in enumerate(whole)]
+    started = [part(each, index) for index, each in enumerate(begin)]
+    return {"distance": worst(map(distance, own, expected, started))}
 
 
 def without_a_gradient(device: torch.device, sizes: Sizes) -> dict[str, float]:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,8 @@ def run(record: Record, sizes: Sizes) -> None:
     choices += [(f"{name} {ALONE}", name, ALONE, 1) for name in FILES if ALONE in (ROOT / "tests" / name).read_text()]
     for title, name, choice, workers in choices:
         plugin = sizes.stand_in if "cuda" in name and choice != ALONE else ""
-        record.measure(title, partial(_with_seconds_left, record, name, choice, workers, plugin), about=15)
-
-
-def _with_seconds_left(record: Record, *what: Any) -> dict[str, Any]:
-    return tested(*what, seconds=record.seconds_left)
+        what = name, choice, workers, plugin
+        record.measure(title, lambda what=what: tested(*what, seconds=record.seconds_left), about=15)
 
 
 def tested(name: str, choice: str, workers: int, plugin: str = "", *, seconds: float) -> dict[str, Any]:

@@ -367,7 +367,7 @@ def _prepare(adamw: AdamW, options: Options) -> None:
     def widens(p: torch.Tensor) -> bool:
         return options.stochastic_rounding and is_widened(p)
 
-    check_capture(adamw.param_groups, adamw.state, capturable=options.capturable)
+    check_capture(adamw.param_groups, adamw.state, options.capturable)
     for group in adamw.param_groups:
         check_gradients(group, "AdamW", complex_too=True, converts=widens)
         check_adamw_state(group, adamw.state, lambda p: torch.float32 if widens(p) else p.dtype)

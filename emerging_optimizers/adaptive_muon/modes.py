@@ -40,16 +40,17 @@ def plain_modes(params: Collection[torch.Tensor]) -> Iterator[None]:
 
 
 def check_capture(
-    param_groups: Iterable[dict[str, Any]],
-    states: Mapping[torch.Tensor, dict[str, Any]],
-    *,
-    capturable: bool,
-    has_stepped: bool = True,
+    param_groups: Iterable[dict[str, Any]], states: Mapping[torch.Tensor, dict[str, Any]], capturable: bool
 ) -> None:
     """Raise a ``ValueError`` in the capture of a CUDA graph whose replays would not be steps.
 
     They would keep the step count and the rate of now for good, or make new state each time. An optimizer that has loaded
     its state and not stepped would also compile its kernels and copy indices from the host, which no capture may do.
+
+    Args:
+        param_groups: The optimizer's groups.
+        states: The states of their parameters; empty if the optimizer has not stepped.
+        capturable: Whether steps may be captured.
     """
     params = [p for group in param_groups for p in group["params"]]
     if not (any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing()):
@@ -60,7 +61,7 @@ def check_capture(
         capturable,
         "Pass capturable=True, and lr as a tensor on the GPU if it changes.",
     )
-    new = [tuple(p.shape) for p in params if p.grad is not None and not (has_stepped and states.get(p))]
+    new = [tuple(p.shape) for p in params if p.grad is not None and not states.get(p)]
     require(
         not new,
         "no parameter must make its first step when a CUDA graph captures it",

@@ -136,8 +136,7 @@ class AdaptiveMuon(Diagnosed, upstream.AdaptiveMuon):
 
     def _step(self) -> None:
         """Update all matrices that have a gradient, in the modes of :func:`plain_modes`."""
-        stepped = self._planner.has_planned
-        check_capture(self.param_groups, self.state, capturable=self.capturable, has_stepped=stepped)
+        check_capture(self.param_groups, self.state if self._planner.has_planned else {}, self.capturable)
         self._check_orthogonalization()
         for group in self.param_groups:
             check_matrices(group)

@@ -53,7 +53,8 @@ def load(
 
     def before(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         lent.update(_places(state_dict["state"]) - _places(optimizer.state))
-        groups, states = state_dict["param_groups"], _present_states(state_dict["state"])
+        present = {key: _present(state) for key, state in state_dict["state"].items()}
+        groups, states = state_dict["param_groups"], _without_new_counts(present)
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
             return None  # torch says so
         _check_names(groups, optimizer.param_groups)
@@ -67,7 +68,7 @@ def load(
                 of_adamw = {p: states.get(key, {}) for p, key in pairs}
                 check_adamw_state({**saved_group, "params": group["params"]}, of_adamw)
                 wide.update((p, state) for p, state in of_adamw.items() if widened is not None and widened(p))
-        return _for_torch(state_dict, state_format.moment2_method)
+        return {**state_dict, "state": present, "param_groups": _of_method(groups, state_format.moment2_method)}
 
     def after(optimizer: Optimizer) -> None:
         for p, state in saved.items():
@@ -87,17 +88,10 @@ def load(
         torch_load(state_dict)
 
 
-def _for_torch(state_dict: dict[str, Any], moment2_method: str) -> dict[str, Any]:
-    """Return a checkpoint as torch is to load it: without what is missing, and with the optimizer's own method.
-
-    One without state may be of any method.
-    """
-    own, groups = {"moment2_method": moment2_method}, state_dict["param_groups"]
-    return {
-        **state_dict,
-        "state": {key: _present(state) for key, state in state_dict["state"].items()},
-        "param_groups": [group | own if "moment2_method" in group else group for group in groups],
-    }
+def _of_method(groups: list[dict[str, Any]], moment2_method: str) -> list[dict[str, Any]]:
+    """Return saved groups with the optimizer's own method; those of a checkpoint without state may be of any."""
+    own = {"moment2_method": moment2_method}
+    return [group | own if "moment2_method" in group else group for group in groups]
 
 
 def _copy(optimizer: Optimizer, lent: Set[int]) -> None:
@@ -217,14 +211,13 @@ def _checked_states(
         yield p, state
 
 
-def _present_states(saved_states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """Return copies of states without what is missing, and without the counts of new states."""
-    states = {key: _present(state) for key, state in saved_states.items()}
-    if any(map(_has_new_count, states.values())):  # of all: a rank's shard may be empty, or zero
-        for state in states.values():
-            if not state.get("step", 1):
-                del state["step"]
-    return states
+def _without_new_counts(states: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Return states without the counts of new ones."""
+    if not any(map(_has_new_count, states.values())):  # of all: a rank's shard may be empty, or zero
+        return states
+    return {
+        key: {name: value for name, value in state.items() if name != "step" or value} for key, state in states.items()
+    }
 
 
 def _present(state: dict[str, Any]) -> dict[str, Any]:
